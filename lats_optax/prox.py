@@ -266,7 +266,7 @@ def lift(operator: Operator) -> Callable[[jax.Array, Any], jax.Array]:
 
 def _soft_threshold(x: jax.Array, d: jax.Array) -> jax.Array:
     excess = jnp.abs(x) - d
-    # A comparison, not max(): NaN fails it and passes on, and a pruned entry is +0.0 on every side.
+    # A comparison, not max(): NaN fails it and passes on.
     return jnp.where(excess <= 0, 0.0, jnp.sign(x) * excess)
 
 
@@ -275,7 +275,7 @@ def _non_negative(x: jax.Array, d: jax.Array) -> jax.Array:
 
 
 def _elastic_net(x: jax.Array, d: jax.Array, *, l2: float) -> jax.Array:
-    return _positive_zero(_soft_threshold(x, d) / (1 + d * l2))
+    return _soft_threshold(x, d) / (1 + d * l2)
 
 
 def _group_lasso(x: jax.Array, d: jax.Array, *, axes: int | Sequence[int] | None) -> jax.Array:
@@ -285,7 +285,7 @@ def _group_lasso(x: jax.Array, d: jax.Array, *, axes: int | Sequence[int] | None
     # norm only the latter has a value.
     safe = jnp.where(norm == 0, 1.0, norm)
     kept = jnp.where(jnp.isinf(norm), 1 - d * root_size / safe, excess / safe)
-    return _positive_zero(jnp.where(excess <= 0, 0.0, x * kept))
+    return jnp.where(excess <= 0, 0.0, x * kept)
 
 
 def _hard_threshold(x: jax.Array, d: jax.Array) -> jax.Array:
@@ -312,11 +312,6 @@ def _group_axes(ndim: int, axes: int | Sequence[int] | None) -> tuple[int, ...]:
     if len({axis % ndim for axis in axes}) != len(axes):
         raise ValueError(f"axes: {axes} names an axis of a leaf with {ndim} dimensions twice")
     return tuple(axis % ndim for axis in axes)
-
-
-def _positive_zero(x: jax.Array) -> jax.Array:
-    # Products of small factors may underflow to -0.0.
-    return jnp.where(x == 0, 0.0, x)
 
 
 # --- magnitudes and lifts -----------------------------------------------------------------------
@@ -381,7 +376,9 @@ def _over_leaves(function: Callable[..., jax.Array], x: Any, strength: Any, **ke
         leaf = _as_real(leaf)
         # Sixteen-bit weights are thresholded in float32, so that d is not rounded to their grid.
         wide = jnp.promote_types(leaf.dtype, jnp.float32)
-        return function(leaf.astype(wide), jnp.asarray(d, wide), **keywords).astype(leaf.dtype)
+        z = function(leaf.astype(wide), jnp.asarray(d, wide), **keywords).astype(leaf.dtype)
+        # What underflows, in a product or in the cast, may have become -0.0.
+        return jnp.where(z == 0, 0.0, z)
 
     try:
         strengths = jax.tree.broadcast(strength, x)
