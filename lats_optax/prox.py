@@ -275,7 +275,9 @@ def _non_negative(x: jax.Array, d: jax.Array) -> jax.Array:
 
 
 def _elastic_net(x: jax.Array, d: jax.Array, *, l2: float) -> jax.Array:
-    return _soft_threshold(x, d) / (1 + d * l2)
+    shrunk = _soft_threshold(x, d)
+    # An infinite d times an l2 of zero has no value; a zero needs no division.
+    return jnp.where(shrunk == 0, 0.0, shrunk / (1 + d * l2))
 
 
 def _group_lasso(x: jax.Array, d: jax.Array, *, axes: int | Sequence[int] | None) -> jax.Array:
