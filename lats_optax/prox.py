@@ -217,7 +217,7 @@ def magnitude(operator: Operator) -> Callable[[jax.Array], jax.Array]:
         that was given to :func:`register`.
 
     Returns:
-      A function of one array that returns an array of the same shape.
+      A function of one array that returns an array of the same shape, at least float32.
 
     Raises:
       ValueError: nothing is known of the operator.
@@ -237,7 +237,15 @@ def magnitude(operator: Operator) -> Callable[[jax.Array], jax.Array]:
             f"operator: the magnitude of a weight under {operator!r} is not known, so no sparsity "
             "can be named; tell it with lats_optax.prox.register(operator, magnitude=...)"
         )
-    return functools.partial(rule.magnitude, **keywords)
+    of_real = functools.partial(rule.magnitude, **keywords)
+
+    def wide_magnitude(x: jax.Array) -> jax.Array:
+        # In the precision in which the operators compare with d: a magnitude that is rounded to
+        # sixteen bits names a threshold that misses the weight it was taken from.
+        x = _as_real(x)
+        return of_real(x.astype(at_least_float32(x.dtype)))
+
+    return wide_magnitude
 
 
 def lift(operator: Operator) -> Callable[[jax.Array, Any], jax.Array]:
@@ -281,12 +289,14 @@ def _elastic_net(x: jax.Array, d: jax.Array, *, l2: float) -> jax.Array:
 
 
 def _group_lasso(x: jax.Array, d: jax.Array, *, axes: int | Sequence[int] | None) -> jax.Array:
-    norm, root_size = _group_norm(x, axes)
-    excess = norm - d * root_size
-    # (norm - d) / norm keeps its sign where 1 - d / norm would round to zero; with an infinite
-    # norm only the latter has a value.
-    safe = jnp.where(norm == 0, 1.0, norm)
-    kept = jnp.where(jnp.isinf(norm), 1 - d * root_size / safe, excess / safe)
+    rms = _group_rms(x, axes)
+    # The magnitude itself is compared with d, so that a threshold taken from the magnitudes
+    # prunes the group that it was taken from.
+    excess = rms - d
+    # (rms - d) / rms keeps its sign where 1 - d / rms would round to zero; where rms is infinite
+    # only the latter has a value.
+    safe = jnp.where(rms == 0, 1.0, rms)
+    kept = jnp.where(jnp.isinf(rms), 1 - d / safe, excess / safe)
     return jnp.where(excess <= 0, 0.0, x * kept)
 
 
@@ -295,13 +305,12 @@ def _hard_threshold(x: jax.Array, d: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(x) <= jnp.sqrt(2 * d), 0.0, kept)
 
 
-def _group_norm(x: jax.Array, axes: int | Sequence[int] | None) -> tuple[jax.Array, float]:
-    """The L2 norm of each group, its axes kept, and the square root of a group's size."""
+def _group_rms(x: jax.Array, axes: int | Sequence[int] | None) -> jax.Array:
+    """The root mean square of each group, ``||x_g|| / sqrt|g|``, its axes kept."""
     axes = _group_axes(x.ndim, axes)
-    squares = jnp.sum(jnp.square(x), axis=axes, keepdims=True)
+    squares = jnp.mean(jnp.square(x), axis=axes, keepdims=True)
     # The square root has no derivative at zero; a zero group stays where it is.
-    norm = jnp.where(squares == 0, 0.0, jnp.sqrt(jnp.where(squares == 0, 1.0, squares)))
-    return norm, float(np.sqrt(np.prod([x.shape[axis] for axis in axes], dtype=float)))
+    return jnp.where(squares == 0, 0.0, jnp.sqrt(jnp.where(squares == 0, 1.0, squares)))
 
 
 def _group_axes(ndim: int, axes: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -320,13 +329,12 @@ def _group_axes(ndim: int, axes: int | Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _group_magnitude(x: jax.Array, *, axes: int | Sequence[int] | None = None) -> jax.Array:
-    norm, root_size = _group_norm(_as_real(x), axes)
-    return jnp.broadcast_to(norm / root_size, x.shape)
+    return jnp.broadcast_to(_group_rms(x, axes), x.shape)
 
 
 def _group_lift(w: jax.Array, d: Any, *, axes: int | Sequence[int] | None = None) -> jax.Array:
-    norm, root_size = _group_norm(w, axes)
-    return jnp.where(norm == 0, w, w * (1 + d * root_size / jnp.where(norm == 0, 1.0, norm)))
+    rms = _group_rms(w, axes)
+    return jnp.where(rms == 0, w, w * (1 + d / jnp.where(rms == 0, 1.0, rms)))
 
 
 def _elastic_magnitude(x: jax.Array, *, l2: float = 1.0) -> jax.Array:
@@ -377,7 +385,7 @@ def _over_leaves(function: Callable[..., jax.Array], x: Any, strength: Any, **ke
     def one(leaf: Any, d: Any) -> jax.Array:
         leaf = _as_real(leaf)
         # Sixteen-bit weights are thresholded in float32, so that d is not rounded to their grid.
-        wide = jnp.promote_types(leaf.dtype, jnp.float32)
+        wide = at_least_float32(leaf.dtype)
         z = function(leaf.astype(wide), jnp.asarray(d, wide), **keywords).astype(leaf.dtype)
         # What underflows, in a product or in the cast, may have become -0.0.
         return jnp.where(z == 0, 0.0, z)
@@ -390,6 +398,12 @@ def _over_leaves(function: Callable[..., jax.Array], x: Any, strength: Any, **ke
             f"of x, {jax.tree.structure(x)}"
         ) from error
     return jax.tree.map(one, x, strengths)
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype in which weights of a float dtype are compared with a threshold."""
+    # promote_types would refuse sixteen-bit types under strict promotion.
+    return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
 
 
 def _as_real(x: Any) -> jax.Array:

@@ -130,7 +130,7 @@ def soft_threshold(
             if not chosen:
                 return optax.MaskedNode()
             dtype = leaf.dtype if latent_dtype is None else latent_dtype
-            wide = leaf.astype(jnp.promote_types(dtype, jnp.float32))
+            wide = leaf.astype(prox.at_least_float32(dtype))
             return prox.lift(operator)(wide, first.astype(wide.dtype)).astype(dtype)
 
         latent = jax.tree.map(latent_of, pruned, params)
