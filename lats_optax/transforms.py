@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from lats_optax import masks, prox
@@ -380,9 +379,7 @@ def _schedule(name: str, value: ScalarOrSchedule) -> Callable[[Any], jax.Array]:
     """A number or a schedule, checked as far as it is known, as count -> float array."""
     first = value(0) if callable(value) else value
     if not isinstance(first, jax.core.Tracer):
-        if np.ndim(first):
-            raise ValueError(f"{name}: {first!r} is not a scalar; allowed are finite numbers >= 0")
-        check_threshold(name, float(first))
+        check_threshold(name, first)
     dtype = jnp.result_type(float)
     if callable(value):
         return lambda count: jnp.asarray(value(count), dtype)
