@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lats_optax.thresholds import ScalarOrSchedule, check_steps, learning_rates
+from lats_optax.thresholds import ScalarOrSchedule, check_steps, is_number, learning_rates
 
 Magnitude = Callable[[jax.Array], jax.Array]
 
@@ -84,8 +84,9 @@ def target_sparsity(
       >>> (params["kernel"] != 0).tolist()
       [[False, True], [False, False]]
     """
-    if not (isinstance(target, int | float | np.number) and 0 <= target < 1):
+    if not (is_number(target) and 0 <= target < 1):
         raise ValueError(f"target: {target!r} is not allowed; allowed are numbers in [0, 1)")
+    target = float(target)
     steps = check_steps(steps)
     if update_every is None:
         update_every = min(max(steps // 200, 1), 100)
