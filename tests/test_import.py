@@ -1,0 +1,123 @@
+"""What may import what."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import lats_optax
+
+PACKAGE = pathlib.Path(lats_optax.__file__).parent
+CORE = {"__init__", "masks", "prox", "sparsity", "target", "thresholds", "transforms"}
+# Which parts of the package each part may import, itself apart.
+ALLOWED = {
+    "core": set(),
+    "models": {"core"},
+    "data": set(),
+    "training": {"core", "models", "data"},
+    "cli": {"core", "models", "data", "training"},
+}
+OPTIONAL = (
+    *("chex", "flax", "grain", "matplotlib", "orbax", "PIL", "sklearn", "tensorboardX"),
+    *("tensorflow", "tensorflow_datasets", "tqdm", "tyro"),
+)
+# The one module that may name each of these.
+KEPT_IN = {
+    "orbax": "training/checkpoint.py",
+    "pmap": "training/parallel.py",
+    "shard_map": "training/parallel.py",
+    "make_mesh": "training/parallel.py",
+    "Mesh": "training/parallel.py",
+    "pmean": "training/parallel.py",
+    "psum": "training/parallel.py",
+    "all_gather": "training/parallel.py",
+}
+
+
+def modules():
+    return sorted(path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def part_of(name):
+    """The part of the package that a dotted name such as `lats_optax.models.resnet` lies in."""
+    first = name.split(".")[1] if "." in name else "__init__"
+    return "core" if first in CORE else first
+
+
+def imported(path):
+    """The dotted names that a file imports, at its top or within functions."""
+    here = ["lats_optax", *path.relative_to(PACKAGE).with_suffix("").parts]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(here[: -node.level]) if node.level else ""
+            module = ".".join(filter(None, [base, node.module]))
+            yield module
+            if (PACKAGE.parent / module.replace(".", "/")).is_dir():
+                yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def named(path):
+    """Every name, attribute and keyword in the code of a file, and the roots of its imports."""
+    yield from (name.split(".")[0] for name in imported(path))
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.keyword | ast.arg):
+            yield node.arg
+
+
+each_module = pytest.mark.parametrize(
+    "path", modules(), ids=lambda path: str(path.relative_to(PACKAGE))
+)
+
+
+@each_module
+def test_imports_run_one_way(path):
+    own = part_of(".".join(["lats_optax", *path.relative_to(PACKAGE).with_suffix("").parts]))
+    assert own in ALLOWED, f"{path} belongs to no part of the package"
+    for name in imported(path):
+        if name.split(".")[0] == "lats_optax":
+            assert part_of(name) in {own, *ALLOWED[own]}, f"{path.name} imports {name}"
+
+
+@each_module
+def test_what_one_module_alone_may_name(path):
+    relative = str(path.relative_to(PACKAGE))
+    assert not [name for name in named(path) if KEPT_IN.get(name, relative) != relative]
+
+
+@pytest.mark.parametrize("name", sorted(CORE))
+def test_the_core_imports_jax_and_optax_alone(name):
+    allowed = {*sys.stdlib_module_names, "jax", "numpy", "optax", "lats_optax"}
+    assert {name.split(".")[0] for name in imported(PACKAGE / f"{name}.py")} <= allowed
+
+
+def test_importing_the_package_loads_nothing_optional():
+    program = (
+        "import sys, lats_optax\n"
+        f"print([name for name in {OPTIONAL!r} if name in sys.modules])\n"
+        "print(sorted(name for name in sys.modules if name.startswith('lats_optax.')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=PACKAGE.parent,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    own = sorted(f"lats_optax.{name}" for name in CORE - {"__init__"})
+    assert done.stdout.split("\n")[:2] == ["[]", str(own)]
+
+
+def test_every_public_name_is_there():
+    assert sorted(lats_optax.__all__) == lats_optax.__all__
+    for name in lats_optax.__all__:
+        assert getattr(lats_optax, name) is not None
