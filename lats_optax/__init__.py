@@ -1,1 +1,51 @@
 """Soft threshold pruning for optax: the public optimizer API (jax and optax alone)."""
+
+from lats_optax import prox
+from lats_optax.masks import prunable, select, support
+from lats_optax.sparsity import LayerSparsity, SparsityReport, sparsity
+from lats_optax.target import ClosedLoop, TargetSparsityState, target_sparsity
+from lats_optax.thresholds import (
+    ThresholdSchedule,
+    epoch_lats_threshold,
+    l1_from_threshold,
+    lats_threshold,
+    pgh_threshold,
+    s_lats_threshold,
+    threshold_from_l1,
+)
+from lats_optax.transforms import (
+    KeepSupportState,
+    ProximalStepState,
+    SoftThresholdState,
+    keep_support,
+    proximal_step,
+    soft_threshold,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClosedLoop",
+    "KeepSupportState",
+    "LayerSparsity",
+    "ProximalStepState",
+    "SoftThresholdState",
+    "SparsityReport",
+    "TargetSparsityState",
+    "ThresholdSchedule",
+    "epoch_lats_threshold",
+    "keep_support",
+    "l1_from_threshold",
+    "lats_threshold",
+    "pgh_threshold",
+    "prox",
+    "proximal_step",
+    "prunable",
+    "s_lats_threshold",
+    "select",
+    "soft_threshold",
+    "sparsity",
+    "support",
+    "target_sparsity",
+    "threshold_from_l1",
+]

@@ -1,0 +1,180 @@
+"""Which weights are pruned, as masks over a parameter tree; and supports, which are still alive."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Mask = Any  # a pytree of bools that matches the parameters (or is a prefix of them)
+MaskOrFunction = Mask | Callable[[Any], Mask]
+
+
+def prunable(params: Any) -> Mask:
+    """The default mask: leaves with two or more dimensions.
+
+    Kernels of dense and convolutional layers and embeddings are pruned; biases and the scales of
+    normalisation layers are not.
+
+    Args:
+      params: a pytree of arrays.
+
+    Returns:
+      A pytree of bools with the structure of ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> prunable({"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)})
+      {'bias': False, 'kernel': True}
+    """
+    return jax.tree.map(lambda leaf: jnp.ndim(leaf) >= 2, params)
+
+
+def select(
+    include: str | Iterable[str] | None = None, exclude: str | Iterable[str] = ()
+) -> Callable[[Any], Mask]:
+    """A mask by regular expressions on parameter paths.
+
+    A path is the keys of a leaf joined by slashes, such as ``Dense_0/kernel``; an expression
+    matches where ``re.search`` finds it.
+
+    Args:
+      include: leaves to prune: those that match any of these expressions. Default: the leaves
+        that :func:`prunable` selects. Expressions given here select exactly what they match,
+        whatever its number of dimensions.
+      exclude: leaves to leave out of these.
+
+    Returns:
+      A function from parameters to a mask, for the ``mask`` arguments of this library and of optax.
+
+    Raises:
+      ValueError: an expression is not a regular expression; and, when the mask meets parameters,
+        an expression that matches none of them (the message lists the paths).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"stem": {"kernel": jnp.ones((3, 4))}, "head": {"kernel": jnp.ones((4, 2))}}
+      >>> select(exclude="^head/")(params)
+      {'head': {'kernel': False}, 'stem': {'kernel': True}}
+    """
+    included = None if include is None else _compile("include", include)
+    excluded = _compile("exclude", exclude)
+
+    def mask(params: Any) -> Mask:
+        names = paths(params)
+        found = jax.tree.leaves(names)
+        # Parameters without leaves are optax's stand-ins (tree.map_params, partition).
+        for argument, patterns in (("include", included or []), ("exclude", excluded)):
+            for pattern in patterns:
+                if found and not any(pattern.search(name) for name in found):
+                    raise ValueError(
+                        f"{argument}: the expression {pattern.pattern!r} matches no parameter; "
+                        f"their paths are {', '.join(found)}"
+                    )
+
+        def chosen(name: str, leaf: Any) -> bool:
+            base = _matches(included, name) if included is not None else bool(prunable(leaf))
+            return base and not _matches(excluded, name)
+
+        return jax.tree.map(chosen, names, params)
+
+    return mask
+
+
+def support(params: Any, mask: MaskOrFunction = prunable) -> Any:
+    """Where the pruned weights are non-zero.
+
+    Args:
+      params: a pytree of arrays, sparse by exact zeros.
+      mask: the weights that are subject to pruning: a pytree of bools, or a function that makes
+        one from the parameters.
+
+    Returns:
+      A pytree with the structure of ``params``: for a leaf in the mask a bool array of its shape,
+      True where a weight is not zero; for any other leaf a scalar True, which stands for all of it.
+
+    Raises:
+      ValueError: the mask is of another structure than the parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> support({"kernel": jnp.array([[0.0, 2.0]]), "bias": jnp.zeros(2)})
+      {'bias': Array(True, dtype=bool), 'kernel': Array([[False,  True]], dtype=bool)}
+    """
+    return jax.tree.map(
+        lambda masked, leaf: jnp.asarray(leaf != 0 if masked else True),
+        resolve(mask, params),
+        params,
+    )
+
+
+def paths(params: Any) -> Any:
+    """The path of every leaf, such as ``Dense_0/kernel``, in a tree of the same structure.
+
+    Args:
+      params: a pytree.
+
+    Returns:
+      A pytree of strings.
+
+    Example:
+      >>> paths({"Dense_0": {"kernel": 1.0}})
+      {'Dense_0': {'kernel': 'Dense_0/kernel'}}
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), params
+    )
+
+
+def resolve(mask: MaskOrFunction, params: Any) -> Mask:
+    """The mask as a tree of Python bools with exactly the structure of ``params``.
+
+    Args:
+      mask: a pytree of bools, a prefix of one, or a function from parameters to one.
+      params: a pytree of arrays.
+
+    Returns:
+      A pytree of bools.
+
+    Raises:
+      ValueError: the mask is of another structure than the parameters, or holds something else.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> resolve({"encoder": True, "head": False}, {"encoder": [1.0, 2.0], "head": [3.0]})
+      {'encoder': [True, True], 'head': [False]}
+    """
+    tree = mask(params) if callable(mask) else mask
+    if not jax.tree.leaves(params):
+        return jax.tree.map(lambda _: False, params)
+    try:
+        full = jax.tree.broadcast(tree, params)
+    except ValueError as error:
+        raise ValueError(
+            f"mask: its structure {jax.tree.structure(tree)} is not that of the parameters, "
+            f"{jax.tree.structure(params)}, nor a prefix of it"
+        ) from error
+    for leaf in jax.tree.leaves(full):
+        if jnp.ndim(leaf) or jnp.asarray(leaf).dtype != bool:
+            raise ValueError(f"mask: it holds {leaf!r}; allowed are True and False for each leaf")
+    return jax.tree.map(bool, full)
+
+
+def is_dense(node: Any) -> bool:
+    """Whether a node of a latent tree stands for a leaf that is not pruned."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def _compile(argument: str, patterns: str | Iterable[str]) -> list[re.Pattern[str]]:
+    try:
+        return [re.compile(p) for p in ([patterns] if isinstance(patterns, str) else patterns)]
+    except re.error as error:
+        raise ValueError(
+            f"{argument}: {error.pattern!r} is not a regular expression: {error}"
+        ) from error
+
+
+def _matches(patterns: list[re.Pattern[str]], name: str) -> bool:
+    return any(pattern.search(name) for pattern in patterns)

@@ -1,0 +1,208 @@
+"""The closed-loop threshold: the user names the sparsity, the threshold follows.
+
+Here belong the controller and the exact selection (k-th smallest magnitude) that it steers by.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lats_optax.thresholds import ScalarOrSchedule, check_steps, learning_rates
+
+Magnitude = Callable[[jax.Array], jax.Array]
+
+_DIGIT_BITS = 4
+
+
+class ClosedLoop(NamedTuple):
+    """A threshold that is steered by the latent weights: a pure function of its state.
+
+    ``soft_threshold`` takes one wherever it takes a threshold schedule.
+
+    Attributes:
+      init: ``init(latent, magnitude) -> (threshold, state)``: the threshold before the first step.
+      update: ``update(count, threshold, state, latent, magnitude) -> (threshold, state)``: the
+        threshold after ``count + 1`` steps, given the one after ``count`` (int32 scalar) and the
+        list of latent arrays after the step.
+    """
+
+    init: Callable[[Sequence[jax.Array], Magnitude], tuple[jax.Array, Any]]
+    update: Callable[
+        [jax.Array, jax.Array, Any, Sequence[jax.Array], Magnitude], tuple[jax.Array, Any]
+    ]
+
+
+class TargetSparsityState(NamedTuple):
+    """The latest quantile of the latent magnitudes, in the units of the threshold."""
+
+    quantile: jax.Array
+
+
+def target_sparsity(
+    target: float,
+    learning_rate: ScalarOrSchedule,
+    steps: int,
+    *,
+    update_every: int | None = None,
+) -> ClosedLoop:
+    """A threshold that ends exactly at a named sparsity, without a search for its final value.
+
+    ``d_{t+1} = d_t + rho_t (q_{t+1} - d_t)``, ``rho_t = eta_t / sum_{r>=t} eta_r``, where q is the
+    ``target`` quantile of the latent magnitudes over all pruned weights. Where q stands still this
+    is :func:`lats_optax.lats_threshold` with q as the final threshold; rho ends at 1, so the last
+    threshold *is* the quantile: ``round(target * N)`` of the N pruned weights are zero, more only
+    where magnitudes tie. After ``steps`` steps the threshold stands still.
+
+    Args:
+      target: the sparsity to reach, the fraction of zeros among the pruned weights, in [0, 1).
+      learning_rate: the optimizer's own, a number or an optax schedule ``count -> eta``.
+      steps: number of optimizer steps of the whole run.
+      update_every: the quantile is selected anew every so many steps, and always at the last one.
+        Default: a two-hundredth of the run, between 1 and 100 steps. Each selection reads the
+        latent weights eight times in float32, and does not sort them.
+
+    Returns:
+      A :class:`ClosedLoop` for ``soft_threshold``.
+
+    Raises:
+      ValueError: ``target`` outside [0, 1); ``steps`` or ``update_every`` < 1; a learning rate
+        that is negative or not finite somewhere, or zero throughout.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lats_optax
+      >>> tx = optax.chain(
+      ...     optax.sgd(0.1), lats_optax.soft_threshold(target_sparsity(0.75, 0.1, steps=2)))
+      >>> params = {"kernel": jnp.array([[0.1, -0.4], [0.3, 0.2]])}
+      >>> state = tx.init(params)
+      >>> for _ in range(2):
+      ...     updates, state = tx.update({"kernel": jnp.zeros((2, 2))}, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> (params["kernel"] != 0).tolist()
+      [[False, True], [False, False]]
+    """
+    if not (isinstance(target, int | float | np.number) and 0 <= target < 1):
+        raise ValueError(f"target: {target!r} is not allowed; allowed are numbers in [0, 1)")
+    steps = check_steps(steps)
+    if update_every is None:
+        update_every = min(max(steps // 200, 1), 100)
+    update_every = check_steps(update_every, "update_every")
+    gains = _gains(learning_rates(learning_rate, steps))
+
+    def init(
+        latent: Sequence[jax.Array], magnitude: Magnitude
+    ) -> tuple[jax.Array, TargetSparsityState]:
+        del latent, magnitude
+        zero = jnp.zeros((), jnp.result_type(float))
+        return zero, TargetSparsityState(quantile=zero.copy())
+
+    def update(
+        count: jax.Array,
+        threshold: jax.Array,
+        state: TargetSparsityState,
+        latent: Sequence[jax.Array],
+        magnitude: Magnitude,
+    ) -> tuple[jax.Array, TargetSparsityState]:
+        size = sum(leaf.size for leaf in latent)
+        if not size:
+            return threshold, state
+        # At least one weight survives: a target below 1 never means none at all.
+        rank = min(round(target * size), size - 1)
+        due = ((count % update_every == 0) | (count == steps - 1)) & (count < steps)
+        quantile = lax.cond(
+            due,
+            lambda: kth_smallest(latent, rank, magnitude, dtype=threshold.dtype),
+            lambda: state.quantile,
+        )
+        gain = jnp.where(
+            count < steps, jnp.asarray(gains, threshold.dtype)[jnp.minimum(count, steps - 1)], 0.0
+        )
+        # Written so that a gain of 1 gives the quantile itself and a gain of 0 the old threshold.
+        return (1 - gain) * threshold + gain * quantile, TargetSparsityState(quantile)
+
+    return ClosedLoop(init, update)
+
+
+def kth_smallest(
+    arrays: Sequence[jax.Array],
+    rank: int,
+    magnitude: Magnitude = jnp.abs,
+    *,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """The ``rank``-th smallest magnitude over several arrays, exactly, in a few reads of them.
+
+    A radix selection: non-negative floats are ordered as their bit patterns are, so the answer is
+    built four bits at a time, from the top; a pass counts for each of the 15 candidates of the
+    next digit how many patterns lie below it. Eight passes for float32, sixteen for float64,
+    each reading the arrays once and keeping only counts: nothing is sorted, copied or gathered,
+    and arrays sharded over devices stay where they are.
+
+    Args:
+      arrays: real arrays of any shapes, fewer than 2**32 entries in all.
+      rank: k in 0 … N: the smallest magnitude is the first; for 0 the answer is 0.
+      magnitude: maps an array to non-negative numbers of the same shape.
+      dtype: float32 or float64: the type in which magnitudes are compared.
+
+    Returns:
+      A scalar of type ``dtype``. NaN magnitudes count as larger than infinity.
+
+    Raises:
+      ValueError: there are 2**32 entries or more, or ``rank`` is not in 0 … N.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> kth_smallest([jnp.array([3.0, -1.0]), jnp.array([[2.0]])], 2)
+      Array(2., dtype=float32)
+    """
+    size = sum(array.size for array in arrays)
+    if size >= 2**32:
+        raise ValueError(f"arrays: {size} entries are too many to count in 32 bits")
+    if not 0 <= rank <= size:
+        raise ValueError(f"rank: {rank} is not allowed; allowed are 0 … {size}")
+    if rank == 0:
+        return jnp.zeros((), dtype)
+    bits = jnp.dtype(dtype).itemsize * 8
+    unsigned = jnp.dtype(f"uint{bits}")
+
+    def one_digit(step: int | jax.Array, found: jax.Array) -> jax.Array:
+        shift = jnp.asarray(bits - _DIGIT_BITS * (step + 1), unsigned)
+        digits = jnp.arange(1, 2**_DIGIT_BITS, dtype=unsigned)
+        below = _count_below(arrays, found | (digits << shift), magnitude, dtype)
+        return found | (jnp.sum(below < np.uint32(rank), dtype=unsigned) << shift)
+
+    found = lax.fori_loop(0, bits // _DIGIT_BITS, one_digit, jnp.zeros((), unsigned))
+    return lax.bitcast_convert_type(found, dtype)
+
+
+def _count_below(
+    arrays: Sequence[jax.Array], pivots: jax.Array, magnitude: Magnitude, dtype: Any
+) -> jax.Array:
+    """For each pivot the number of bit patterns below it, in one pass over the arrays."""
+    total = jnp.zeros(pivots.shape, jnp.uint32)
+    for array in arrays:
+        # abs: the order of bit patterns holds for a clear sign bit, and a magnitude may be -0.0.
+        patterns = lax.bitcast_convert_type(jnp.abs(magnitude(array).astype(dtype)), pivots.dtype)
+        below = [(patterns < pivot).astype(jnp.uint32) for pivot in pivots]
+        # One reduction with fifteen results is one loop over the array; fifteen reductions would
+        # each read it again.
+        total += jnp.stack(
+            lax.reduce(
+                below,
+                [np.uint32(0)] * len(below),
+                lambda left, right: [a + b for a, b in zip(left, right)],
+                tuple(range(array.ndim)),
+            )
+        )
+    return total
+
+
+def _gains(rates: np.ndarray) -> np.ndarray:
+    """rho_t = eta_t / sum_{r>=t} eta_r in float64; 1 at the last step, whatever its rate."""
+    left = np.cumsum(rates[::-1])[::-1]
+    gains = np.divide(rates, left, out=np.zeros_like(rates), where=left > 0)
+    gains[-1] = 1.0
+    return gains

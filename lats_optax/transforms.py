@@ -1,0 +1,398 @@
+"""The gradient transformations: `soft_threshold`, `proximal_step` and `keep_support`.
+
+Each returns the update w' - w, so that `optax.apply_updates` arrives at w'; where w' is zero this
+is exact in every float type, because w + (0 - w) = 0. Nothing may rescale or add to an update
+afterwards: chain these last.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lats_optax import masks, prox
+from lats_optax.masks import MaskOrFunction, is_dense
+from lats_optax.prox import Operator
+from lats_optax.target import ClosedLoop
+from lats_optax.thresholds import ScalarOrSchedule, check_steps, check_threshold
+
+
+class SoftThresholdState(NamedTuple):
+    """What `soft_threshold` remembers between steps.
+
+    Attributes:
+      count: int32 scalar, the number of steps taken.
+      threshold: float scalar, the current d, in the units of the weights.
+      latent: the latent weights theta, a tree like the parameters in which `optax.MaskedNode`
+        stands for the leaves that are not pruned.
+      control: the state of a closed-loop threshold, else ``()``.
+      inner_state: the state of ``inner``, else ``()``.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # tuple.count
+    threshold: jax.Array
+    latent: Any
+    control: Any
+    inner_state: Any
+
+
+class ProximalStepState(NamedTuple):
+    """The number of steps taken, an int32 scalar."""
+
+    count: jax.Array  # type: ignore[assignment]  # tuple.count
+
+
+class KeepSupportState(NamedTuple):
+    """The support: bool arrays in a tree like the parameters; a scalar stands for a whole leaf."""
+
+    support: Any
+
+
+def soft_threshold(
+    threshold: ScalarOrSchedule | ClosedLoop,
+    *,
+    inner: optax.GradientTransformation | None = None,
+    mask: MaskOrFunction | None = None,
+    operator: Operator | None = None,
+    latent_dtype: Any = None,
+    freeze_after: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Soft threshold pruning: the model runs on S_d(theta), the optimizer moves theta.
+
+    ``theta' = theta + update``, ``w' = S_{d(t+1)}(theta')``, with S_d soft thresholding. Chained
+    last, behind any optimizer; the parameters are then exactly sparse after every step::
+
+        tx = optax.chain(optax.sgd(lr, momentum=0.9),
+                         soft_threshold(target_sparsity(0.95, lr, steps)))
+
+    Args:
+      threshold: d in the units of the weights: a number, an optax schedule ``count -> d``, or a
+        closed loop such as :func:`lats_optax.target_sparsity`. After step t (counted from 0) the
+        threshold is ``threshold(t + 1)``; ``threshold(0)`` is the one before the first step, and
+        where it is not zero the first latent weights are lifted, ``theta = w + d sign(w)``, so
+        that the given parameters are what the model starts from.
+      inner: an optimizer that is given theta as its parameters; the updates that arrive are then
+        gradients. Weight decay in it acts on theta, as in the published code. Without it the
+        updates that arrive are applied to theta as they are, and weight decay chained before acts
+        on w. Extra arguments of ``update`` reach it.
+      mask: which leaves to prune: a pytree of bools that matches the parameters, or a function
+        that makes one from them. Default (None): :func:`lats_optax.prunable`. The other leaves
+        get the update as it comes and take no memory.
+      operator: the proximal operator. Default (None): :func:`lats_optax.prox.prox_l1`.
+      latent_dtype: float type of theta. Default (None): that of each parameter. ``jnp.float32``
+        under bfloat16 parameters is mixed precision.
+      freeze_after: number of steps after which the support is frozen: zeros stay zero, and the
+        survivors train on without shrinkage, under a threshold of zero (early pruning).
+
+    Returns:
+      A gradient transformation with state :class:`SoftThresholdState`; read the current threshold
+      with ``optax.tree.get(opt_state, "threshold")``. Its ``update`` needs ``params``.
+
+    Raises:
+      ValueError: a threshold that is negative or not finite (a schedule is asked for count 0),
+        ``freeze_after`` < 1; from ``init``, a mask of another structure, or one that selects
+        integer or complex parameters; from ``update``, ``params=None``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> params = {"kernel": jnp.array([[0.3, -1.0], [2.0, 0.1]]), "bias": jnp.zeros(2)}
+      >>> tx = optax.chain(optax.sgd(0.1), soft_threshold(optax.linear_schedule(0.0, 0.5, 1)))
+      >>> gradients = jax.tree.map(jnp.zeros_like, params)
+      >>> updates, state = tx.update(gradients, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)["kernel"]
+      Array([[ 0. , -0.5],
+             [ 1.5,  0. ]], dtype=float32)
+      >>> float(optax.tree.get(state, "threshold"))
+      0.5
+
+    Source: Chen et al., "A Unified Framework for Soft Threshold Pruning" (ICLR 2023), algorithm 1.
+    """
+    operator = prox.prox_l1 if operator is None else operator
+    mask = masks.prunable if mask is None else mask
+    control = threshold if isinstance(threshold, ClosedLoop) else _open_loop(threshold)
+    magnitude = prox.magnitude(operator) if isinstance(threshold, ClosedLoop) else jnp.abs
+    if latent_dtype is not None and not jnp.issubdtype(latent_dtype, jnp.floating):
+        raise ValueError(f"latent_dtype: {latent_dtype} is not a float type")
+    if freeze_after is not None:
+        freeze_after = check_steps(freeze_after, "freeze_after")
+    inner = None if inner is None else optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> SoftThresholdState:
+        pruned = _pruned(params, mask)
+        leaves = [leaf for leaf, chosen in _pairs(params, pruned) if chosen]
+        first, control_state = control.init(leaves, magnitude)
+
+        def latent_of(chosen: bool, leaf: jax.Array) -> Any:
+            if not chosen:
+                return optax.MaskedNode()
+            dtype = leaf.dtype if latent_dtype is None else latent_dtype
+            wide = leaf.astype(jnp.promote_types(dtype, jnp.float32))
+            return prox.lift(operator)(wide, first.astype(wide.dtype)).astype(dtype)
+
+        latent = jax.tree.map(latent_of, pruned, params)
+        inner_state = () if inner is None else inner.init(_where_latent(latent, params))
+        return SoftThresholdState(
+            jnp.zeros((), jnp.int32), first, latent, control_state, inner_state
+        )
+
+    def update(
+        updates: Any, state: SoftThresholdState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, SoftThresholdState]:
+        _require("soft_threshold", params)
+        latent, frozen = state.latent, None
+        if freeze_after is not None:
+            # Entering the frozen phase theta becomes w, and d becomes 0: w = S_d(theta) holds on.
+            frozen = state.count >= freeze_after
+            latent = _map_pruned(
+                lambda theta: jnp.where(frozen, operator(theta, state.threshold), theta), latent
+            )
+        inner_state = state.inner_state
+        if inner is not None:
+            updates, inner_state = inner.update(
+                updates, inner_state, _where_latent(latent, params), **extra_args
+            )
+        moved = _map_pruned(lambda theta, u: _move(theta, u, frozen), latent, updates)
+        after, control_state = control.update(
+            state.count, state.threshold, state.control, jax.tree.leaves(moved), magnitude
+        )
+        if frozen is not None:
+            after = jnp.where(frozen, 0.0, after)
+        new_updates = jax.tree.map(
+            lambda theta, u, w: u if is_dense(theta) else _difference(operator(theta, after), w),
+            moved,
+            updates,
+            params,
+            is_leaf=is_dense,
+        )
+        count = optax.safe_increment(state.count)
+        return new_updates, SoftThresholdState(count, after, moved, control_state, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def proximal_step(
+    strength: ScalarOrSchedule,
+    *,
+    operator: Operator | None = None,
+    mask: MaskOrFunction | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A proximal step behind any optimizer: ISTA proper, without latent weights.
+
+    ``w' = prox_{strength(t)}(w + update)``
+
+    With ``optax.sgd(lr)`` before it and ``strength(t) = lr(t) * mu`` its fixed points minimize
+    ``loss + mu * penalty``. It forgets what a pruned weight's gradients were, so that gradient
+    noise revives zeros; where the gradients are exact it is the plain method for Lasso problems.
+
+    Args:
+      strength: the strength of the operator, a number or a schedule ``count -> strength``.
+      operator: the proximal operator. Default (None): :func:`lats_optax.prox.prox_l1`.
+      mask: which leaves it acts on, as in :func:`soft_threshold`.
+
+    Returns:
+      A gradient transformation with state :class:`ProximalStepState`. Its ``update`` needs
+      ``params``.
+
+    Raises:
+      ValueError: a strength that is negative or not finite (a schedule is asked for count 0);
+        from ``init`` and ``update`` as :func:`soft_threshold`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = optax.chain(optax.sgd(0.1), proximal_step(0.1 * 2.0))
+      >>> params = jnp.array([[3.0, 0.1]])
+      >>> updates, _ = tx.update(params, tx.init(params), params)  # the loss is 1/2 ||w||^2
+      >>> optax.apply_updates(params, updates)
+      Array([[2.5, 0. ]], dtype=float32)
+
+    Source: Beck and Teboulle, "A fast iterative shrinkage-thresholding algorithm" (2009).
+    """
+    operator = prox.prox_l1 if operator is None else operator
+    mask = masks.prunable if mask is None else mask
+    schedule = _schedule("strength", strength)
+
+    def init(params: Any) -> ProximalStepState:
+        _pruned(params, mask)
+        return ProximalStepState(jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: Any, state: ProximalStepState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, ProximalStepState]:
+        del extra_args
+        _require("proximal_step", params)
+        current = schedule(state.count)
+
+        def step(chosen: bool, u: Any, w: jax.Array) -> Any:
+            if not chosen:
+                return u
+            return _difference(operator(w + u.astype(w.dtype), current), w)
+
+        new_updates = jax.tree.map(step, masks.resolve(mask, params), updates, params)
+        return new_updates, ProximalStepState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
+    """Hold given zeros at zero, whatever the optimizer before it does.
+
+    ``w' = support * (w + update)``
+
+    Args:
+      support: bools in a tree like the parameters, as :func:`lats_optax.support` makes it: an
+        array of the shape of its leaf, or a scalar for the whole leaf.
+
+    Returns:
+      A gradient transformation with state :class:`KeepSupportState`. Its ``update`` needs
+      ``params``.
+
+    Raises:
+      ValueError: from ``init``, a support of another structure or shape, or not of bools; from
+        ``update``, ``params=None``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> params = jnp.array([[0.0, 1.0]])
+      >>> tx = optax.chain(optax.sgd(0.5), keep_support(params != 0))
+      >>> updates, _ = tx.update(jnp.ones((1, 2)), tx.init(params), params)
+      >>> optax.apply_updates(params, updates)
+      Array([[0. , 0.5]], dtype=float32)
+    """
+
+    def init(params: Any) -> KeepSupportState:
+        if not jax.tree.leaves(params):
+            return KeepSupportState(jax.tree.map(lambda leaf: leaf, params))
+        if jax.tree.structure(support) != jax.tree.structure(params):  # type: ignore[operator]
+            raise ValueError(
+                f"support: its structure {jax.tree.structure(support)} is not that of the "
+                f"parameters, {jax.tree.structure(params)}"
+            )
+
+        def copy(path: str, kept: Any, leaf: jax.Array) -> jax.Array:
+            kept = jnp.array(kept)
+            if kept.dtype != bool or kept.shape not in ((), leaf.shape):
+                raise ValueError(
+                    f"support: at {path} it is {kept.dtype}{list(kept.shape)}; allowed is "
+                    f"bool{list(leaf.shape)} or a bool scalar"
+                )
+            return kept
+
+        return KeepSupportState(jax.tree.map(copy, masks.paths(params), support, params))
+
+    def update(
+        updates: Any, state: KeepSupportState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, KeepSupportState]:
+        del extra_args
+        _require("keep_support", params)
+        kept = jax.tree.map(
+            lambda alive, u, w: jnp.where(alive, u, -w.astype(u.dtype)),
+            state.support,
+            updates,
+            params,
+        )
+        return kept, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+# --- one leaf -----------------------------------------------------------------------------------
+
+
+def _move(theta: jax.Array, update: Any, frozen: jax.Array | None) -> jax.Array:
+    moved = theta + update.astype(theta.dtype)
+    if frozen is None:
+        return moved
+    # A survivor that lands on zero exactly would be taken for dead from then on.
+    alive = jnp.where(moved == 0, _finfo(theta.dtype).tiny, moved)
+    return jnp.where(frozen, jnp.where(theta == 0, 0.0, alive), moved)
+
+
+def _difference(target: jax.Array, w: jax.Array) -> jax.Array:
+    """The update w' - w, such that w + (w' - w) is zero exactly where w' is."""
+    target = target.astype(w.dtype)
+    update = target - w
+    # Where w' is lost beside w, the rounded difference is -w and would prune a weight that is
+    # alive; the next float towards zero leaves one ulp of it.
+    lost = (update == -w) & (target != 0)
+    return jnp.where(lost, update * (1 - _finfo(w.dtype).eps), update)
+
+
+def _finfo(dtype: Any) -> Any:
+    return jnp.finfo(dtype)  # type: ignore[no-untyped-call]
+
+
+# --- trees --------------------------------------------------------------------------------------
+
+
+def _map_pruned(function: Callable[..., Any], latent: Any, *rest: Any) -> Any:
+    return jax.tree.map(
+        lambda theta, *others: theta if is_dense(theta) else function(theta, *others),
+        latent,
+        *rest,
+        is_leaf=is_dense,
+    )
+
+
+def _where_latent(latent: Any, params: Any) -> Any:
+    """The parameters with the latent weights in the place of the pruned ones."""
+    return jax.tree.map(
+        lambda theta, w: w if is_dense(theta) else theta, latent, params, is_leaf=is_dense
+    )
+
+
+def _pairs(params: Any, pruned: Any) -> list[tuple[Any, bool]]:
+    return list(zip(jax.tree.leaves(params), jax.tree.leaves(pruned)))
+
+
+def _pruned(params: Any, mask: MaskOrFunction) -> Any:
+    """The mask as a tree of bools, after a look at what it selects."""
+    pruned = masks.resolve(mask, params)
+    names = jax.tree.leaves(masks.paths(params))
+    for name, (leaf, chosen) in zip(names, _pairs(params, pruned)):
+        dtype = jnp.asarray(leaf).dtype
+        if chosen and not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"mask: it selects {name}, which is {dtype}; only float parameters can be pruned"
+            )
+    if names and not any(jax.tree.leaves(pruned)):
+        warnings.warn(
+            f"nothing is pruned: the mask selects none of {', '.join(names)}", stacklevel=3
+        )
+    return pruned
+
+
+def _require(name: str, params: Any) -> None:
+    if params is None:
+        raise ValueError(
+            f"{name}: params is None; call update(updates, state, params) with the current "
+            "parameters"
+        )
+
+
+# --- thresholds ---------------------------------------------------------------------------------
+
+
+def _schedule(name: str, value: ScalarOrSchedule) -> Callable[[Any], jax.Array]:
+    """A number or a schedule, checked as far as it is known, as count -> float array."""
+    first = value(0) if callable(value) else value
+    if not isinstance(first, jax.core.Tracer):
+        if np.ndim(first):
+            raise ValueError(f"{name}: {first!r} is not a scalar; allowed are finite numbers >= 0")
+        check_threshold(name, float(first))
+    dtype = jnp.result_type(float)
+    if callable(value):
+        return lambda count: jnp.asarray(value(count), dtype)
+    return lambda count: jnp.asarray(value, dtype)
+
+
+def _open_loop(threshold: ScalarOrSchedule) -> ClosedLoop:
+    """A schedule in the form of a closed loop that looks at nothing but the count."""
+    schedule = _schedule("threshold", threshold)
+    return ClosedLoop(
+        init=lambda latent, magnitude: (schedule(0), ()),
+        update=lambda count, d, state, latent, magnitude: (schedule(count + 1), state),
+    )
