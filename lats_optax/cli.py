@@ -61,11 +61,24 @@ def _parse(args: Sequence[str] | None) -> TrainConfig:
 
 
 def _unframed(box: str) -> str:
-    """The words in a box that tyro has drawn around an error."""
-    lines = [line.strip("│ ") for line in box.splitlines()]
-    words = " ".join(line for line in lines if line and line[0] not in "╭╰─")
-    # Names of tyro's own, for what the message already names.
-    return re.sub(r"Error parsing (?!--)\S+: ", "", words)
+    """The message in a box that tyro has drawn around an error, and the options it suggests."""
+    sections = [""]
+    for line in box.splitlines():
+        words = line.strip("│ ")
+        if words.startswith("───"):
+            sections.append("")
+        elif not words.startswith(("╭", "╰")):
+            sections[-1] += f" {words}"
+    # Names of tyro's own, where the message names the field already.
+    message = re.sub(r"Error parsing (?!--)\S+: ", "", sections[0].strip())
+    for section in sections[1:]:
+        if section.startswith(" Available subcommands"):
+            message += f"; presets: {section.partition(':')[2].strip()}"
+        elif section.startswith(" Perhaps you meant"):
+            options = dict.fromkeys(re.findall(r"(?<= )--[\w.-]+\w(?= )", section))
+            options.pop("--help", None)
+            message += f"; perhaps you meant {' or '.join(options)}"
+    return message
 
 
 def _summarize(result: loop.RunResult) -> None:

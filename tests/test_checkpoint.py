@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 
 import jax
 import numpy as np
@@ -14,16 +13,17 @@ from lats_optax.training.checkpoint import load_variables
 from lats_optax.training.config import PruneConfig
 from lats_optax.training.logging import read_metrics
 from tests import tiny
+from tests.tiny import compile_once as compile_once
 
 SPARSE = PruneConfig(target_sparsity=0.75)
 
 
 @pytest.fixture(autouse=True)
-def _tiny(monkeypatch):
+def _tiny(monkeypatch, compile_once):
     tiny.install(monkeypatch)
 
 
-class InterruptedError_(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -35,7 +35,7 @@ def interrupt(monkeypatch, at):
         if "weight" not in batch:
             taken.append(1)
             if len(taken) == at:
-                raise InterruptedError_
+                raise KilledError
         return original(self, batch)
 
     monkeypatch.setattr(loop.DataParallel, "shard", shard)
@@ -55,7 +55,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, monkeypatch, prun
     config = tiny.config(tmp_path / "stopped", prune=prune, log_every=1)
     with monkeypatch.context() as context:
         interrupt(context, at=16)
-        with pytest.raises(InterruptedError_):
+        with pytest.raises(KilledError):
             loop.train(config)
     assert read_metrics(config.workdir / "metrics.jsonl")[-1]["step"] == 15
     resumed = loop.train(dataclasses.replace(config, resume=True))
@@ -85,13 +85,14 @@ def test_a_run_may_be_resumed_on_other_devices(tmp_path, monkeypatch):
     config = tiny.config(tmp_path / "run", prune=SPARSE)
     with monkeypatch.context() as context:
         interrupt(context, at=10)
-        with pytest.raises(InterruptedError_):
+        with pytest.raises(KilledError):
             loop.train(config, jax.devices()[:8])
     resumed = loop.train(dataclasses.replace(config, resume=True), jax.devices()[:2])
     straight = loop.train(tiny.config(tmp_path / "straight", prune=SPARSE), jax.devices()[:2])
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
-        jax.device_get(resumed.state.params), jax.device_get(straight.state.params),
+        jax.device_get(resumed.state.params),
+        jax.device_get(straight.state.params),
     )
 
 
@@ -114,7 +115,9 @@ def test_a_checkpoint_that_was_not_finished_is_not_read(tmp_path, monkeypatch):
 def test_the_weights_can_be_loaded(tmp_path):
     result = loop.train(tiny.config(tmp_path / "run", epochs=1, prune=SPARSE))
     variables = load_variables(tmp_path / "run")
-    jax.tree.map(np.testing.assert_array_equal, variables["params"], jax.device_get(result.state.params))
+    jax.tree.map(
+        np.testing.assert_array_equal, variables["params"], jax.device_get(result.state.params)
+    )
     logits = tiny.Model().apply(variables, np.zeros((2, *tiny.SHAPE), np.float32), train=False)
     assert logits.shape == (2, tiny.CLASSES)
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
@@ -140,7 +143,8 @@ def test_overwrite_removes_the_run_and_nothing_else(tmp_path):
     shorter = dataclasses.replace(config, overwrite=True, seed=1)
     result = loop.train(shorter)
     assert (config.workdir / "notes.txt").read_text() == "mine"
-    steps = [json.loads(line)["step"] for line in (config.workdir / "metrics.jsonl").open()]
+    lines = (config.workdir / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
     assert steps == [r["step"] for r in result.metrics] == [4, 6, 6]
     assert len(list(config.workdir.glob("events.out.tfevents.*"))) == 1
 
@@ -150,4 +154,3 @@ def test_resuming_with_another_config_is_refused(tmp_path):
     loop.train(config)
     with pytest.raises(ValueError, match=r"seed is 1 and was 0"):
         loop.build(dataclasses.replace(config, resume=True, seed=1))
-    shutil.rmtree(config.workdir)

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 
-import lats_optax
 from lats_optax.training import loop
 from lats_optax.training.config import (
     DataConfig,
@@ -25,12 +24,13 @@ from lats_optax.training.parallel import AXIS, DataParallel
 from lats_optax.training.presets import PRESETS
 from lats_optax.training.step import cross_entropy
 from tests import tiny
+from tests.tiny import compile_once as compile_once
 
 SPARSE = PruneConfig(target_sparsity=0.75)
 
 
 @pytest.fixture(autouse=True)
-def _tiny(monkeypatch):
+def _tiny(monkeypatch, compile_once):
     tiny.install(monkeypatch)
 
 
@@ -72,17 +72,27 @@ def test_a_run_is_the_plain_loop(tmp_path, devices, prune):
         params, stats, opt_state, loss = step(params, stats, opt_state, batch)
         losses.append(float(loss))
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params_of(result), params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params_of(result), params
+    )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
-        jax.device_get(result.state.batch_stats), stats,
+        jax.device_get(result.state.batch_stats),
+        stats,
     )
     logged = [r["loss"] for r in result.metrics if r["split"] == "train"]
     windows = [losses[:4], losses[4:6], losses[6:8], losses[8:12], losses[12:16], losses[16:]]
     np.testing.assert_allclose(logged, [np.mean(w) for w in windows], rtol=1e-4)
 
 
-def test_target_sparsity_is_met_and_logged(tmp_path):
+def test_target_sparsity_is_met_and_logged_in_one_compilation(tmp_path, monkeypatch):
+    traces = []
+
+    def counted(*args, original=loop.train_step, **keywords):
+        traces.append(1)
+        return original(*args, **keywords)
+
+    monkeypatch.setattr(loop, "train_step", counted)
     result = loop.train(tiny.config(tmp_path / "run", prune=SPARSE))
     kernels = [p for p in jax.tree.leaves(params_of(result)) if p.ndim >= 2]
     zeros, size = sum((k == 0).sum() for k in kernels), sum(k.size for k in kernels)
@@ -91,34 +101,27 @@ def test_target_sparsity_is_met_and_logged(tmp_path):
     last = [r for r in result.metrics if r["split"] == "train"][-1]
     assert last["sparsity"] == pytest.approx(zeros / size)
     assert last["threshold"] > 0
-
-
-def test_the_second_step_does_not_compile_again(tmp_path, monkeypatch):
-    traces = []
-    monkeypatch.setattr(
-        loop, "train_step", lambda *a, original=loop.train_step, **k: traces.append(1) or original(*a, **k)
-    )
-    loop.train(tiny.config(tmp_path / "run", prune=SPARSE))
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("devices", [1, 2, 8])
-@pytest.mark.parametrize("batch_size", [8, 16, 24, 48])
+@pytest.mark.parametrize(
+    ("devices", "batch_size"), [(1, 2), (1, 23), (2, 12), (8, 8), (8, 24), (3, 48)]
+)
 def test_evaluation_counts_every_image_once(tmp_path, devices, batch_size):
-    config = tiny.config(tmp_path / "run", data=DataConfig(name="tiny", batch_size=batch_size), epochs=1)
-    result = loop.train(config, jax.devices()[:devices])
+    config = tiny.config(tmp_path, data=DataConfig(name="tiny", batch_size=batch_size))
+    experiment = loop.build(config, jax.devices()[:devices])
+    state = loop.initial_state(experiment)
+    result = loop.evaluate(experiment, experiment.parallel.replicate(state))
 
-    variables = {"params": params_of(result), "batch_stats": jax.device_get(result.state.batch_stats)}
+    variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
     examples = tiny.dataset().sources["test"]
     correct, loss = 0, 0.0
     for example in examples:
         logits = np.asarray(tiny.Model().apply(variables, example["image"][None], train=False))[0]
         correct += int(np.argmax(logits) == example["label"])
         loss -= float(logits[example["label"]] - np.log(np.exp(logits.astype(np.float64)).sum()))
-    assert result.test_accuracy == correct / len(examples)
-    test = [r for r in result.metrics if r["split"] == "test"]
-    assert [r["step"] for r in test] == [53 // batch_size]
-    assert test[0]["loss"] == pytest.approx(loss / len(examples), rel=1e-5)
+    assert result["accuracy"] == correct / len(examples)
+    assert result["loss"] == pytest.approx(loss / len(examples), rel=1e-5)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -152,18 +155,24 @@ def test_learning_rate_is_the_formula(decay, warmup):
     ("schedule", "beta"),
     [("lats", None), ("s-lats", None), ("epoch-lats", None), ("pgh", 0.5), ("constant", None)],
 )
-def test_every_schedule_ends_at_the_final_threshold(tmp_path, schedule, beta):
+def test_every_schedule_ends_at_the_final_threshold(schedule, beta):
     prune = PruneConfig(final_threshold=0.02, schedule=schedule, beta=beta)
-    result = loop.train(tiny.config(tmp_path / "run", prune=prune, epochs=2))
-    assert result.metrics[-1]["threshold"] == pytest.approx(0.02, rel=1e-4)
+    tx = make_optimizer(TrainConfig(prune=prune, epochs=2), steps_per_epoch=3).transform
+    params = {"kernel": jnp.ones((2, 2))}
+    state = tx.init(params)
+    for _ in range(6):
+        _, state = tx.update(params, state, params)
+    assert float(optax.tree.get(state, "threshold")) == pytest.approx(0.02, rel=1e-5)
 
 
-def test_excluded_layers_stay_dense(tmp_path):
-    prune = PruneConfig(final_threshold=10.0, exclude=("Dense",))
-    result = loop.train(tiny.config(tmp_path / "run", prune=prune, epochs=1))
-    params = params_of(result)
-    assert not params["Conv_0"]["kernel"].any()
-    assert params["Dense_0"]["kernel"].all()
+def test_excluded_layers_stay_dense():
+    prune = PruneConfig(final_threshold=10.0, exclude=("head",))
+    tx = make_optimizer(TrainConfig(prune=prune, epochs=1), steps_per_epoch=1).transform
+    params = {"stem": jnp.ones((2, 2)), "head": jnp.ones((2, 2))}
+    updates, _ = tx.update(params, tx.init(params), params)
+    params = optax.apply_updates(params, updates)
+    assert not params["stem"].any()
+    assert params["head"].all()
 
 
 def test_weight_decay_on_latent_and_on_weights_differ_as_told():
@@ -190,7 +199,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     messages = []
     for log_every in (1, 50):
         rate = OptimizerConfig(learning_rate=1e30)
-        config = tiny.config(tmp_path / str(log_every), optimizer=rate, log_every=log_every, epochs=9)
+        config = tiny.config(
+            tmp_path / str(log_every), optimizer=rate, log_every=log_every, epochs=9
+        )
         with pytest.raises(loop.NonFiniteError, match=r"at step \d+; ") as error:
             loop.train(config)
         messages.append(str(error.value).split(";")[0])
@@ -202,7 +213,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     # One step: its loss is that of the initial weights, finite; what it leads to is not.
-    rate = OptimizerConfig(learning_rate=1e39)
+    rate = OptimizerConfig(learning_rate=1e38, weight_decay=1e3)
     config = tiny.config(
         tmp_path / "run", optimizer=rate, data=DataConfig(name="tiny", batch_size=48), epochs=1
     )
@@ -249,11 +260,10 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     ],
 )
 def test_a_value_that_is_not_allowed_is_named(make, words):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="allowed") as error:
         make()
     for word in words:
         assert word in str(error.value)
-    assert "allowed" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -302,10 +312,14 @@ def test_replicas_see_their_own_part_of_the_batch():
     parallel = DataParallel()
     step = parallel.eval_step(
         lambda state, batch, total: (
-            total(batch["x"].sum()), total(jnp.float32(batch["x"].size)), jax.lax.psum(1, AXIS)
+            total(batch["x"].sum()),
+            total(jnp.float32(batch["x"].size)),
+            jax.lax.psum(1, AXIS),
         )
     )
-    sums = step(parallel.replicate(jnp.zeros(())), parallel.shard({"x": np.arange(16.0, dtype=np.float32)}))
+    sums = step(
+        parallel.replicate(jnp.zeros(())), parallel.shard({"x": np.arange(16.0, dtype=np.float32)})
+    )
     assert [float(s) for s in sums] == [120.0, 16.0, 8.0]
 
 

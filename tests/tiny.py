@@ -1,9 +1,11 @@
 """A data set and a model that train in no time, for the tests of the trainer."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,7 +31,10 @@ def dataset() -> data.Dataset:
         image_shape=SHAPE,
         num_classes=CLASSES,
         sources={"train": examples(TRAIN), "test": examples(TEST)},
-        train_example=lambda e, rng: {**e, "image": e["image"] + rng.normal(scale=0.1, size=SHAPE).astype(np.float32)},
+        train_example=lambda e, rng: {
+            **e,
+            "image": e["image"] + rng.normal(scale=0.1, size=SHAPE).astype(np.float32),
+        },
         eval_example=dict,
     )
 
@@ -43,19 +48,38 @@ class Model(nn.Module):
 
     @nn.compact
     def __call__(self, images, train=True):
-        x = nn.Conv(8, (3, 3), use_bias=False, dtype=self.dtype)(images)
+        # Uniform: the default initializer alone takes XLA a second to compile.
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
+        x = nn.Conv(8, (3, 3), use_bias=False, dtype=self.dtype, kernel_init=init)(images)
         x = nn.BatchNorm(
             use_running_average=not train, dtype=self.dtype, axis_name=self.axis_name, momentum=0.9
         )(x)
         x = nn.relu(x).reshape(x.shape[0], -1)
-        return nn.Dense(self.num_classes, dtype=self.dtype)(x)
+        return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=init)(x)
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes `tiny` the data set and the model that the trainer finds, whatever name is asked for."""
+    """Makes these the data set and the model that the trainer finds, whatever name it is given."""
     tiny = dataset()
     monkeypatch.setattr(data, "load", lambda name, data_dir=None: tiny)
-    monkeypatch.setattr(models, "create", lambda name, **arguments: Model(**arguments))
+    monkeypatch.setattr(
+        models, "create", lambda name, **arguments: Model(**arguments), raising=False
+    )
+
+
+@pytest.fixture(scope="session")
+def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Programs that several runs share are compiled once: tests here begin many a run."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 def config(workdir: Path, **changes: Any) -> TrainConfig:

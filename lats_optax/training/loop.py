@@ -6,7 +6,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,14 @@ from lats_optax.training.config import TrainConfig
 from lats_optax.training.logging import MetricsLog, Record
 from lats_optax.training.optimizer import Optimizer, make_optimizer
 from lats_optax.training.parallel import AXIS, DataParallel, join_processes
-from lats_optax.training.step import TrainState, create_state, eval_step, train_step
+from lats_optax.training.step import (
+    Batch,
+    Metrics,
+    TrainState,
+    create_state,
+    eval_step,
+    train_step,
+)
 
 
 class NonFiniteError(RuntimeError):
@@ -35,7 +42,18 @@ class NonFiniteError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A run that is ready to begin: everything that a config names, found and checked."""
+    """A run that is ready to begin: everything that a config names, found and checked.
+
+    Attributes:
+      config: what is run.
+      parallel: the devices.
+      dataset: what is trained on.
+      model: what is trained.
+      optimizer: what trains it.
+      steps_per_epoch: whole batches in the training images.
+      train_step: `(state, sharded batch) -> (state, metrics)`, which uses up the state.
+      eval_step: `(state, sharded batch) -> sums`.
+    """
 
     config: TrainConfig
     parallel: DataParallel
@@ -43,6 +61,13 @@ class Experiment:
     model: nn.Module
     optimizer: Optimizer
     steps_per_epoch: int
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    eval_step: Callable[[TrainState, Batch], Metrics]
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.config.epochs * self.steps_per_epoch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +133,35 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
         with Checkpoints(config.workdir) as checkpoints:
             if (saved := checkpoints.config()) is not None:
                 configs.check_resumable(saved, config)
-    experiment = Experiment(config, parallel, dataset, model, optimizer, steps_per_epoch)
-    jax.eval_shape(partial(_create_state, experiment))
+    train_one = partial(
+        train_step,
+        apply=model.apply,
+        transform=optimizer.transform,
+        label_smoothing=config.label_smoothing,
+    )
+    experiment = Experiment(
+        config=config,
+        parallel=parallel,
+        dataset=dataset,
+        model=model,
+        optimizer=optimizer,
+        steps_per_epoch=steps_per_epoch,
+        train_step=parallel.train_step(train_one),
+        eval_step=parallel.eval_step(partial(eval_step, apply=model.apply)),
+    )
+    # Expressions that match no parameter are found when the mask meets the parameters.
+    jax.eval_shape(lambda: initial_state(experiment))
     return experiment
+
+
+def initial_state(experiment: Experiment) -> TrainState:
+    """The state before the first step, not yet on the run's devices."""
+    return create_state(
+        experiment.model,
+        experiment.optimizer.transform,
+        experiment.dataset.image_shape,
+        experiment.config.seed,
+    )
 
 
 def fit(experiment: Experiment) -> RunResult:
@@ -128,19 +179,7 @@ def fit(experiment: Experiment) -> RunResult:
         shard_index=parallel.process_index,
         shard_count=parallel.process_count,
     )
-    one_step = parallel.train_step(
-        partial(
-            train_step,
-            apply=experiment.model.apply,
-            transform=experiment.optimizer.transform,
-            label_smoothing=config.label_smoothing,
-        )
-    )
-    evaluate = partial(
-        _evaluate, experiment, parallel.eval_step(partial(eval_step, apply=experiment.model.apply))
-    )
-    total_steps = config.epochs * experiment.steps_per_epoch
-    state, step = _create_state(experiment), 0
+    state, step = initial_state(experiment), 0
 
     with Checkpoints(config.workdir, config.keep_checkpoints) as checkpoints:
         if (saved := checkpoints.restore(like=state)) is not None:
@@ -148,12 +187,12 @@ def fit(experiment: Experiment) -> RunResult:
             batches.set_state(saved.data_state)
         state = parallel.replicate(state)
 
-        with MetricsLog(config.workdir, step, total_steps, parallel.is_primary) as log:
+        with MetricsLog(config.workdir, step, experiment.total_steps, parallel.is_primary) as log:
             test: dict[str, float] = {}
-            window: list[Any] = []
+            window: list[Metrics] = []
             window_started = time.perf_counter()
-            while step < total_steps:
-                state, metrics = one_step(state, parallel.shard(next(batches)))
+            while step < experiment.total_steps:
+                state, metrics = experiment.train_step(state, parallel.shard(next(batches)))
                 step += 1
                 # Left on the device: fetching them here would wait for every step.
                 window.append(metrics)
@@ -168,7 +207,7 @@ def fit(experiment: Experiment) -> RunResult:
                     progress = _progress(experiment, state, step)
                     log.write({"split": "train"} | progress | means | {"images_per_second": rate})
                     if evaluation_due:
-                        test = evaluate(state)
+                        test = evaluate(experiment, state)
                         log.write({"split": "test"} | progress | test)
                     if checkpoint_due:
                         _check_finite(state, step, config)
@@ -176,7 +215,7 @@ def fit(experiment: Experiment) -> RunResult:
                     window, window_started = [], time.perf_counter()
 
     # The last step is followed by an evaluation, but a run may be resumed when it is over.
-    test = test or evaluate(state)
+    test = test or evaluate(experiment, state)
     return RunResult(
         config=config,
         test_accuracy=test["accuracy"],
@@ -188,22 +227,31 @@ def fit(experiment: Experiment) -> RunResult:
     )
 
 
-def _create_state(experiment: Experiment) -> TrainState:
-    return create_state(
-        experiment.model,
-        experiment.optimizer.transform,
-        experiment.dataset.image_shape,
-        experiment.config.seed,
+def evaluate(experiment: Experiment, state: TrainState) -> dict[str, float]:
+    """Mean `loss` and `accuracy` over the test images, each counted once.
+
+    Args:
+      experiment: names the images and the model.
+      state: on the run's devices.
+    """
+    parallel = experiment.parallel
+    batches = experiment.dataset.eval_batches(
+        parallel.host_batch_size(experiment.config.data.batch_size),
+        split="test",
+        shard_index=parallel.process_index,
+        shard_count=parallel.process_count,
     )
+    sums = jax.device_get([experiment.eval_step(state, parallel.shard(b)) for b in batches])
+    totals = {name: math.fsum(batch[name] for batch in sums) for name in sums[0]}
+    return {name: totals[name] / totals["weight"] for name in ("loss", "accuracy")}
 
 
 def _due(experiment: Experiment, step: int, every: int) -> bool:
     """Whether `every` epochs are over at this step, or all are."""
-    per_epoch = experiment.steps_per_epoch
-    return step % (every * per_epoch) == 0 or step == experiment.config.epochs * per_epoch
+    return step % (every * experiment.steps_per_epoch) == 0 or step == experiment.total_steps
 
 
-def _means(window: list[Any], step: int, config: TrainConfig) -> dict[str, float]:
+def _means(window: list[Metrics], step: int, config: TrainConfig) -> dict[str, float]:
     """Means of the metrics of the steps up to `step`; raises if a loss is not finite."""
     steps = jax.device_get(window)
     for offset, metrics in enumerate(steps):
@@ -247,17 +295,3 @@ def _progress(experiment: Experiment, state: TrainState, step: int) -> dict[str,
         report = lats_optax.sparsity(state.params, experiment.optimizer.mask)
         progress["sparsity"] = float(report.sparsity)
     return progress
-
-
-def _evaluate(experiment: Experiment, one_batch: Any, state: TrainState) -> dict[str, float]:
-    """Mean loss and accuracy over the test images, each counted once."""
-    config, parallel = experiment.config, experiment.parallel
-    batches = experiment.dataset.eval_batches(
-        parallel.host_batch_size(config.data.batch_size),
-        split="test",
-        shard_index=parallel.process_index,
-        shard_count=parallel.process_count,
-    )
-    sums = jax.device_get([one_batch(state, parallel.shard(batch)) for batch in batches])
-    totals = {name: math.fsum(batch[name] for batch in sums) for name in sums[0]}
-    return {name: totals[name] / totals["weight"] for name in ("loss", "accuracy")}

@@ -92,14 +92,17 @@ def _threshold(config: TrainConfig, learning_rate: optax.Schedule, steps_per_epo
         return lats_optax.target_sparsity(
             prune.target_sparsity, learning_rate, steps, update_every=prune.update_every
         )
+    assert prune.final_threshold is not None
     final = prune.final_threshold
-    schedules = {
-        "lats": lambda: lats_optax.lats_threshold(learning_rate, steps, final),
-        "s-lats": lambda: lats_optax.s_lats_threshold(steps, final),
-        "epoch-lats": lambda: lats_optax.epoch_lats_threshold(
-            config.epochs, steps_per_epoch, final
-        ),
-        "pgh": lambda: lats_optax.pgh_threshold(steps, final, prune.beta),
-        "constant": lambda: final,
-    }
-    return schedules[prune.schedule]()
+    match prune.schedule:
+        case "lats":
+            return lats_optax.lats_threshold(learning_rate, steps, final)
+        case "s-lats":
+            return lats_optax.s_lats_threshold(steps, final)
+        case "epoch-lats":
+            return lats_optax.epoch_lats_threshold(config.epochs, steps_per_epoch, final)
+        case "pgh":
+            assert prune.beta is not None
+            return lats_optax.pgh_threshold(steps, final, prune.beta)
+        case "constant":
+            return final

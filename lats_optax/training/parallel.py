@@ -25,7 +25,7 @@ def join_processes() -> None:
         return
     try:
         jax.distributed.initialize()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise ValueError(
             "distributed is True; allowed: only where the environment describes a TPU pod or a "
             f"cluster (SLURM, Open MPI, Kubernetes). JAX says: {error}"

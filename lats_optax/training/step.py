@@ -3,7 +3,7 @@
 How the batch lies on devices is not known here: the mean over replicas is an argument.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -13,7 +13,8 @@ from flax import linen as nn
 
 Tree = TypeVar("Tree")
 Reduce = Callable[[Tree], Tree]
-Batch = dict[str, jax.Array]
+Batch = Mapping[str, Any]
+Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
@@ -62,7 +63,7 @@ def train_step(
     apply: Callable[..., Any],
     transform: optax.GradientTransformation,
     label_smoothing: float,
-) -> tuple[TrainState, dict[str, jax.Array]]:
+) -> tuple[TrainState, Metrics]:
     """A step of the optimizer on the mean gradient of all replicas.
 
     Args:
@@ -97,7 +98,7 @@ def train_step(
 
 def eval_step(
     state: TrainState, batch: Batch, total: Reduce[Any], *, apply: Callable[..., Any]
-) -> dict[str, jax.Array]:
+) -> Metrics:
     """Sums over the examples of a batch, each times its weight.
 
     Args:
