@@ -13,7 +13,6 @@ from lats_optax.training.checkpoint import load_variables
 from lats_optax.training.config import PruneConfig
 from lats_optax.training.logging import read_metrics
 from tests import tiny
-from tests.tiny import compile_once as compile_once
 
 SPARSE = PruneConfig(target_sparsity=0.75)
 

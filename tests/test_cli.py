@@ -8,7 +8,6 @@ import pytest
 
 from lats_optax import cli
 from tests import tiny
-from tests.tiny import compile_once as compile_once
 
 TINY = ["--data.batch-size", "8", "--epochs", "1", "--eval-every", "1"]
 

@@ -24,7 +24,6 @@ from lats_optax.training.parallel import AXIS, DataParallel
 from lats_optax.training.presets import PRESETS
 from lats_optax.training.step import cross_entropy
 from tests import tiny
-from tests.tiny import compile_once as compile_once
 
 SPARSE = PruneConfig(target_sparsity=0.75)
 

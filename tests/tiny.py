@@ -1,11 +1,9 @@
 """A data set and a model that train in no time, for the tests of the trainer."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -67,27 +65,14 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.fixture(scope="session")
-def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Programs that several runs share are compiled once: tests here begin many a run."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 def config(workdir: Path, **changes: Any) -> TrainConfig:
     """Three epochs of six steps."""
     plain = TrainConfig(
         data=DataConfig(name="tiny", batch_size=8),
         optimizer=OptimizerConfig(learning_rate=0.05, weight_decay=1e-3),
         epochs=3,
+        eval_every=1,
+        checkpoint_every=1,
         workdir=workdir,
         log_every=4,
     )

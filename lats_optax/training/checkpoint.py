@@ -31,10 +31,10 @@ class Checkpoints:
 
     Args:
       workdir: directory of the run.
-      keep: how many there are at most, once a save is done.
+      keep: how many there are at most once a save is done; None: all.
     """
 
-    def __init__(self, workdir: Path, keep: int = 1):
+    def __init__(self, workdir: Path, keep: int | None = None):
         # Saving in the background could read buffers that the next step, to which they are
         # donated, is already writing.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)

@@ -23,7 +23,7 @@ class DataConfig:
     """Data set: `digits`, or the name of any prepared TFDS image classification data set."""
     data_dir: str | None = None
     """Where prepared data sets are kept; None: the TFDS default."""
-    batch_size: int = 128
+    batch_size: int = 64
     """Images a step, over all devices of all processes together."""
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class ModelConfig:
 class OptimizerConfig:
     """Stochastic gradient descent: linear warm-up, then a cosine to zero."""
 
-    learning_rate: float = 0.1
+    learning_rate: float = 0.3
     """Learning rate at its peak."""
     momentum: float = 0.9
     """Momentum of SGD; 0 for none."""
@@ -143,7 +143,7 @@ class TrainConfig:
     prune: PruneConfig = PruneConfig()
     label_smoothing: float = 0.0
     """Mass that the training loss's target spreads evenly over all classes."""
-    epochs: int = 40
+    epochs: int = 20
     """Passes over the training images."""
     seed: int = 0
     """Seed of the initial parameters and of the order of the images."""
@@ -155,9 +155,9 @@ class TrainConfig:
     """Throw away the run that is in workdir."""
     log_every: int = 50
     """Steps between two records of the training metrics."""
-    eval_every: int = 1
+    eval_every: int = 5
     """Epochs between two evaluations on the test images; there is one after the last epoch."""
-    checkpoint_every: int = 1
+    checkpoint_every: int = 5
     """Epochs between two checkpoints; there is one after the last epoch."""
     keep_checkpoints: int = 2
     """How many of the latest checkpoints are kept."""

@@ -241,7 +241,8 @@ def evaluate(experiment: Experiment, state: TrainState) -> dict[str, float]:
         shard_index=parallel.process_index,
         shard_count=parallel.process_count,
     )
-    sums = jax.device_get([experiment.eval_step(state, parallel.shard(b)) for b in batches])
+    # Fetched one by one: batches that wait for the devices would fill their memory.
+    sums = [jax.device_get(experiment.eval_step(state, parallel.shard(b))) for b in batches]
     totals = {name: math.fsum(batch[name] for batch in sums) for name in sums[0]}
     return {name: totals[name] / totals["weight"] for name in ("loss", "accuracy")}
 

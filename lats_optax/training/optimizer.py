@@ -30,8 +30,8 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> Optimizer:
       in a dense run, would be) pruned.
 
     >>> optimizer = make_optimizer(TrainConfig(epochs=2), steps_per_epoch=10)
-    >>> round(float(optimizer.learning_rate(0)), 3), round(float(optimizer.learning_rate(10)), 3)
-    (0.1, 0.05)
+    >>> [round(float(optimizer.learning_rate(step)), 3) for step in (0, 10, 20)]
+    [0.3, 0.15, 0.0]
     """
     learning_rate = cosine(config, steps_per_epoch)
     sgd = optax.chain(
@@ -62,9 +62,9 @@ def cosine(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
     Returns:
       The schedule, `step -> rate`.
 
-    >>> config = TrainConfig(epochs=3)
-    >>> [round(float(cosine(config, 2)(step)), 4) for step in range(6)]
-    [0.1, 0.0933, 0.075, 0.05, 0.025, 0.0067]
+    >>> schedule = cosine(TrainConfig(epochs=3), steps_per_epoch=2)
+    >>> [round(float(schedule(step)), 3) for step in range(6)]
+    [0.3, 0.28, 0.225, 0.15, 0.075, 0.02]
     """
     sgd = config.optimizer
     unit = 1 if sgd.decay == "step" else steps_per_epoch
