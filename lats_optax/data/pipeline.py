@@ -7,7 +7,7 @@ a new one is a loader here. TFDS and Grain are imported where they are used: imp
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +19,7 @@ Batch = dict[str, np.ndarray]
 Example = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """A data set that is on disk, and how its examples become batches.
 
@@ -36,9 +36,9 @@ class Dataset:
     name: str
     image_shape: tuple[int, int, int]
     num_classes: int
-    sources: Mapping[str, Sequence[Example]]
-    train_example: Callable[[Example, np.random.Generator], Example]
-    eval_example: Callable[[Example], Example]
+    sources: Mapping[str, Sequence[Example]] = field(repr=False)
+    train_example: Callable[[Example, np.random.Generator], Example] = field(repr=False)
+    eval_example: Callable[[Example], Example] = field(repr=False)
 
     @property
     def num_train(self) -> int:
