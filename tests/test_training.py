@@ -40,8 +40,9 @@ def params_of(result):
 # What it computes
 
 
-@pytest.mark.parametrize("prune", [PruneConfig(), SPARSE], ids=["dense", "sparse"])
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize(
+    ("devices", "prune"), [(1, SPARSE), (8, SPARSE), (8, PruneConfig())], ids=["1", "8", "8-dense"]
+)
 def test_a_run_is_the_plain_loop(tmp_path, devices, prune):
     config = tiny.config(tmp_path / "run", prune=prune, label_smoothing=0.1)
     result = loop.train(config, jax.devices()[:devices])

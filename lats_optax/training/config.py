@@ -34,7 +34,7 @@ class DataConfig:
 class ModelConfig:
     """What is trained."""
 
-    name: str = "resnet_digits"
+    name: str = "digits-cnn"
     """Model of the zoo."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that the layers compute in; parameters are float32 in both cases."""
