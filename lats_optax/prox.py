@@ -281,18 +281,20 @@ def _elastic_net(x: jax.Array, d: jax.Array, *, l2: float) -> jax.Array:
 
 
 def _group_lasso(x: jax.Array, d: jax.Array, *, axes: int | Sequence[int] | None) -> jax.Array:
+    # Everything is compared as a magnitude, so that rounding cannot part this from _group_magnitude.
     norm, root_size = _group_norm(x, axes)
-    excess = norm - d * root_size
-    # (norm - d) / norm keeps its sign where 1 - d / norm would round to zero; with an infinite
-    # norm only the latter has a value.
-    safe = jnp.where(norm == 0, 1.0, norm)
-    kept = jnp.where(jnp.isinf(norm), 1 - d * root_size / safe, excess / safe)
+    least = norm / root_size
+    excess = least - d
+    # (least - d) / least keeps its sign where 1 - d / least would round to zero; where least is
+    # infinite only the latter has a value.
+    safe = jnp.where(least == 0, 1.0, least)
+    kept = jnp.where(jnp.isinf(least), 1 - d / safe, excess / safe)
     return jnp.where(excess <= 0, 0.0, x * kept)
 
 
 def _hard_threshold(x: jax.Array, d: jax.Array) -> jax.Array:
     kept = jnp.where(jnp.isnan(d), d, x)
-    return jnp.where(jnp.abs(x) <= jnp.sqrt(2 * d), 0.0, kept)
+    return jnp.where(_hard_magnitude(x) <= d, 0.0, kept)
 
 
 def _group_norm(x: jax.Array, axes: int | Sequence[int] | None) -> tuple[jax.Array, float]:
@@ -342,6 +344,12 @@ def _non_negative_magnitude(x: jax.Array) -> jax.Array:
     return jnp.maximum(x, 0)
 
 
+def _hard_magnitude(x: jax.Array) -> jax.Array:
+    # A square that underflows is still that of a weight which a strength of zero leaves alone.
+    tiny = jnp.finfo(x.dtype).tiny  # type: ignore[no-untyped-call]
+    return jnp.where(x == 0, 0.0, jnp.maximum(jnp.square(x) / 2, tiny))
+
+
 def _keep(w: jax.Array, d: Any, **_: Any) -> jax.Array:
     del d
     return jnp.array(w)
@@ -354,7 +362,7 @@ _RULES: dict[Any, Rule] = {
     ),
     prox_elastic_net: Rule(_elastic_magnitude, _elastic_lift),
     prox_group_lasso: Rule(_group_magnitude, _group_lift),
-    prox_l0: Rule(lambda x: jnp.square(x) / 2, _keep),
+    prox_l0: Rule(_hard_magnitude, _keep),
 }
 
 
