@@ -217,7 +217,8 @@ def magnitude(operator: Operator) -> Callable[[jax.Array], jax.Array]:
         that was given to :func:`register`.
 
     Returns:
-      A function of one array that returns an array of the same shape.
+      A function of one array that returns an array of the same shape, in float32 where the array
+      has sixteen bits: squares of these would over- and underflow.
 
     Raises:
       ValueError: nothing is known of the operator.
@@ -237,7 +238,8 @@ def magnitude(operator: Operator) -> Callable[[jax.Array], jax.Array]:
             f"operator: the magnitude of a weight under {operator!r} is not known, so no sparsity "
             "can be named; tell it with lats_optax.prox.register(operator, magnitude=...)"
         )
-    return functools.partial(rule.magnitude, **keywords)
+    least = functools.partial(rule.magnitude, **keywords)
+    return lambda x: least(_widen(_as_real(x)))
 
 
 def lift(operator: Operator) -> Callable[[jax.Array, Any], jax.Array]:
@@ -322,7 +324,7 @@ def _group_axes(ndim: int, axes: int | Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _group_magnitude(x: jax.Array, *, axes: int | Sequence[int] | None = None) -> jax.Array:
-    norm, root_size = _group_norm(_as_real(x), axes)
+    norm, root_size = _group_norm(x, axes)
     return jnp.broadcast_to(norm / root_size, x.shape)
 
 
@@ -385,8 +387,8 @@ def _over_leaves(function: Callable[..., jax.Array], x: Any, strength: Any, **ke
     def one(leaf: Any, d: Any) -> jax.Array:
         leaf = _as_real(leaf)
         # Sixteen-bit weights are thresholded in float32, so that d is not rounded to their grid.
-        wide = jnp.promote_types(leaf.dtype, jnp.float32)
-        z = function(leaf.astype(wide), jnp.asarray(d, wide), **keywords).astype(leaf.dtype)
+        wide = _widen(leaf)
+        z = function(wide, jnp.asarray(d, wide.dtype), **keywords).astype(leaf.dtype)
         # What underflows, in a product or in the cast, may have become -0.0.
         return jnp.where(z == 0, 0.0, z)
 
@@ -405,6 +407,10 @@ def _as_real(x: Any) -> jax.Array:
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"x: {x.dtype} is complex; proximal operators take real arrays")
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
+
+
+def _widen(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _check_not_negative(name: str, value: Any) -> None:
