@@ -37,7 +37,8 @@ def prox_l1(x: Any, strength: Any = 1.0) -> Any:
       IEEE arithmetic has it (``inf - inf`` is NaN).
 
     Raises:
-      ValueError: a strength given as a number is negative, or its structure does not match.
+      ValueError: a strength given as a number is negative, or its structure or shape does not
+        match.
       TypeError: ``x`` is complex.
 
     Example:
@@ -286,6 +287,7 @@ def _group_lasso(x: jax.Array, d: jax.Array, *, axes: int | Sequence[int] | None
     # Everything is compared as a magnitude, so that rounding cannot part this from _group_magnitude.
     norm, root_size = _group_norm(x, axes)
     least = norm / root_size
+    _check_broadcasts(d, least.shape)
     excess = least - d
     # (least - d) / least keeps its sign where 1 - d / least would round to zero; where least is
     # infinite only the latter has a value.
@@ -388,7 +390,9 @@ def _over_leaves(function: Callable[..., jax.Array], x: Any, strength: Any, **ke
         leaf = _as_real(leaf)
         # Sixteen-bit weights are thresholded in float32, so that d is not rounded to their grid.
         wide = _widen(leaf)
-        z = function(wide, jnp.asarray(d, wide.dtype), **keywords).astype(leaf.dtype)
+        d = jnp.asarray(d, wide.dtype)
+        _check_broadcasts(d, leaf.shape)
+        z = function(wide, d, **keywords).astype(leaf.dtype)
         # What underflows, in a product or in the cast, may have become -0.0.
         return jnp.where(z == 0, 0.0, z)
 
@@ -411,6 +415,15 @@ def _as_real(x: Any) -> jax.Array:
 
 def _widen(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _check_broadcasts(d: jax.Array, shape: tuple[int, ...]) -> None:
+    try:
+        fits = np.broadcast_shapes(d.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"strength: its shape {d.shape} does not broadcast against {shape}")
 
 
 def _check_not_negative(name: str, value: Any) -> None:
