@@ -284,7 +284,7 @@ def _elastic_net(x: jax.Array, d: jax.Array, *, l2: float) -> jax.Array:
 
 
 def _group_lasso(x: jax.Array, d: jax.Array, *, axes: int | Sequence[int] | None) -> jax.Array:
-    # Everything is compared as a magnitude, so that rounding cannot part this from _group_magnitude.
+    # Compared as a magnitude, so that rounding cannot part this from _group_magnitude.
     norm, root_size = _group_norm(x, axes)
     least = norm / root_size
     _check_broadcasts(d, least.shape)
@@ -313,9 +313,9 @@ def _group_norm(x: jax.Array, axes: int | Sequence[int] | None) -> tuple[jax.Arr
 def _group_axes(ndim: int, axes: int | Sequence[int] | None) -> tuple[int, ...]:
     if axes is None:
         return tuple(range(ndim - 1))
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    axes = tuple(np.atleast_1d(axes).tolist())
     for axis in axes:
-        if not -ndim <= axis < ndim:
+        if not (isinstance(axis, int) and -ndim <= axis < ndim):
             raise ValueError(f"axes: {axis} is not an axis of a leaf with {ndim} dimensions")
     if len({axis % ndim for axis in axes}) != len(axes):
         raise ValueError(f"axes: {axes} names an axis of a leaf with {ndim} dimensions twice")
