@@ -123,7 +123,8 @@ def prox_group_lasso(
         group.
 
     Returns:
-      What ``x`` is, with its shapes and dtypes; whole groups are zero.
+      What ``x`` is, with its shapes and dtypes; whole groups are zero. Squares are summed as they
+      are: in float32 a group whose norm is below about 1e-19 counts as zero.
 
     Raises:
       ValueError: as :func:`prox_l1`, and if a leaf lacks one of ``axes``.
