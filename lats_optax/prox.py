@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 
 class Operator(Protocol):
@@ -394,8 +395,9 @@ def _over_leaves(function: Callable[..., jax.Array], x: Any, strength: Any, **ke
         d = jnp.asarray(d, wide.dtype)
         _check_broadcasts(d, leaf.shape)
         z = function(wide, d, **keywords).astype(leaf.dtype)
-        # What underflows, in a product or in the cast, may have become -0.0.
-        return jnp.where(z == 0, 0.0, z)
+        # What underflows, in a product or in the cast, may have become -0.0. The difference is
+        # +0.0 and has the derivative of z, which a zero within a living group needs.
+        return jnp.where(z == 0, z - lax.stop_gradient(z), z)
 
     try:
         strengths = jax.tree.broadcast(strength, x)
