@@ -285,7 +285,7 @@ def l1_from_threshold(
         if not isinstance(count, jax.Array):
             return on_host(np.asarray(count))[()]
         if isinstance(threshold, ThresholdSchedule):
-            return _look_up(table(threshold.steps), count)
+            return jnp.where(count < 0, 0.0, _look_up(table(threshold.steps), count))
         rise = jnp.asarray(_call(threshold, count + 1)) - _call(threshold, count)
         rate = jnp.asarray(_call(learning_rate, count))
         still = (rise == 0) & (rate == 0)
@@ -379,7 +379,8 @@ def _prefix_sums(values: np.ndarray) -> np.ndarray:
 
 def _rise(threshold: ScalarOrSchedule, counts: np.ndarray) -> np.ndarray:
     if isinstance(threshold, ThresholdSchedule):
-        return _look_up(np.append(threshold.increments, 0.0), counts)
+        # Before the first step, as after the last, the threshold stands still.
+        return np.where(counts < 0, 0.0, _look_up(np.append(threshold.increments, 0.0), counts))
     return evaluate(threshold, counts + 1) - evaluate(threshold, counts)
 
 
