@@ -359,7 +359,9 @@ def _call(schedule: ScalarOrSchedule, count: Any) -> Any:
 def _look_up(table: np.ndarray, count: Any) -> Any:
     last = len(table) - 1
     if isinstance(count, jax.Array):
-        return jnp.asarray(table)[jnp.clip(count, 0, last)]
+        # The type is named: JAX remembers a constant in the type that it was first traced in, also
+        # when x64 is enabled later.
+        return jnp.asarray(table, jnp.result_type(float))[jnp.clip(count, 0, last)]
     return table[np.clip(count, 0, last)]
 
 
