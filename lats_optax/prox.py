@@ -220,8 +220,8 @@ def magnitude(operator: Operator) -> Callable[[jax.Array], jax.Array]:
         that was given to :func:`register`.
 
     Returns:
-      A function of one array that returns an array of the same shape, in float32 where the array
-      has sixteen bits: squares of these would over- and underflow.
+      A function of one array that returns an array of the same shape, at least float32: in the
+      precision in which the operators compare with the strength.
 
     Raises:
       ValueError: nothing is known of the operator.
@@ -242,6 +242,7 @@ def magnitude(operator: Operator) -> Callable[[jax.Array], jax.Array]:
             "can be named; tell it with lats_optax.prox.register(operator, magnitude=...)"
         )
     least = functools.partial(rule.magnitude, **keywords)
+    # A magnitude rounded to sixteen bits would name a threshold that misses the weight it is of.
     return lambda x: least(_widen(_as_real(x)))
 
 
@@ -286,15 +287,15 @@ def _elastic_net(x: jax.Array, d: jax.Array, *, l2: float) -> jax.Array:
 
 
 def _group_lasso(x: jax.Array, d: jax.Array, *, axes: int | Sequence[int] | None) -> jax.Array:
-    # Compared as a magnitude, so that rounding cannot part this from _group_magnitude.
-    norm, root_size = _group_norm(x, axes)
-    least = norm / root_size
-    _check_broadcasts(d, least.shape)
-    excess = least - d
-    # (least - d) / least keeps its sign where 1 - d / least would round to zero; where least is
-    # infinite only the latter has a value.
-    safe = jnp.where(least == 0, 1.0, least)
-    kept = jnp.where(jnp.isinf(least), 1 - d / safe, excess / safe)
+    # The magnitude itself is compared with d, so that a threshold taken from the magnitudes prunes
+    # the group that it was taken from.
+    rms = _group_rms(x, axes)
+    _check_broadcasts(d, rms.shape)
+    excess = rms - d
+    # (rms - d) / rms keeps its sign where 1 - d / rms would round to zero; where rms is infinite
+    # only the latter has a value.
+    safe = jnp.where(rms == 0, 1.0, rms)
+    kept = jnp.where(jnp.isinf(rms), 1 - d / safe, excess / safe)
     return jnp.where(excess <= 0, 0.0, x * kept)
 
 
@@ -303,13 +304,12 @@ def _hard_threshold(x: jax.Array, d: jax.Array) -> jax.Array:
     return jnp.where(_hard_magnitude(x) <= d, 0.0, kept)
 
 
-def _group_norm(x: jax.Array, axes: int | Sequence[int] | None) -> tuple[jax.Array, float]:
-    """The L2 norm of each group, its axes kept, and the square root of a group's size."""
+def _group_rms(x: jax.Array, axes: int | Sequence[int] | None) -> jax.Array:
+    """The root mean square of each group, ``||x_g|| / sqrt|g|``, its axes kept."""
     axes = _group_axes(x.ndim, axes)
-    squares = jnp.sum(jnp.square(x), axis=axes, keepdims=True)
+    squares = jnp.mean(jnp.square(x), axis=axes, keepdims=True)
     # The square root has no derivative at zero; a zero group stays where it is.
-    norm = jnp.where(squares == 0, 0.0, jnp.sqrt(jnp.where(squares == 0, 1.0, squares)))
-    return norm, float(np.sqrt(np.prod([x.shape[axis] for axis in axes], dtype=float)))
+    return jnp.where(squares == 0, 0.0, jnp.sqrt(jnp.where(squares == 0, 1.0, squares)))
 
 
 def _group_axes(ndim: int, axes: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -328,13 +328,12 @@ def _group_axes(ndim: int, axes: int | Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _group_magnitude(x: jax.Array, *, axes: int | Sequence[int] | None = None) -> jax.Array:
-    norm, root_size = _group_norm(x, axes)
-    return jnp.broadcast_to(norm / root_size, x.shape)
+    return jnp.broadcast_to(_group_rms(x, axes), x.shape)
 
 
 def _group_lift(w: jax.Array, d: Any, *, axes: int | Sequence[int] | None = None) -> jax.Array:
-    norm, root_size = _group_norm(w, axes)
-    return jnp.where(norm == 0, w, w * (1 + d * root_size / jnp.where(norm == 0, 1.0, norm)))
+    rms = _group_rms(w, axes)
+    return jnp.where(rms == 0, w, w * (1 + d / jnp.where(rms == 0, 1.0, rms)))
 
 
 def _elastic_magnitude(x: jax.Array, *, l2: float = 1.0) -> jax.Array:
@@ -409,6 +408,12 @@ def _over_leaves(function: Callable[..., jax.Array], x: Any, strength: Any, **ke
     return jax.tree.map(one, x, strengths)
 
 
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype in which weights of a float dtype are compared with a threshold."""
+    # promote_types would refuse sixteen-bit types under strict promotion.
+    return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
+
+
 def _as_real(x: Any) -> jax.Array:
     x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -417,7 +422,7 @@ def _as_real(x: Any) -> jax.Array:
 
 
 def _widen(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(at_least_float32(x.dtype))
 
 
 def _check_broadcasts(d: jax.Array, shape: tuple[int, ...]) -> None:

@@ -299,16 +299,23 @@ def l1_from_threshold(
 
 def check_steps(steps: Any, name: str = "steps") -> int:
     """``steps`` as an int >= 1, or a ValueError that names the argument."""
-    if isinstance(steps, bool) or not float(steps).is_integer() or steps < 1:
+    if not (_is_number(steps) and float(steps).is_integer() and steps >= 1):
         raise ValueError(f"{name}: {steps!r} is not allowed; allowed are whole numbers >= 1")
     return int(steps)
 
 
 def check_threshold(name: str, value: Any) -> float:
     """``value`` as a finite float >= 0, or a ValueError that names the argument."""
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: {value} is not allowed; allowed are finite numbers >= 0")
+    if not (_is_number(value) and math.isfinite(value) and value >= 0):
+        shown = value if _is_number(value) else repr(value)
+        raise ValueError(f"{name}: {shown} is not allowed; allowed are finite numbers >= 0")
     return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is one real number: of Python, NumPy or JAX, and not a bool."""
+    array = np.asarray(value)
+    return array.ndim == 0 and jnp.isdtype(array.dtype, ("real floating", "integral"))
 
 
 def learning_rates(learning_rate: ScalarOrSchedule, steps: int) -> np.ndarray:
