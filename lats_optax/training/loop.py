@@ -290,6 +290,7 @@ def _progress(experiment: Experiment, state: TrainState, step: int) -> dict[str,
         "step": step,
         "epoch": step / experiment.steps_per_epoch,
         "learning_rate": float(experiment.optimizer.learning_rate(step - 1)),
+        "learning_rate_sum": float(experiment.optimizer.learning_rate_sums[step]),
     }
     if experiment.config.prune.enabled:
         progress["threshold"] = float(optax.tree.get(state.opt_state, "threshold"))

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import lats_optax
+from lats_optax.thresholds import tabulate
 from lats_optax.training.config import PruneConfig, TrainConfig
 
 
@@ -15,6 +17,7 @@ class Optimizer(NamedTuple):
 
     transform: optax.GradientTransformation
     learning_rate: optax.Schedule
+    learning_rate_sums: np.ndarray
     mask: Callable[[Any], Any]
 
 
@@ -26,27 +29,29 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> Optimizer:
       steps_per_epoch: optimizer steps that make an epoch.
 
     Returns:
-      The transform, its learning rate `step -> rate`, and the mask of the weights that are (or,
-      in a dense run, would be) pruned.
+      The transform, its learning rate `step -> rate`, the sums of that rate over the first 0, 1, …
+      steps, and the mask of the weights that are (or, in a dense run, would be) pruned.
 
     >>> optimizer = make_optimizer(TrainConfig(epochs=2), steps_per_epoch=10)
     >>> [round(float(optimizer.learning_rate(step)), 3) for step in (0, 10, 20)]
     [0.3, 0.15, 0.0]
     """
     learning_rate = cosine(config, steps_per_epoch)
+    rates = tabulate(learning_rate, config.epochs * steps_per_epoch)
+    sums = np.concatenate([[0.0], np.cumsum(rates)])
     sgd = optax.chain(
         optax.add_decayed_weights(config.optimizer.weight_decay),
         optax.sgd(learning_rate, momentum=config.optimizer.momentum or None),
     )
     mask = _mask(config.prune)
     if not config.prune.enabled:
-        return Optimizer(sgd, learning_rate, mask)
+        return Optimizer(sgd, learning_rate, sums, mask)
     threshold = _threshold(config, learning_rate, steps_per_epoch)
     if config.prune.weight_decay_on == "latent":
         transform = lats_optax.soft_threshold(threshold, inner=sgd, mask=mask)
     else:
         transform = optax.chain(sgd, lats_optax.soft_threshold(threshold, mask=mask))
-    return Optimizer(transform, learning_rate, mask)
+    return Optimizer(transform, learning_rate, sums, mask)
 
 
 def cosine(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:

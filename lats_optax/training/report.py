@@ -32,8 +32,8 @@ class Run:
       seconds: how long it took.
       sparsity: the zeros of its final weights.
       metrics: its records, in the order of steps. Those with ``split`` "train" have ``step``,
-        ``epoch``, ``learning_rate`` (of that step) and, where weights are pruned, ``threshold`` and
-        ``sparsity`` (after it); those with ``split`` "test" have ``epoch`` and ``accuracy``.
+        ``epoch``, ``learning_rate_sum`` (of all steps up to it) and, where weights are pruned,
+        ``threshold`` and ``sparsity`` (after it); those with ``split`` "test" have ``epoch`` and ``accuracy``.
     """
 
     name: str
@@ -104,31 +104,21 @@ def comparison_table(runs: Sequence[Run]) -> str:
 def implied_l1(metrics: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """The L1 coefficient that a recorded threshold means, as a mean over each interval of the log.
 
-    ``μ = (d(t′) − d(t)) / Σ_{t ≤ s < t′} η_s`` between the records of steps t and t′. The learning
-    rates between are those of a cubic spline, clipped to the two that were recorded: about 1 % off
-    at 50 steps of a cosine, more for a rate that jumps.
+    ``μ = (d(t′) − d(t)) / Σ_{t ≤ s < t′} η_s`` between the records of steps t and t′.
 
     Args:
       metrics: the records of a run; those of the train split with a threshold are used.
 
     Returns:
-      Edges of the intervals in epochs, (n,), and μ, (n − 1,), NaN where the learning rate was 0;
+      Edges of the intervals in epochs, (n,), and μ, (n − 1,), NaN where the learning rate was zero;
       both empty for a run that has no threshold, or fewer than two records of it.
     """
-    from scipy.interpolate import CubicSpline
-
     records = _records(metrics, "train", "threshold")
     if len(records) < 2:
         return np.zeros(0), np.zeros(0)
-    step = np.array([r["step"] for r in records])
-    rate = np.array([r["learning_rate"] for r in records])
-    # The record of step t, counted from one, holds the rate of update t − 1 and d after it.
-    updates = np.arange(step[0], step[-1])
-    after = np.searchsorted(step, updates, side="right")
-    ends = np.sort([rate[after - 1], rate[after]], axis=0)
-    budget = np.cumsum([0.0, *np.clip(CubicSpline(step - 1, rate)(updates), *ends)])
-    rise, spent = np.diff([r["threshold"] for r in records]), np.diff(budget[step - step[0]])
-    l1 = np.divide(rise, spent, out=np.full_like(rise, np.nan), where=spent > 0)
+    rise = np.diff([r["threshold"] for r in records])
+    rates = np.diff([r["learning_rate_sum"] for r in records])
+    l1 = np.divide(rise, rates, out=np.full(rates.shape, np.nan), where=rates > 0)
     return np.array([r["epoch"] for r in records]), l1
 
 
