@@ -1,5 +1,6 @@
 """Which weights are pruned, as masks over a parameter tree; and supports, which are still alive."""
 
+import collections
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,6 +11,8 @@ import optax
 
 Mask = Any  # a pytree of bools that matches the parameters (or is a prefix of them)
 MaskOrFunction = Mask | Callable[[Any], Mask]
+
+_VALUE = jax.tree_util.GetAttrKey("value")
 
 
 def prunable(params: Any) -> Mask:
@@ -113,6 +116,9 @@ def support(params: Any, mask: MaskOrFunction = prunable) -> Any:
 def paths(params: Any) -> Any:
     """The path of every leaf, such as ``Dense_0/kernel``, in a tree of the same structure.
 
+    Boxes around an array, such as ``flax.nnx.Param``, leave no trace in it; the path of an array
+    that is a tree by itself is ``params``.
+
     Args:
       params: a pytree.
 
@@ -123,9 +129,15 @@ def paths(params: Any) -> Any:
       >>> paths({"Dense_0": {"kernel": 1.0}})
       {'Dense_0': {'kernel': 'Dense_0/kernel'}}
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), params
-    )
+    flat, structure = jax.tree_util.tree_flatten_with_path(params)
+    below = collections.Counter(path[:end] for path, _ in flat for end in range(len(path)))
+    names = []
+    for path, _ in flat:
+        # A box is a node whose only leaf is its attribute `value`.
+        boxed = len(path) > 1 and path[-1] == _VALUE and below[path[:-1]] == 1
+        shown = path[:-1] if boxed else path
+        names.append(jax.tree_util.keystr(shown, simple=True, separator="/") or "params")
+    return jax.tree.unflatten(structure, names)
 
 
 def resolve(mask: MaskOrFunction, params: Any) -> Mask:
@@ -146,7 +158,9 @@ def resolve(mask: MaskOrFunction, params: Any) -> Mask:
       >>> resolve({"encoder": True, "head": False}, {"encoder": [1.0, 2.0], "head": [3.0]})
       {'encoder': [True, True], 'head': [False]}
     """
-    tree = mask(params) if callable(mask) else mask
+    # A tree of bools may be callable too, such as an Equinox module.
+    leaves = jax.tree.leaves(mask)
+    tree = mask(params) if leaves and all(map(callable, leaves)) else mask
     if not jax.tree.leaves(params):
         return jax.tree.map(lambda _: False, params)
     try:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 
 class Operator(Protocol):
@@ -37,7 +38,8 @@ def prox_l1(x: Any, strength: Any = 1.0) -> Any:
       IEEE arithmetic has it (``inf - inf`` is NaN).
 
     Raises:
-      ValueError: a strength given as a number is negative, or its structure does not match.
+      ValueError: a strength given as a number is negative, or its structure or shape does not
+        match.
       TypeError: ``x`` is complex.
 
     Example:
@@ -122,7 +124,8 @@ def prox_group_lasso(
         group.
 
     Returns:
-      What ``x`` is, with its shapes and dtypes; whole groups are zero.
+      What ``x`` is, with its shapes and dtypes; whole groups are zero. Squares are summed as they
+      are: in float32 a group whose norm is below about 1e-19 counts as zero.
 
     Raises:
       ValueError: as :func:`prox_l1`, and if a leaf lacks one of ``axes``.
@@ -217,7 +220,8 @@ def magnitude(operator: Operator) -> Callable[[jax.Array], jax.Array]:
         that was given to :func:`register`.
 
     Returns:
-      A function of one array that returns an array of the same shape.
+      A function of one array that returns an array of the same shape, at least float32: in the
+      precision in which the operators compare with the strength.
 
     Raises:
       ValueError: nothing is known of the operator.
@@ -237,7 +241,9 @@ def magnitude(operator: Operator) -> Callable[[jax.Array], jax.Array]:
             f"operator: the magnitude of a weight under {operator!r} is not known, so no sparsity "
             "can be named; tell it with lats_optax.prox.register(operator, magnitude=...)"
         )
-    return functools.partial(rule.magnitude, **keywords)
+    least = functools.partial(rule.magnitude, **keywords)
+    # A magnitude rounded to sixteen bits would name a threshold that misses the weight it is of.
+    return lambda x: least(_widen(_as_real(x)))
 
 
 def lift(operator: Operator) -> Callable[[jax.Array, Any], jax.Array]:
@@ -266,7 +272,7 @@ def lift(operator: Operator) -> Callable[[jax.Array, Any], jax.Array]:
 
 def _soft_threshold(x: jax.Array, d: jax.Array) -> jax.Array:
     excess = jnp.abs(x) - d
-    # A comparison, not max(): NaN fails it and passes on, and a pruned entry is +0.0 on every side.
+    # A comparison, not max(): NaN fails it and passes on.
     return jnp.where(excess <= 0, 0.0, jnp.sign(x) * excess)
 
 
@@ -275,61 +281,59 @@ def _non_negative(x: jax.Array, d: jax.Array) -> jax.Array:
 
 
 def _elastic_net(x: jax.Array, d: jax.Array, *, l2: float) -> jax.Array:
-    return _positive_zero(_soft_threshold(x, d) / (1 + d * l2))
+    shrunk = _soft_threshold(x, d)
+    # An infinite d times an l2 of zero has no value; a zero needs no division.
+    return jnp.where(shrunk == 0, 0.0, shrunk / (1 + d * l2))
 
 
 def _group_lasso(x: jax.Array, d: jax.Array, *, axes: int | Sequence[int] | None) -> jax.Array:
-    norm, root_size = _group_norm(x, axes)
-    excess = norm - d * root_size
-    # (norm - d) / norm keeps its sign where 1 - d / norm would round to zero; with an infinite
-    # norm only the latter has a value.
-    safe = jnp.where(norm == 0, 1.0, norm)
-    kept = jnp.where(jnp.isinf(norm), 1 - d * root_size / safe, excess / safe)
-    return _positive_zero(jnp.where(excess <= 0, 0.0, x * kept))
+    # The magnitude itself is compared with d, so that a threshold taken from the magnitudes prunes
+    # the group that it was taken from.
+    rms = _group_rms(x, axes)
+    _check_broadcasts(d, rms.shape)
+    excess = rms - d
+    # (rms - d) / rms keeps its sign where 1 - d / rms would round to zero; where rms is infinite
+    # only the latter has a value.
+    safe = jnp.where(rms == 0, 1.0, rms)
+    kept = jnp.where(jnp.isinf(rms), 1 - d / safe, excess / safe)
+    return jnp.where(excess <= 0, 0.0, x * kept)
 
 
 def _hard_threshold(x: jax.Array, d: jax.Array) -> jax.Array:
     kept = jnp.where(jnp.isnan(d), d, x)
-    return jnp.where(jnp.abs(x) <= jnp.sqrt(2 * d), 0.0, kept)
+    return jnp.where(_hard_magnitude(x) <= d, 0.0, kept)
 
 
-def _group_norm(x: jax.Array, axes: int | Sequence[int] | None) -> tuple[jax.Array, float]:
-    """The L2 norm of each group, its axes kept, and the square root of a group's size."""
+def _group_rms(x: jax.Array, axes: int | Sequence[int] | None) -> jax.Array:
+    """The root mean square of each group, ``||x_g|| / sqrt|g|``, its axes kept."""
     axes = _group_axes(x.ndim, axes)
-    squares = jnp.sum(jnp.square(x), axis=axes, keepdims=True)
+    squares = jnp.mean(jnp.square(x), axis=axes, keepdims=True)
     # The square root has no derivative at zero; a zero group stays where it is.
-    norm = jnp.where(squares == 0, 0.0, jnp.sqrt(jnp.where(squares == 0, 1.0, squares)))
-    return norm, float(np.sqrt(np.prod([x.shape[axis] for axis in axes], dtype=float)))
+    return jnp.where(squares == 0, 0.0, jnp.sqrt(jnp.where(squares == 0, 1.0, squares)))
 
 
 def _group_axes(ndim: int, axes: int | Sequence[int] | None) -> tuple[int, ...]:
     if axes is None:
         return tuple(range(ndim - 1))
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    axes = tuple(np.atleast_1d(axes).tolist())
     for axis in axes:
-        if not -ndim <= axis < ndim:
+        if not (isinstance(axis, int) and -ndim <= axis < ndim):
             raise ValueError(f"axes: {axis} is not an axis of a leaf with {ndim} dimensions")
     if len({axis % ndim for axis in axes}) != len(axes):
         raise ValueError(f"axes: {axes} names an axis of a leaf with {ndim} dimensions twice")
     return tuple(axis % ndim for axis in axes)
 
 
-def _positive_zero(x: jax.Array) -> jax.Array:
-    # Products of small factors may underflow to -0.0.
-    return jnp.where(x == 0, 0.0, x)
-
-
 # --- magnitudes and lifts -----------------------------------------------------------------------
 
 
 def _group_magnitude(x: jax.Array, *, axes: int | Sequence[int] | None = None) -> jax.Array:
-    norm, root_size = _group_norm(_as_real(x), axes)
-    return jnp.broadcast_to(norm / root_size, x.shape)
+    return jnp.broadcast_to(_group_rms(x, axes), x.shape)
 
 
 def _group_lift(w: jax.Array, d: Any, *, axes: int | Sequence[int] | None = None) -> jax.Array:
-    norm, root_size = _group_norm(w, axes)
-    return jnp.where(norm == 0, w, w * (1 + d * root_size / jnp.where(norm == 0, 1.0, norm)))
+    rms = _group_rms(w, axes)
+    return jnp.where(rms == 0, w, w * (1 + d / jnp.where(rms == 0, 1.0, rms)))
 
 
 def _elastic_magnitude(x: jax.Array, *, l2: float = 1.0) -> jax.Array:
@@ -345,6 +349,12 @@ def _non_negative_magnitude(x: jax.Array) -> jax.Array:
     return jnp.maximum(x, 0)
 
 
+def _hard_magnitude(x: jax.Array) -> jax.Array:
+    # A square that underflows is still that of a weight which a strength of zero leaves alone.
+    tiny = jnp.finfo(x.dtype).tiny  # type: ignore[no-untyped-call]
+    return jnp.where(x == 0, 0.0, jnp.maximum(jnp.square(x) / 2, tiny))
+
+
 def _keep(w: jax.Array, d: Any, **_: Any) -> jax.Array:
     del d
     return jnp.array(w)
@@ -357,7 +367,7 @@ _RULES: dict[Any, Rule] = {
     ),
     prox_elastic_net: Rule(_elastic_magnitude, _elastic_lift),
     prox_group_lasso: Rule(_group_magnitude, _group_lift),
-    prox_l0: Rule(lambda x: jnp.square(x) / 2, _keep),
+    prox_l0: Rule(_hard_magnitude, _keep),
 }
 
 
@@ -380,8 +390,13 @@ def _over_leaves(function: Callable[..., jax.Array], x: Any, strength: Any, **ke
     def one(leaf: Any, d: Any) -> jax.Array:
         leaf = _as_real(leaf)
         # Sixteen-bit weights are thresholded in float32, so that d is not rounded to their grid.
-        wide = jnp.promote_types(leaf.dtype, jnp.float32)
-        return function(leaf.astype(wide), jnp.asarray(d, wide), **keywords).astype(leaf.dtype)
+        wide = _widen(leaf)
+        d = jnp.asarray(d, wide.dtype)
+        _check_broadcasts(d, leaf.shape)
+        z = function(wide, d, **keywords).astype(leaf.dtype)
+        # What underflows, in a product or in the cast, may have become -0.0. The difference is
+        # +0.0 and has the derivative of z, which a zero within a living group needs.
+        return jnp.where(z == 0, z - lax.stop_gradient(z), z)
 
     try:
         strengths = jax.tree.broadcast(strength, x)
@@ -393,11 +408,30 @@ def _over_leaves(function: Callable[..., jax.Array], x: Any, strength: Any, **ke
     return jax.tree.map(one, x, strengths)
 
 
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype in which weights of a float dtype are compared with a threshold."""
+    # promote_types would refuse sixteen-bit types under strict promotion.
+    return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
+
+
 def _as_real(x: Any) -> jax.Array:
     x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"x: {x.dtype} is complex; proximal operators take real arrays")
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
+
+
+def _widen(x: jax.Array) -> jax.Array:
+    return x.astype(at_least_float32(x.dtype))
+
+
+def _check_broadcasts(d: jax.Array, shape: tuple[int, ...]) -> None:
+    try:
+        fits = np.broadcast_shapes(d.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"strength: its shape {d.shape} does not broadcast against {shape}")
 
 
 def _check_not_negative(name: str, value: Any) -> None:

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from jax import lax
 
 from lats_optax import masks, prox
 from lats_optax.masks import MaskOrFunction, is_dense
@@ -130,7 +130,7 @@ def soft_threshold(
             if not chosen:
                 return optax.MaskedNode()
             dtype = leaf.dtype if latent_dtype is None else latent_dtype
-            wide = leaf.astype(jnp.promote_types(dtype, jnp.float32))
+            wide = leaf.astype(prox.at_least_float32(dtype))
             return prox.lift(operator)(wide, first.astype(wide.dtype)).astype(dtype)
 
         latent = jax.tree.map(latent_of, pruned, params)
@@ -162,7 +162,7 @@ def soft_threshold(
         if frozen is not None:
             after = jnp.where(frozen, 0.0, after)
         new_updates = jax.tree.map(
-            lambda theta, u, w: u if is_dense(theta) else _difference(operator(theta, after), w),
+            lambda theta, u, w: u if is_dense(theta) else _difference(operator(theta, after), w, u),
             moved,
             updates,
             params,
@@ -229,7 +229,7 @@ def proximal_step(
         def step(chosen: bool, u: Any, w: jax.Array) -> Any:
             if not chosen:
                 return u
-            return _difference(operator(w + u.astype(w.dtype), current), w)
+            return _difference(operator(w + u.astype(w.dtype), current), w, u)
 
         new_updates = jax.tree.map(step, masks.resolve(mask, params), updates, params)
         return new_updates, ProximalStepState(optax.safe_increment(state.count))
@@ -289,7 +289,7 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
         del extra_args
         _require("keep_support", params)
         kept = jax.tree.map(
-            lambda alive, u, w: jnp.where(alive, u, -w.astype(u.dtype)),
+            lambda alive, u, w: jnp.where(alive, u.astype(_wider(u, w)), -w.astype(_wider(u, w))),
             state.support,
             updates,
             params,
@@ -303,7 +303,8 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def _move(theta: jax.Array, update: Any, frozen: jax.Array | None) -> jax.Array:
-    moved = theta + update.astype(theta.dtype)
+    wide = prox.at_least_float32(theta.dtype)
+    moved = _rounded(theta.astype(wide) + update.astype(wide), theta.dtype)
     if frozen is None:
         return moved
     # A survivor that lands on zero exactly would be taken for dead from then on.
@@ -311,14 +312,32 @@ def _move(theta: jax.Array, update: Any, frozen: jax.Array | None) -> jax.Array:
     return jnp.where(frozen, jnp.where(theta == 0, 0.0, alive), moved)
 
 
-def _difference(target: jax.Array, w: jax.Array) -> jax.Array:
+def _difference(target: jax.Array, w: jax.Array, update: Any) -> jax.Array:
     """The update w' - w, such that w + (w' - w) is zero exactly where w' is."""
-    target = target.astype(w.dtype)
-    update = target - w
+    dtype = _wider(update, w)
+    wide = prox.at_least_float32(dtype)
+    target = target.astype(w.dtype).astype(wide)
+    difference = _rounded(target - w.astype(wide), dtype)
     # Where w' is lost beside w, the rounded difference is -w and would prune a weight that is
     # alive; the next float towards zero leaves one ulp of it.
-    lost = (update == -w) & (target != 0)
-    return jnp.where(lost, update * (1 - _finfo(w.dtype).eps), update)
+    lost = (difference == -w.astype(dtype)) & (target != 0)
+    return jnp.where(lost, difference * (1 - _finfo(dtype).eps), difference)
+
+
+def _wider(update: Any, w: jax.Array) -> Any:
+    """The float type of the update, unless it is too narrow for w + (0 - w) to be zero."""
+    return update.dtype if update.dtype.itemsize > w.dtype.itemsize else w.dtype
+
+
+def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """A float32 or float64 array in the given dtype, as every reader of it sees it.
+
+    XLA may leave out a rounding to bfloat16 where it is followed by arithmetic in float32. What
+    is compared with the threshold would then differ from what the state keeps.
+    """
+    if dtype == jnp.bfloat16:
+        x = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return x.astype(dtype)
 
 
 def _finfo(dtype: Any) -> Any:
@@ -380,9 +399,7 @@ def _schedule(name: str, value: ScalarOrSchedule) -> Callable[[Any], jax.Array]:
     """A number or a schedule, checked as far as it is known, as count -> float array."""
     first = value(0) if callable(value) else value
     if not isinstance(first, jax.core.Tracer):
-        if np.ndim(first):
-            raise ValueError(f"{name}: {first!r} is not a scalar; allowed are finite numbers >= 0")
-        check_threshold(name, float(first))
+        check_threshold(name, first)
     dtype = jnp.result_type(float)
     if callable(value):
         return lambda count: jnp.asarray(value(count), dtype)
