@@ -32,8 +32,8 @@ def train(args: Sequence[str] | None = None) -> int:
         result = loop.fit(experiment)
     except loop.NonFiniteError as error:
         return _fail(error, code=1)
-    except KeyboardInterrupt:
-        return _fail("interrupted; the same command with --resume goes on", code=130)
+    except KeyboardInterrupt as error:
+        return _fail(f"{error or 'interrupted'}; --resume goes on from the last checkpoint", 130)
     if experiment.parallel.is_primary:
         _summarize(result)
     return 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 
 import jax
 import numpy as np
@@ -26,18 +27,22 @@ class KilledError(Exception):
     pass
 
 
-def interrupt(monkeypatch, at):
-    """Ends the run in the midst of step `at`."""
+def at_step(monkeypatch, step, act):
+    """Acts just before a step is taken."""
     taken = []
 
     def shard(self, batch, original=loop.DataParallel.shard):
         if "weight" not in batch:
             taken.append(1)
-            if len(taken) == at:
-                raise KilledError
+            if len(taken) == step:
+                act()
         return original(self, batch)
 
     monkeypatch.setattr(loop.DataParallel, "shard", shard)
+
+
+def die():
+    raise KilledError
 
 
 def assert_equal_runs(a, b):
@@ -52,7 +57,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, monkeypatch):
 
     config = tiny.config(tmp_path / "stopped", prune=SPARSE, log_every=1)
     with monkeypatch.context() as context:
-        interrupt(context, at=16)
+        at_step(context, 16, die)
         with pytest.raises(KilledError):
             loop.train(config)
     assert read_metrics(config.workdir / "metrics.jsonl")[-1]["step"] == 15
@@ -64,6 +69,21 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, monkeypatch):
     steps = [r["step"] for r in resumed.metrics if r["split"] == "train"]
     assert steps == list(range(1, 19))
     assert read_metrics(config.workdir / "metrics.jsonl") == resumed.metrics
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_answered_with_a_checkpoint(tmp_path, monkeypatch, number):
+    config = tiny.config(tmp_path / "run", prune=SPARSE)
+    before = signal.getsignal(number)
+    with monkeypatch.context() as context:
+        at_step(context, 10, lambda: signal.raise_signal(number))
+        with pytest.raises(KeyboardInterrupt, match="after step 10"):
+            loop.train(config)
+    assert signal.getsignal(number) is before
+    assert (config.workdir / "checkpoints" / "10").is_dir()
+    resumed = loop.train(dataclasses.replace(config, resume=True))
+    straight = loop.train(tiny.config(tmp_path / "straight", prune=SPARSE))
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((straight.state, resumed.state)))
 
 
 def test_a_run_may_be_resumed_when_it_is_over(tmp_path):
@@ -81,7 +101,7 @@ def test_a_run_may_be_resumed_before_it_began(tmp_path):
 def test_a_run_may_be_resumed_on_other_devices(tmp_path, monkeypatch):
     config = tiny.config(tmp_path / "run", prune=SPARSE)
     with monkeypatch.context() as context:
-        interrupt(context, at=10)
+        at_step(context, 10, die)
         with pytest.raises(KilledError):
             loop.train(config, jax.devices()[:8])
     resumed = loop.train(dataclasses.replace(config, resume=True), jax.devices()[:2])

@@ -23,6 +23,7 @@ from lats_optax.training import config as configs
 from lats_optax.training import workdir
 from lats_optax.training.checkpoint import Checkpoints
 from lats_optax.training.config import TrainConfig
+from lats_optax.training.interruption import Interruption
 from lats_optax.training.logging import MetricsLog, Record
 from lats_optax.training.optimizer import Optimizer, make_optimizer
 from lats_optax.training.parallel import AXIS, DataParallel, join_processes
@@ -104,6 +105,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> R
       ValueError: the config does not fit the data, the model or the devices.
       FileExistsError: there is a run in the work directory.
       NonFiniteError: training diverged.
+      KeyboardInterrupt: on Ctrl-C or SIGTERM, after a last checkpoint.
     """
     return fit(build(config, devices))
 
@@ -165,7 +167,14 @@ def initial_state(experiment: Experiment) -> TrainState:
 
 
 def fit(experiment: Experiment) -> RunResult:
-    """Trains: `train` after `build`."""
+    """Trains: `train` after `build`.
+
+    Ctrl-C and SIGTERM are answered when the step is over and a checkpoint of it is written.
+
+    Raises:
+      NonFiniteError: training diverged.
+      KeyboardInterrupt: after the checkpoint.
+    """
     started = time.perf_counter()
     config, parallel, dataset = experiment.config, experiment.parallel, experiment.dataset
     parallel.barrier("all have looked into the work directory")
@@ -187,7 +196,10 @@ def fit(experiment: Experiment) -> RunResult:
             batches.set_state(saved.data_state)
         state = parallel.replicate(state)
 
-        with MetricsLog(config.workdir, step, experiment.total_steps, parallel.is_primary) as log:
+        with (
+            MetricsLog(config.workdir, step, experiment.total_steps, parallel.is_primary) as log,
+            Interruption(enabled=parallel.process_count == 1) as interruption,
+        ):
             test: dict[str, float] = {}
             window: list[Metrics] = []
             window_started = time.perf_counter()
@@ -199,7 +211,8 @@ def fit(experiment: Experiment) -> RunResult:
                 log.advance()
 
                 evaluation_due = _due(experiment, step, config.eval_every)
-                checkpoint_due = _due(experiment, step, config.checkpoint_every)
+                interrupted = interruption.requested
+                checkpoint_due = interrupted or _due(experiment, step, config.checkpoint_every)
                 if step % config.log_every == 0 or evaluation_due or checkpoint_due:
                     means = _means(window, step, config)
                     seconds = time.perf_counter() - window_started
@@ -212,6 +225,8 @@ def fit(experiment: Experiment) -> RunResult:
                     if checkpoint_due:
                         _check_finite(state, step, config)
                         checkpoints.save(state, batches.get_state(), configs.to_json(config))
+                    if interrupted and step < experiment.total_steps:
+                        raise KeyboardInterrupt(f"interrupted after step {step}")
                     window, window_started = [], time.perf_counter()
 
     # The last step is followed by an evaluation, but a run may be resumed when it is over.
