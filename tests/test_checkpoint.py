@@ -153,6 +153,13 @@ def test_a_run_is_not_overwritten(tmp_path):
     assert (config.workdir / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_is_not_begun_twice(tmp_path):
+    experiment = loop.build(tiny.config(tmp_path / "run", epochs=1))
+    loop.fit(experiment)
+    with pytest.raises(FileExistsError, match="is not empty"):
+        loop.fit(experiment)
+
+
 def test_overwrite_removes_the_run_and_nothing_else(tmp_path):
     config = tiny.config(tmp_path / "run", epochs=1)
     loop.train(config)

@@ -172,6 +172,7 @@ def fit(experiment: Experiment) -> RunResult:
     Ctrl-C and SIGTERM are answered when the step is over and a checkpoint of it is written.
 
     Raises:
+      FileExistsError: since `build`, another run has begun in the work directory.
       NonFiniteError: training diverged.
       KeyboardInterrupt: after the checkpoint.
     """
@@ -191,7 +192,7 @@ def fit(experiment: Experiment) -> RunResult:
     state, step = initial_state(experiment), 0
 
     with Checkpoints(config.workdir, config.keep_checkpoints) as checkpoints:
-        if (saved := checkpoints.restore(like=state)) is not None:
+        if config.resume and (saved := checkpoints.restore(like=state)) is not None:
             state, step = saved.state, int(saved.state.step)
             batches.set_state(saved.data_state)
         state = parallel.replicate(state)

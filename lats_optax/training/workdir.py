@@ -31,7 +31,12 @@ def check(config: TrainConfig) -> None:
 
 
 def prepare(config: TrainConfig) -> None:
-    """Makes the directory; with `overwrite`, removes what a run wrote there and nothing else."""
+    """Makes the directory; with `overwrite`, removes what a run wrote there and nothing else.
+
+    Raises:
+      FileExistsError, NotADirectoryError: as `check`.
+    """
+    check(config)
     config.workdir.mkdir(parents=True, exist_ok=True)
     if config.overwrite:
         shutil.rmtree(config.workdir / CHECKPOINTS, ignore_errors=True)
