@@ -383,10 +383,10 @@ def _schedule(name: str, value: ScalarOrSchedule) -> Callable[[Any], jax.Array]:
         if np.ndim(first):
             raise ValueError(f"{name}: {first!r} is not a scalar; allowed are finite numbers >= 0")
         check_threshold(name, float(first))
-    dtype = jnp.result_type(float)
+    # The default float type is asked for at each call: x64 may be enabled after construction.
     if callable(value):
-        return lambda count: jnp.asarray(value(count), dtype)
-    return lambda count: jnp.asarray(value, dtype)
+        return lambda count: jnp.asarray(value(count), jnp.result_type(float))
+    return lambda count: jnp.asarray(value, jnp.result_type(float))
 
 
 def _open_loop(threshold: ScalarOrSchedule) -> ClosedLoop:
