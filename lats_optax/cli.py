@@ -100,13 +100,11 @@ def _in_one_line(
 
 def _unframed(box: str) -> str:
     """The message in a box that tyro has drawn around an error, and the options it suggests."""
-    sections = [""]
-    for line in box.splitlines():
-        words = line.strip("│ ")
-        if words.startswith("───"):
-            sections.append("")
-        elif not words.startswith(("╭", "╰")):
-            sections[-1] += f" {words}"
+    # Where standard output is not UTF-8, rules are of hyphens and the title is above the first.
+    first = 0 if box.startswith("╭") else 1
+    words = re.sub(r"^╭.*$|│", "", box, flags=re.MULTILINE)
+    sections = re.split(r"^\W*?[─-]{3}\W*$", words, flags=re.MULTILINE)[first:]
+    sections = [" " + " ".join(section.split()) + " " for section in sections]
     # Names of tyro's own, where the message names the field already.
     message = re.sub(r"Error parsing (?!--)\S+: ", "", sections[0].strip())
     for section in sections[1:]:

@@ -1,6 +1,8 @@
 """The command line: what a user types, right and wrong, and what comes back."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 
@@ -60,6 +62,7 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, arguments, words):
     assert out == ""
     assert err.startswith("lats-train: error: ")
     assert err.count("\n") == 1
+    assert not re.search("[-─]{3}", err)
     for word in words:
         assert word in err
     assert not any(tmp_path.iterdir())
@@ -96,12 +99,23 @@ def test_help_names_every_preset_and_field(capsys):
         assert field in out
 
 
-def test_the_command_exits_with_its_code():
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_the_command_exits_with_a_line_and_its_code(encoding):
+    # tyro draws its boxes differently where standard output is not UTF-8.
     command = [
         sys.executable,
         "-c",
         "import sys; from lats_optax import cli; sys.exit(cli.train())",
     ]
-    done = subprocess.run([*command, "digits", "--epochs", "0"], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(
+        [*command, "digits", "--prune.target-sparity", "0.9"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 2
-    assert done.stderr == "lats-train: error: epochs is 0; allowed: 1 or more.\n"
+    assert done.stderr == (
+        "lats-train: error: Unrecognized options: --prune.target-sparity, 0.9; "
+        "perhaps you meant --prune.target-sparsity\n"
+    )
