@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from lats_optax import masks, prox
 from lats_optax.masks import MaskOrFunction, is_dense
@@ -303,7 +304,7 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def _move(theta: jax.Array, update: Any, frozen: jax.Array | None) -> jax.Array:
-    moved = theta + update.astype(theta.dtype)
+    moved = _stored(theta + update.astype(theta.dtype))
     if frozen is None:
         return moved
     # A survivor that lands on zero exactly would be taken for dead from then on.
@@ -313,12 +314,18 @@ def _move(theta: jax.Array, update: Any, frozen: jax.Array | None) -> jax.Array:
 
 def _difference(target: jax.Array, w: jax.Array) -> jax.Array:
     """The update w' - w, such that w + (w' - w) is zero exactly where w' is."""
-    target = target.astype(w.dtype)
-    update = target - w
+    target = _stored(target.astype(w.dtype))
+    update = _stored(target - w)
     # Where w' is lost beside w, the rounded difference is -w and would prune a weight that is
     # alive; the next float towards zero leaves one ulp of it.
     lost = (update == -w) & (target != 0)
     return jnp.where(lost, update * (1 - _finfo(w.dtype).eps), update)
+
+
+def _stored(x: jax.Array) -> jax.Array:
+    """An array as memory will hold it; until then XLA may carry sixteen-bit values in float32."""
+    info = _finfo(x.dtype)
+    return lax.reduce_precision(x, info.nexp, info.nmant) if info.bits <= 16 else x
 
 
 def _finfo(dtype: Any) -> Any:
