@@ -4,15 +4,16 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import tyro
 
 from lats_optax.training import loop
-from lats_optax.training.config import TrainConfig
+from lats_optax.training.demo import DemoConfig, DemoResult, demonstrate
 from lats_optax.training.presets import PRESETS
 
-_PROGRAM = "lats-train"
+Ready = TypeVar("Ready")
 
 
 def train(args: Sequence[str] | None = None) -> int:
@@ -22,38 +23,75 @@ def train(args: Sequence[str] | None = None) -> int:
       args: what follows the command's name; None: what the process was started with.
 
     Returns:
-      The exit code: 0; 1 for a run that failed; 2 for arguments that are not allowed.
+      The exit code: 0; 1 for a run that failed; 2 for arguments that are not allowed; 130 for one
+      that was interrupted.
     """
+
+    def prepare() -> loop.Experiment:
+        parse = tyro.extras.overridable_config_cli
+        presets = {name: (preset.description, preset.config) for name, preset in PRESETS.items()}
+        description = (
+            "Train a model, dense or sparse. Each preset is a run; any field of it can be given: "
+            "lats-train PRESET --help lists them."
+        )
+        return loop.build(_in_one_line(parse, presets, "lats-train", description, args))
+
+    return _run("lats-train", prepare, lambda experiment: _print_run(loop.fit(experiment)))
+
+
+def demo(args: Sequence[str] | None = None) -> int:
+    """`lats-demo [--field value ...]`: trains a dense and a sparse network, and compares them.
+
+    Args:
+      args: as for `train`.
+
+    Returns:
+      As `train`.
+    """
+
+    def prepare() -> DemoConfig:
+        return _in_one_line(tyro.cli, DemoConfig, "lats-demo", None, args)
+
+    return _run("lats-demo", prepare, lambda config: _print_demo(demonstrate(config)))
+
+
+def _run(program: str, prepare: Callable[[], Ready], execute: Callable[[Ready], None]) -> int:
+    """Turns what goes wrong into one line and an exit code."""
+
+    def fail(error: object, code: int) -> int:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return code
+
     try:
-        experiment = loop.build(_parse(args))
+        ready = prepare()
     except (ValueError, OSError) as error:
-        return _fail(error, code=2)
+        return fail(error, 2)
     try:
-        result = loop.fit(experiment)
+        execute(ready)
+    except (ValueError, FileExistsError) as error:
+        return fail(error, 2)
     except loop.NonFiniteError as error:
-        return _fail(error, code=1)
+        return fail(error, 1)
     except KeyboardInterrupt as error:
-        return _fail(f"{error or 'interrupted'}; --resume goes on from the last checkpoint", 130)
-    if experiment.parallel.is_primary:
-        _summarize(result)
+        return fail(error or "interrupted", 130)
     return 0
 
 
-def _parse(args: Sequence[str] | None) -> TrainConfig:
-    """The config that the arguments describe; exits after --help.
+def _in_one_line(
+    parse: Callable[..., Any],
+    what: Any,
+    program: str,
+    description: str | None,
+    args: Sequence[str] | None,
+) -> Any:
+    """What tyro makes of the arguments; exits after --help.
 
     tyro frames its errors over many lines; here they become one.
     """
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.extras.overridable_config_cli(
-                {name: (preset.description, preset.config) for name, preset in PRESETS.items()},
-                prog=_PROGRAM,
-                description="Train a model, dense or sparse. Each preset is a run; any field of it "
-                f"can be given: {_PROGRAM} PRESET --help lists them.",
-                args=args,
-            )
+            return parse(what, prog=program, description=description, args=args)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -76,19 +114,25 @@ def _unframed(box: str) -> str:
             options = dict.fromkeys(re.findall(r"(?<= )--[\w.-]+\w(?= )", section))
             options.pop("--help", None)
             message += f"; perhaps you meant {' or '.join(options)}"
+    if message.startswith("Unrecognized") and "; " not in message:
+        message += "; --help lists what is allowed"
     return message
 
 
-def _summarize(result: loop.RunResult) -> None:
+def _print_run(result: loop.RunResult) -> None:
+    if not result.is_primary:
+        return
     print(result.sparsity)
     print(f"test accuracy {result.test_accuracy:.2%} after {result.seconds:.0f} s")
-    print(
-        f"metrics       {result.config.workdir}/metrics.jsonl; tensorboard --logdir "
-        f"{result.config.workdir}"
-    )
+    workdir = result.config.workdir
+    print(f"metrics       {workdir}/metrics.jsonl; tensorboard --logdir {workdir}")
     print(f"checkpoint    {result.checkpoint}")
 
 
-def _fail(error: object, code: int) -> int:
-    print(f"{_PROGRAM}: error: {error}", file=sys.stderr)
-    return code
+def _print_demo(result: DemoResult) -> None:
+    print(result.table)
+    print()
+    print(f"picture      {result.picture}")
+    print(f"summary      {result.summary}")
+    for name, run in result.runs.items():
+        print(f"{name + ' run':<12} {run.checkpoint} (checkpoint)")

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 Mask = Any  # a pytree of bools that matches the parameters (or is a prefix of them)
@@ -171,7 +172,7 @@ def resolve(mask: MaskOrFunction, params: Any) -> Mask:
             f"{jax.tree.structure(params)}, nor a prefix of it"
         ) from error
     for leaf in jax.tree.leaves(full):
-        if jnp.ndim(leaf) or jnp.asarray(leaf).dtype != bool:
+        if np.ndim(leaf) or np.asarray(leaf).dtype != bool:
             raise ValueError(f"mask: it holds {leaf!r}; allowed are True and False for each leaf")
     return jax.tree.map(bool, full)
 

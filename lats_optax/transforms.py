@@ -332,12 +332,11 @@ def _wider(update: Any, w: jax.Array) -> Any:
 def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
     """A float32 or float64 array in the given dtype, as every reader of it sees it.
 
-    XLA may leave out a rounding to bfloat16 where it is followed by arithmetic in float32. What
-    is compared with the threshold would then differ from what the state keeps.
+    XLA may leave out a rounding to sixteen bits where arithmetic in float32 follows. What is
+    compared with the threshold would then differ from what the state keeps.
     """
-    if dtype == jnp.bfloat16:
-        x = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    return x.astype(dtype)
+    info = _finfo(dtype)
+    return (lax.reduce_precision(x, info.nexp, info.nmant) if info.bits <= 16 else x).astype(dtype)
 
 
 def _finfo(dtype: Any) -> Any:
@@ -400,10 +399,10 @@ def _schedule(name: str, value: ScalarOrSchedule) -> Callable[[Any], jax.Array]:
     first = value(0) if callable(value) else value
     if not isinstance(first, jax.core.Tracer):
         check_threshold(name, first)
-    dtype = jnp.result_type(float)
+    # The default float type is asked for at each call: x64 may be enabled after construction.
     if callable(value):
-        return lambda count: jnp.asarray(value(count), dtype)
-    return lambda count: jnp.asarray(value, dtype)
+        return lambda count: jnp.asarray(value(count), jnp.result_type(float))
+    return lambda count: jnp.asarray(value, jnp.result_type(float))
 
 
 def _open_loop(threshold: ScalarOrSchedule) -> ClosedLoop:

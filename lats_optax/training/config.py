@@ -20,7 +20,7 @@ class DataConfig:
     """What is trained on."""
 
     name: str = "digits"
-    """Data set: `digits`, or the name of any prepared TFDS image classification data set."""
+    """Data set: `digits`, the 1,797 handwritten digits of scikit-learn."""
     data_dir: str | None = None
     """Where prepared data sets are kept; None: the TFDS default."""
     batch_size: int = 64
@@ -109,8 +109,8 @@ class PruneConfig:
         if final is not None:
             _check(final >= 0 and math.isfinite(final), "prune.final_threshold", final, "0 or more")
         if final is not None and self.schedule == "pgh":
-            usable = beta is not None and beta > 0 and beta != 1
-            _check(usable, "prune.beta", beta, "with schedule pgh, a number above 0 other than 1")
+            usable = beta is not None and beta > 0 and math.isfinite(beta)
+            _check(usable, "prune.beta", beta, "with schedule pgh, a number above 0")
         else:
             pgh = "a number only for a final_threshold with schedule pgh"
             _check(beta is None, "prune.beta", beta, pgh)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lats_optax.training import loop, report, workdir
+from lats_optax.training import loop, report
 from lats_optax.training.config import PruneConfig, TrainConfig
 from lats_optax.training.presets import PRESETS
 
@@ -82,20 +82,18 @@ def demonstrate(config: DemoConfig) -> DemoResult:
       The table, the paths and the two finished runs.
 
     Raises:
-      FileExistsError: there is a demonstration in the work directory.
+      FileExistsError: there is something in the work directory, and `overwrite` is False.
       ValueError: a field is out of its range.
       NonFiniteError: training diverged.
     """
     summary, picture = config.workdir / SUMMARY, config.workdir / PICTURE
-    # Both are looked at before the first trains; and nothing of an older demonstration is left
-    # beside the new runs if this one is interrupted.
-    for run in config.runs().values():
-        workdir.check(run)
+    if not config.overwrite and config.workdir.exists() and any(config.workdir.iterdir()):
+        raise FileExistsError(
+            f"workdir {config.workdir} is not empty: --overwrite throws away the demonstration in "
+            "it, --workdir names another place."
+        )
+    # If this one is interrupted, nothing of an older demonstration stands beside its runs.
     for file in (summary, picture):
-        if file.exists() and not config.overwrite:
-            raise FileExistsError(
-                f"{file} exists: --overwrite throws it away, --workdir names another place."
-            )
         file.unlink(missing_ok=True)
     results = {name: loop.train(run) for name, run in config.runs().items()}
     runs = [

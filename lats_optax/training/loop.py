@@ -83,6 +83,7 @@ class RunResult:
       sparsity: the zeros of the weights that are pruned; in a dense run, that would be.
       checkpoint: the directory of the last checkpoint.
       metrics: all records of metrics.jsonl, those from before a resume included.
+      is_primary: whether this is the process that speaks for the run.
     """
 
     config: TrainConfig
@@ -92,6 +93,7 @@ class RunResult:
     sparsity: lats_optax.SparsityReport
     checkpoint: Path
     metrics: list[Record]
+    is_primary: bool = True
 
 
 def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> RunResult:
@@ -227,7 +229,9 @@ def fit(experiment: Experiment) -> RunResult:
                         _check_finite(state, step, config)
                         checkpoints.save(state, batches.get_state(), configs.to_json(config))
                     if interrupted and step < experiment.total_steps:
-                        raise KeyboardInterrupt(f"interrupted after step {step}")
+                        raise KeyboardInterrupt(
+                            f"interrupted after step {step}; --resume goes on from there"
+                        )
                     window, window_started = [], time.perf_counter()
 
     # The last step is followed by an evaluation, but a run may be resumed when it is over.
@@ -240,6 +244,7 @@ def fit(experiment: Experiment) -> RunResult:
         sparsity=lats_optax.sparsity(state.params, experiment.optimizer.mask),
         checkpoint=workdir.checkpoint_path(config.workdir, step),
         metrics=log.records,
+        is_primary=parallel.is_primary,
     )
 
 

@@ -33,7 +33,8 @@ class Run:
       sparsity: the zeros of its final weights.
       metrics: its records, in the order of steps. Those with ``split`` "train" have ``step``,
         ``epoch``, ``learning_rate_sum`` (of all steps up to it) and, where weights are pruned,
-        ``threshold`` and ``sparsity`` (after it); those with ``split`` "test" have ``epoch`` and ``accuracy``.
+        ``threshold`` and ``sparsity`` (after it); those with ``split`` "test" have ``epoch`` and
+        ``accuracy``.
     """
 
     name: str
