@@ -211,13 +211,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert messages[0] == messages[1]
 
 
+def test_the_last_good_checkpoint_is_named(tmp_path, monkeypatch):
+    taken = []
+
+    def spoilt(self, batch, original=loop.DataParallel.shard):
+        if "weight" not in batch:
+            taken.append(1)
+        bad = np.nan if len(taken) == 9 else 0.0
+        return original(self, {**batch, "image": batch["image"] + np.float32(bad)})
+
+    monkeypatch.setattr(loop.DataParallel, "shard", spoilt)
+    config = tiny.config(tmp_path / "run", log_every=50)
+    with pytest.raises(
+        loop.NonFiniteError, match=r"nan at step 9; the last good .*checkpoints/6\."
+    ):
+        loop.train(config)
+    assert (config.workdir / "checkpoints" / "6").is_dir()
+
+
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     # One step: its loss is that of the initial weights, finite; what it leads to is not.
     rate = OptimizerConfig(learning_rate=1e38, weight_decay=1e3)
     config = tiny.config(
         tmp_path / "run", optimizer=rate, data=DataConfig(name="tiny", batch_size=48), epochs=1
     )
-    with pytest.raises(loop.NonFiniteError, match="after step 1; "):
+    with pytest.raises(loop.NonFiniteError, match="after step 1; no checkpoint"):
         loop.train(config)
     assert not any((config.workdir / "checkpoints").glob("*/commit_success.txt"))
 

@@ -217,7 +217,7 @@ def fit(experiment: Experiment) -> RunResult:
                 interrupted = interruption.requested
                 checkpoint_due = interrupted or _due(experiment, step, config.checkpoint_every)
                 if step % config.log_every == 0 or evaluation_due or checkpoint_due:
-                    means = _means(window, step, config)
+                    means = _means(window, step, config, checkpoints)
                     seconds = time.perf_counter() - window_started
                     rate = len(window) * config.data.batch_size / seconds
                     progress = _progress(experiment, state, step)
@@ -226,7 +226,7 @@ def fit(experiment: Experiment) -> RunResult:
                         test = evaluate(experiment, state)
                         log.write({"split": "test"} | progress | test)
                     if checkpoint_due:
-                        _check_finite(state, step, config)
+                        _check_finite(state, step, config, checkpoints)
                         checkpoints.save(state, batches.get_state(), configs.to_json(config))
                     if interrupted and step < experiment.total_steps:
                         raise KeyboardInterrupt(
@@ -273,22 +273,26 @@ def _due(experiment: Experiment, step: int, every: int) -> bool:
     return step % (every * experiment.steps_per_epoch) == 0 or step == experiment.total_steps
 
 
-def _means(window: list[Metrics], step: int, config: TrainConfig) -> dict[str, float]:
+def _means(
+    window: list[Metrics], step: int, config: TrainConfig, checkpoints: Checkpoints
+) -> dict[str, float]:
     """Means of the metrics of the steps up to `step`; raises if a loss is not finite."""
     steps = jax.device_get(window)
     for offset, metrics in enumerate(steps):
         if not np.isfinite(metrics["loss"]):
             at = step - len(steps) + 1 + offset
-            raise NonFiniteError(f"the loss is {metrics['loss']} at step {at}; {_advice(config)}")
+            problem = f"the loss is {metrics['loss']} at step {at}"
+            raise _diverged(problem, config, checkpoints)
     return {name: float(np.mean([m[name] for m in steps])) for name in steps[0]}
 
 
-def _check_finite(state: TrainState, step: int, config: TrainConfig) -> None:
+def _check_finite(
+    state: TrainState, step: int, config: TrainConfig, checkpoints: Checkpoints
+) -> None:
     """A gradient may overflow where the loss does not: the state itself is looked at too."""
     if not _all_finite(state):
-        raise NonFiniteError(
-            f"the training state is not finite after step {step}; {_advice(config)}"
-        )
+        problem = f"the training state is not finite after step {step}"
+        raise _diverged(problem, config, checkpoints)
 
 
 @jax.jit
@@ -297,12 +301,13 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack(finite))
 
 
-def _advice(config: TrainConfig) -> str:
+def _diverged(problem: str, config: TrainConfig, checkpoints: Checkpoints) -> NonFiniteError:
+    kept = "no checkpoint was written before"
+    if checkpoints.latest_step is not None:
+        path = workdir.checkpoint_path(config.workdir, checkpoints.latest_step)
+        kept = f"the last good checkpoint is {path}"
     rate = config.optimizer.learning_rate
-    return (
-        f"training stopped, and {config.workdir / workdir.CHECKPOINTS} holds the last good "
-        f"checkpoints, if there are any. Try an optimizer.learning_rate below {rate}."
-    )
+    return NonFiniteError(f"{problem}; {kept}. Try an optimizer.learning_rate below {rate:g}.")
 
 
 def _progress(experiment: Experiment, state: TrainState, step: int) -> dict[str, float]:
