@@ -316,7 +316,7 @@ def _difference(target: jax.Array, w: jax.Array, update: Any) -> jax.Array:
     """The update w' - w, such that w + (w' - w) is zero exactly where w' is."""
     dtype = _wider(update, w)
     wide = prox.at_least_float32(dtype)
-    target = target.astype(w.dtype).astype(wide)
+    target = _rounded(target.astype(wide), w.dtype).astype(wide)
     difference = _rounded(target - w.astype(wide), dtype)
     # Where w' is lost beside w, the rounded difference is -w and would prune a weight that is
     # alive; the next float towards zero leaves one ulp of it.
