@@ -260,7 +260,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
         (lambda: PruneConfig(update_every=2), ["prune.update_every", "2", "target_sparsity"]),
         (lambda: PruneConfig(final_threshold=-1.0), ["prune.final_threshold", "-1.0"]),
         (lambda: PruneConfig(final_threshold=1.0, schedule="pgh"), ["prune.beta", "None"]),
-        (lambda: PruneConfig(final_threshold=1.0, schedule="pgh", beta=1.0), ["prune.beta", "1.0"]),
+        (lambda: PruneConfig(final_threshold=1.0, schedule="pgh", beta=0.0), ["prune.beta", "0.0"]),
         (lambda: PruneConfig(final_threshold=1.0, beta=0.5), ["prune.beta", "0.5", "pgh"]),
         (lambda: PruneConfig(include=("Dense",)), ["prune.include", "Dense"]),
         (lambda: PruneConfig(exclude=("Dense",)), ["prune.exclude", "Dense"]),
