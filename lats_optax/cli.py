@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import tyro
 
+from lats_optax.training import demo as demonstration
 from lats_optax.training import loop
-from lats_optax.training.demo import DemoConfig, DemoResult, demonstrate
+from lats_optax.training.demo import DemoConfig, DemoResult
 from lats_optax.training.presets import PRESETS
 
 Ready = TypeVar("Ready")
@@ -49,10 +50,11 @@ def demo(args: Sequence[str] | None = None) -> int:
       As `train`.
     """
 
-    def prepare() -> DemoConfig:
-        return _in_one_line(tyro.cli, DemoConfig, "lats-demo", None, args)
+    def prepare() -> tuple[DemoConfig, dict[str, loop.Experiment]]:
+        config = _in_one_line(tyro.cli, DemoConfig, "lats-demo", None, args)
+        return config, demonstration.build(config)
 
-    return _run("lats-demo", prepare, lambda config: _print_demo(demonstrate(config)))
+    return _run("lats-demo", prepare, lambda ready: _print_demo(demonstration.fit(*ready)))
 
 
 def _run(program: str, prepare: Callable[[], Ready], execute: Callable[[Ready], None]) -> int:
@@ -68,7 +70,7 @@ def _run(program: str, prepare: Callable[[], Ready], execute: Callable[[Ready], 
         return fail(error, 2)
     try:
         execute(ready)
-    except (ValueError, FileExistsError) as error:
+    except FileExistsError as error:
         return fail(error, 2)
     except loop.NonFiniteError as error:
         return fail(error, 1)

@@ -62,6 +62,12 @@ def test_description(digits):
     assert (digits.num_classes, digits.num_train, digits.num_test) == (10, 1437, 360)
 
 
+@pytest.mark.parametrize("batch_size", [1, 1437])
+def test_train_batches_of_any_size(digits, batch_size):
+    batches = digits.train_batches(batch_size)
+    assert [len(next(batches)["label"]) for _ in range(2)] == [batch_size] * 2
+
+
 @pytest.mark.parametrize(
     ("batch_size", "shard_count"), [(7, 1), (64, 1), (360, 1), (1000, 1), (37, 2), (8, 7), (51, 7)]
 )

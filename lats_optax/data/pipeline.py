@@ -15,6 +15,9 @@ import numpy as np
 if TYPE_CHECKING:
     import grain
 
+# Grain's own endless repetition has one example more than Python can index.
+_ENDLESS = 2**62
+
 Batch = dict[str, np.ndarray]
 Example = dict[str, Any]
 
@@ -91,7 +94,7 @@ class Dataset:
             .seed(seed)
             .shuffle()
             .random_map(self.train_example)
-            .repeat()
+            .repeat(_ENDLESS // self.num_train)
             .slice(slice(shard_index, None, shard_count))
             .batch(batch_size)
             .to_iter_dataset(_read_options())

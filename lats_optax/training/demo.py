@@ -72,30 +72,46 @@ class DemoResult:
     runs: dict[str, loop.RunResult]
 
 
-def demonstrate(config: DemoConfig) -> DemoResult:
-    """Trains both networks and writes the picture and the summary.
+def build(config: DemoConfig) -> dict[str, loop.Experiment]:
+    """Finds and checks everything that the demonstration needs; writes nothing in its directory.
 
     Args:
       config: what to train and where to write.
 
     Returns:
-      The table, the paths and the two finished runs.
+      The two runs, ready to begin, by name.
 
     Raises:
       FileExistsError: there is something in the work directory, and `overwrite` is False.
-      ValueError: a field is out of its range.
-      NonFiniteError: training diverged.
+      ValueError: the runs do not fit the devices.
     """
-    summary, picture = config.workdir / SUMMARY, config.workdir / PICTURE
     if not config.overwrite and config.workdir.exists() and any(config.workdir.iterdir()):
         raise FileExistsError(
             f"workdir {config.workdir} is not empty: --overwrite throws away the demonstration in "
             "it, --workdir names another place."
         )
+    return {name: loop.build(run) for name, run in config.runs().items()}
+
+
+def fit(config: DemoConfig, experiments: dict[str, loop.Experiment]) -> DemoResult:
+    """Trains both networks and writes the picture and the summary.
+
+    Args:
+      config: where to write.
+      experiments: what `build` has made of it.
+
+    Returns:
+      The table, the paths and the two finished runs.
+
+    Raises:
+      NonFiniteError: training diverged.
+      KeyboardInterrupt: as `loop.fit`.
+    """
+    summary, picture = config.workdir / SUMMARY, config.workdir / PICTURE
     # If this one is interrupted, nothing of an older demonstration stands beside its runs.
     for file in (summary, picture):
         file.unlink(missing_ok=True)
-    results = {name: loop.train(run) for name, run in config.runs().items()}
+    results = {name: loop.fit(experiment) for name, experiment in experiments.items()}
     runs = [
         report.Run(name, r.test_accuracy, r.seconds, r.sparsity, r.metrics)
         for name, r in results.items()
