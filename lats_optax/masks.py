@@ -164,17 +164,48 @@ def resolve(mask: MaskOrFunction, params: Any) -> Mask:
     tree = mask(params) if leaves and all(map(callable, leaves)) else mask
     if not jax.tree.leaves(params):
         return jax.tree.map(lambda _: False, params)
-    try:
-        full = jax.tree.broadcast(tree, params)
-    except ValueError as error:
-        raise ValueError(
-            f"mask: its structure {jax.tree.structure(tree)} is not that of the parameters, "
-            f"{jax.tree.structure(params)}, nor a prefix of it"
-        ) from error
+    full = spread("mask", tree, params)
     for leaf in jax.tree.leaves(full):
         if np.ndim(leaf) or np.asarray(leaf).dtype != bool:
             raise ValueError(f"mask: it holds {leaf!r}; allowed are True and False for each leaf")
     return jax.tree.map(bool, full)
+
+
+def spread(argument: str, tree: Any, params: Any) -> Any:
+    """A tree, or a prefix of one, in exactly the structure of the parameters.
+
+    Args:
+      argument: what errors call it.
+      tree: a pytree.
+      params: a pytree in which `optax.MaskedNode` may stand for a subtree, as it does for what
+        `optax.masked` and `optax.partition` keep from a transform; what ``tree`` has there is
+        left out.
+
+    Returns:
+      A pytree of the leaves of ``tree``.
+
+    Raises:
+      ValueError: the structures do not match.
+
+    Example:
+      >>> spread("mask", {"a": [True, False], "b": True}, {"a": optax.MaskedNode(), "b": [1, 2]})
+      {'a': MaskedNode(), 'b': [True, True]}
+    """
+    nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_dense)[0]
+    absent = {path for path, node in nodes if is_dense(node)}
+    present = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: optax.MaskedNode() if path in absent else leaf,
+        tree,
+        is_leaf=lambda path, _: path in absent,
+        is_leaf_takes_path=True,
+    )
+    try:
+        return jax.tree.broadcast(present, params)
+    except ValueError as error:
+        raise ValueError(
+            f"{argument}: its structure {jax.tree.structure(tree)} is not that of the parameters, "
+            f"{jax.tree.structure(params)}, nor a prefix of it"
+        ) from error
 
 
 def is_dense(node: Any) -> bool:

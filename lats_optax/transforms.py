@@ -243,8 +243,9 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
     ``w' = support * (w + update)``
 
     Args:
-      support: bools in a tree like the parameters, as :func:`lats_optax.support` makes it: an
-        array of the shape of its leaf, or a scalar for the whole leaf.
+      support: bools in a tree like the parameters (or a prefix of it), as
+        :func:`lats_optax.support` makes it: an array of the shape of its leaf, or a scalar for the
+        whole leaf.
 
     Returns:
       A gradient transformation with state :class:`KeepSupportState`. Its ``update`` needs
@@ -266,11 +267,6 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
     def init(params: Any) -> KeepSupportState:
         if not jax.tree.leaves(params):
             return KeepSupportState(jax.tree.map(lambda leaf: leaf, params))
-        if jax.tree.structure(support) != jax.tree.structure(params):  # type: ignore[operator]
-            raise ValueError(
-                f"support: its structure {jax.tree.structure(support)} is not that of the "
-                f"parameters, {jax.tree.structure(params)}"
-            )
 
         def copy(path: str, kept: Any, leaf: jax.Array) -> jax.Array:
             kept = jnp.array(kept)
@@ -281,7 +277,8 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
                 )
             return kept
 
-        return KeepSupportState(jax.tree.map(copy, masks.paths(params), support, params))
+        full = masks.spread("support", support, params)
+        return KeepSupportState(jax.tree.map(copy, masks.paths(params), full, params))
 
     def update(
         updates: Any, state: KeepSupportState, params: Any = None, **extra_args: Any
