@@ -65,6 +65,7 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
     scheduled = lats_optax.lats_threshold(rate, STEPS, final=0.02)
     return {
         "sgd": sgd,
+        "sgd, again": sgd,  # how far apart two measurements of the same program are
         "adamw": optax.adamw(rate),
         "proximal_step": optax.chain(
             sgd, lats_optax.proximal_step(lambda count: 1e-5 * rate(count))

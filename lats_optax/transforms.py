@@ -162,7 +162,9 @@ def soft_threshold(
         if frozen is not None:
             after = jnp.where(frozen, 0.0, after)
         new_updates = jax.tree.map(
-            lambda theta, u, w: u if is_dense(theta) else _difference(operator(theta, after), w, u),
+            lambda theta, u, w: (
+                u if is_dense(theta) else _living_difference(operator(theta, after), w, u)
+            ),
             moved,
             updates,
             params,
@@ -310,15 +312,23 @@ def _move(theta: jax.Array, update: Any, frozen: jax.Array | None) -> jax.Array:
 
 
 def _difference(target: jax.Array, w: jax.Array, update: Any) -> jax.Array:
-    """The update w' - w, such that w + (w' - w) is zero exactly where w' is."""
+    """The update w' - w, such that w + (w' - w) is zero where w' is."""
     dtype = _wider(update, w)
     wide = prox.at_least_float32(dtype)
     target = _rounded(target.astype(wide), w.dtype).astype(wide)
-    difference = _rounded(target - w.astype(wide), dtype)
-    # Where w' is lost beside w, the rounded difference is -w and would prune a weight that is
-    # alive; the next float towards zero leaves one ulp of it.
-    lost = (difference == -w.astype(dtype)) & (target != 0)
-    return jnp.where(lost, difference * (1 - _finfo(dtype).eps), difference)
+    return _rounded(target - w.astype(wide), dtype)
+
+
+def _living_difference(target: jax.Array, w: jax.Array, update: Any) -> jax.Array:
+    """The update w' - w, such that w + (w' - w) is zero where w' is and nowhere else.
+
+    Where w' is lost beside w, the rounded difference is -w and would prune a weight that is alive
+    in the latent weights; the next float towards zero leaves one ulp of it.
+    """
+    difference = _difference(target, w, update)
+    target = _rounded(target.astype(prox.at_least_float32(w.dtype)), w.dtype)
+    lost = (difference == -w.astype(difference.dtype)) & (target != 0)
+    return jnp.where(lost, difference * (1 - _finfo(difference.dtype).eps), difference)
 
 
 def _wider(update: Any, w: jax.Array) -> Any:
