@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 
 class Operator(Protocol):
@@ -37,7 +38,8 @@ def prox_l1(x: Any, strength: Any = 1.0) -> Any:
       IEEE arithmetic has it (``inf - inf`` is NaN).
 
     Raises:
-      ValueError: a strength given as a number is negative, or its structure does not match.
+      ValueError: a strength given as a number is negative, or its structure or shape does not
+        match.
       TypeError: ``x`` is complex.
 
     Example:
@@ -122,7 +124,8 @@ def prox_group_lasso(
         group.
 
     Returns:
-      What ``x`` is, with its shapes and dtypes; whole groups are zero.
+      What ``x`` is, with its shapes and dtypes; whole groups are zero. Squares are summed as they
+      are: in float32 a group whose norm is below about 1e-19 counts as zero.
 
     Raises:
       ValueError: as :func:`prox_l1`, and if a leaf lacks one of ``axes``.
@@ -217,7 +220,8 @@ def magnitude(operator: Operator) -> Callable[[jax.Array], jax.Array]:
         that was given to :func:`register`.
 
     Returns:
-      A function of one array that returns an array of the same shape, at least float32.
+      A function of one array that returns an array of the same shape, at least float32: in the
+      precision in which the operators compare with the strength.
 
     Raises:
       ValueError: nothing is known of the operator.
@@ -237,15 +241,9 @@ def magnitude(operator: Operator) -> Callable[[jax.Array], jax.Array]:
             f"operator: the magnitude of a weight under {operator!r} is not known, so no sparsity "
             "can be named; tell it with lats_optax.prox.register(operator, magnitude=...)"
         )
-    of_real = functools.partial(rule.magnitude, **keywords)
-
-    def wide_magnitude(x: jax.Array) -> jax.Array:
-        # In the precision in which the operators compare with d: a magnitude that is rounded to
-        # sixteen bits names a threshold that misses the weight it was taken from.
-        x = _as_real(x)
-        return of_real(x.astype(at_least_float32(x.dtype)))
-
-    return wide_magnitude
+    least = functools.partial(rule.magnitude, **keywords)
+    # A magnitude rounded to sixteen bits would name a threshold that misses the weight it is of.
+    return lambda x: least(_widen(_as_real(x)))
 
 
 def lift(operator: Operator) -> Callable[[jax.Array, Any], jax.Array]:
@@ -273,9 +271,8 @@ def lift(operator: Operator) -> Callable[[jax.Array, Any], jax.Array]:
 
 
 def _soft_threshold(x: jax.Array, d: jax.Array) -> jax.Array:
-    excess = jnp.abs(x) - d
-    # A comparison, not max(): NaN fails it and passes on.
-    return jnp.where(excess <= 0, 0.0, jnp.sign(x) * excess)
+    # A comparison, not max(): NaN fails it and passes on. Two selections are cheaper than sign().
+    return jnp.where(jnp.abs(x) - d <= 0, 0.0, jnp.where(x > 0, x - d, x + d))
 
 
 def _non_negative(x: jax.Array, d: jax.Array) -> jax.Array:
@@ -285,24 +282,25 @@ def _non_negative(x: jax.Array, d: jax.Array) -> jax.Array:
 def _elastic_net(x: jax.Array, d: jax.Array, *, l2: float) -> jax.Array:
     shrunk = _soft_threshold(x, d)
     # An infinite d times an l2 of zero has no value; a zero needs no division.
-    return jnp.where(shrunk == 0, 0.0, shrunk / (1 + d * l2))
+    return jnp.where(shrunk == 0, 0.0, _positive_zero(shrunk / (1 + d * l2)))
 
 
 def _group_lasso(x: jax.Array, d: jax.Array, *, axes: int | Sequence[int] | None) -> jax.Array:
+    # The magnitude itself is compared with d, so that a threshold taken from the magnitudes prunes
+    # the group that it was taken from.
     rms = _group_rms(x, axes)
-    # The magnitude itself is compared with d, so that a threshold taken from the magnitudes
-    # prunes the group that it was taken from.
+    _check_broadcasts(d, rms.shape)
     excess = rms - d
     # (rms - d) / rms keeps its sign where 1 - d / rms would round to zero; where rms is infinite
     # only the latter has a value.
     safe = jnp.where(rms == 0, 1.0, rms)
     kept = jnp.where(jnp.isinf(rms), 1 - d / safe, excess / safe)
-    return jnp.where(excess <= 0, 0.0, x * kept)
+    return jnp.where(excess <= 0, 0.0, _positive_zero(x * kept))
 
 
 def _hard_threshold(x: jax.Array, d: jax.Array) -> jax.Array:
     kept = jnp.where(jnp.isnan(d), d, x)
-    return jnp.where(jnp.abs(x) <= jnp.sqrt(2 * d), 0.0, kept)
+    return jnp.where(_hard_magnitude(x) <= d, 0.0, kept)
 
 
 def _group_rms(x: jax.Array, axes: int | Sequence[int] | None) -> jax.Array:
@@ -316,9 +314,9 @@ def _group_rms(x: jax.Array, axes: int | Sequence[int] | None) -> jax.Array:
 def _group_axes(ndim: int, axes: int | Sequence[int] | None) -> tuple[int, ...]:
     if axes is None:
         return tuple(range(ndim - 1))
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    axes = tuple(np.atleast_1d(axes).tolist())
     for axis in axes:
-        if not -ndim <= axis < ndim:
+        if not (isinstance(axis, int) and -ndim <= axis < ndim):
             raise ValueError(f"axes: {axis} is not an axis of a leaf with {ndim} dimensions")
     if len({axis % ndim for axis in axes}) != len(axes):
         raise ValueError(f"axes: {axes} names an axis of a leaf with {ndim} dimensions twice")
@@ -350,6 +348,12 @@ def _non_negative_magnitude(x: jax.Array) -> jax.Array:
     return jnp.maximum(x, 0)
 
 
+def _hard_magnitude(x: jax.Array) -> jax.Array:
+    # A square that underflows is still that of a weight which a strength of zero leaves alone.
+    tiny = jnp.finfo(x.dtype).tiny  # type: ignore[no-untyped-call]
+    return jnp.where(x == 0, 0.0, jnp.maximum(jnp.square(x) / 2, tiny))
+
+
 def _keep(w: jax.Array, d: Any, **_: Any) -> jax.Array:
     del d
     return jnp.array(w)
@@ -362,7 +366,7 @@ _RULES: dict[Any, Rule] = {
     ),
     prox_elastic_net: Rule(_elastic_magnitude, _elastic_lift),
     prox_group_lasso: Rule(_group_magnitude, _group_lift),
-    prox_l0: Rule(lambda x: jnp.square(x) / 2, _keep),
+    prox_l0: Rule(_hard_magnitude, _keep),
 }
 
 
@@ -385,10 +389,11 @@ def _over_leaves(function: Callable[..., jax.Array], x: Any, strength: Any, **ke
     def one(leaf: Any, d: Any) -> jax.Array:
         leaf = _as_real(leaf)
         # Sixteen-bit weights are thresholded in float32, so that d is not rounded to their grid.
-        wide = at_least_float32(leaf.dtype)
-        z = function(leaf.astype(wide), jnp.asarray(d, wide), **keywords).astype(leaf.dtype)
-        # What underflows, in a product or in the cast, may have become -0.0.
-        return jnp.where(z == 0, 0.0, z)
+        wide = _widen(leaf)
+        d = jnp.asarray(d, wide.dtype)
+        _check_broadcasts(d, leaf.shape)
+        z = function(wide, d, **keywords)
+        return z if z.dtype == leaf.dtype else _positive_zero(z.astype(leaf.dtype))
 
     try:
         strengths = jax.tree.broadcast(strength, x)
@@ -411,6 +416,25 @@ def _as_real(x: Any) -> jax.Array:
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"x: {x.dtype} is complex; proximal operators take real arrays")
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
+
+
+def _widen(x: jax.Array) -> jax.Array:
+    return x.astype(at_least_float32(x.dtype))
+
+
+def _positive_zero(z: jax.Array) -> jax.Array:
+    # What underflows, in a product or in a cast, may have become -0.0. The difference is +0.0 and
+    # has the derivative of z, which a zero within a living group needs.
+    return jnp.where(z == 0, z - lax.stop_gradient(z), z)
+
+
+def _check_broadcasts(d: jax.Array, shape: tuple[int, ...]) -> None:
+    try:
+        fits = np.broadcast_shapes(d.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"strength: its shape {d.shape} does not broadcast against {shape}")
 
 
 def _check_not_negative(name: str, value: Any) -> None:

@@ -166,16 +166,20 @@ def kth_smallest(
         raise ValueError(f"rank: {rank} is not allowed; allowed are 0 … {size}")
     if rank == 0:
         return jnp.zeros((), dtype)
-    bits = jnp.dtype(dtype).itemsize * 8
-    unsigned = jnp.dtype(f"uint{bits}")
+    pattern = np.dtype(f"int{jnp.dtype(dtype).itemsize * 8}")
+    bits = pattern.itemsize * 8 - 1  # all but the sign
+    passes = -(-bits // _DIGIT_BITS)
+    digits = jnp.arange(1, 2**_DIGIT_BITS, dtype=pattern)
 
-    def one_digit(step: int | jax.Array, found: jax.Array) -> jax.Array:
-        shift = jnp.asarray(bits - _DIGIT_BITS * (step + 1), unsigned)
-        digits = jnp.arange(1, 2**_DIGIT_BITS, dtype=unsigned)
-        below = _count_below(arrays, found | (digits << shift), magnitude, dtype)
-        return found | (jnp.sum(below < np.uint32(rank), dtype=unsigned) << shift)
+    def one_digit(index: int | jax.Array, found: jax.Array) -> jax.Array:
+        # The last digit has fewer bits left; its surplus candidates lie above the answer.
+        shift = jnp.maximum(bits - _DIGIT_BITS * (index + 1), 0).astype(pattern)
+        # Without the barrier XLA hoists the magnitudes out of the loop, as a copy of all weights.
+        leaves, found = _barrier((list(arrays), found))
+        below = _count_below(leaves, found + (digits << shift), magnitude, dtype)
+        return found + (jnp.sum(below < np.uint32(rank), dtype=pattern) << shift)
 
-    found = lax.fori_loop(0, bits // _DIGIT_BITS, one_digit, jnp.zeros((), unsigned))
+    found = lax.fori_loop(0, passes, one_digit, jnp.zeros((), pattern))
     return lax.bitcast_convert_type(found, dtype)
 
 
@@ -187,18 +191,21 @@ def _count_below(
     for array in arrays:
         # abs: the order of bit patterns holds for a clear sign bit, and a magnitude may be -0.0.
         patterns = lax.bitcast_convert_type(jnp.abs(magnitude(array).astype(dtype)), pivots.dtype)
-        below = [(patterns < pivot).astype(jnp.uint32) for pivot in pivots]
-        # One reduction with fifteen results is one loop over the array; fifteen reductions would
-        # each read it again.
-        total += jnp.stack(
-            lax.reduce(
-                below,
-                [np.uint32(0)] * len(below),
-                lambda left, right: [a + b for a, b in zip(left, right)],
-                tuple(range(array.ndim)),
-            )
+        # One reduction with fifteen results is one loop over the array, vectorized; fifteen
+        # reductions would each read it again. Signed integers: unsigned ones are slower on CPUs.
+        below = [(patterns < pivot).astype(jnp.int32) for pivot in pivots]
+        counts = lax.reduce(
+            below,
+            [np.int32(0)] * len(below),
+            lambda left, right: [a + b for a, b in zip(left, right)],
+            tuple(range(array.ndim)),
         )
+        total += jnp.stack(counts).astype(jnp.uint32)
     return total
+
+
+def _barrier(values: Any) -> Any:
+    return lax.optimization_barrier(values)  # type: ignore[no-untyped-call]
 
 
 def _gains(rates: np.ndarray) -> np.ndarray:

@@ -228,9 +228,13 @@ def threshold_from_l1(
     if not np.all(np.isfinite(coefficients)):
         step = int(np.argmin(np.isfinite(coefficients)))
         raise ValueError(f"l1: {coefficients[step]} at step {step} is not finite")
-    table = initial + _prefix_sums(rates * coefficients)
+    increments = rates * coefficients
+    table = initial + _prefix_sums(increments)
+    # A threshold that falls back to zero may miss it by what rounding makes of so many terms.
+    rounding = steps * np.finfo(float).eps * np.abs(increments).sum()
+    table = np.where((table < 0) & (table >= -rounding), 0.0, table)
     _check_each("l1", table, "the threshold becomes ")
-    return ThresholdSchedule(table, rates * coefficients)
+    return ThresholdSchedule(table, increments)
 
 
 def l1_from_threshold(
@@ -281,7 +285,7 @@ def l1_from_threshold(
         if not isinstance(count, jax.Array):
             return on_host(np.asarray(count))[()]
         if isinstance(threshold, ThresholdSchedule):
-            return _look_up(table(threshold.steps), count)
+            return jnp.where(count < 0, 0.0, _look_up(table(threshold.steps), count))
         rise = jnp.asarray(_call(threshold, count + 1)) - _call(threshold, count)
         rate = jnp.asarray(_call(learning_rate, count))
         still = (rise == 0) & (rate == 0)
@@ -362,7 +366,9 @@ def _call(schedule: ScalarOrSchedule, count: Any) -> Any:
 def _look_up(table: np.ndarray, count: Any) -> Any:
     last = len(table) - 1
     if isinstance(count, jax.Array):
-        return jnp.asarray(table)[jnp.clip(count, 0, last)]
+        # The type is named: JAX remembers a constant in the type that it was first traced in, also
+        # when x64 is enabled later.
+        return jnp.asarray(table, jnp.result_type(float))[jnp.clip(count, 0, last)]
     return table[np.clip(count, 0, last)]
 
 
@@ -382,7 +388,8 @@ def _prefix_sums(values: np.ndarray) -> np.ndarray:
 
 def _rise(threshold: ScalarOrSchedule, counts: np.ndarray) -> np.ndarray:
     if isinstance(threshold, ThresholdSchedule):
-        return _look_up(np.append(threshold.increments, 0.0), counts)
+        # Before the first step, as after the last, the threshold stands still.
+        return np.where(counts < 0, 0.0, _look_up(np.append(threshold.increments, 0.0), counts))
     return evaluate(threshold, counts + 1) - evaluate(threshold, counts)
 
 

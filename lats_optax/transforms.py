@@ -162,7 +162,9 @@ def soft_threshold(
         if frozen is not None:
             after = jnp.where(frozen, 0.0, after)
         new_updates = jax.tree.map(
-            lambda theta, u, w: u if is_dense(theta) else _difference(operator(theta, after), w, u),
+            lambda theta, u, w: (
+                u if is_dense(theta) else _living_difference(operator(theta, after), w, u)
+            ),
             moved,
             updates,
             params,
@@ -310,15 +312,23 @@ def _move(theta: jax.Array, update: Any, frozen: jax.Array | None) -> jax.Array:
 
 
 def _difference(target: jax.Array, w: jax.Array, update: Any) -> jax.Array:
-    """The update w' - w, such that w + (w' - w) is zero exactly where w' is."""
+    """The update w' - w, such that w + (w' - w) is zero where w' is."""
     dtype = _wider(update, w)
     wide = prox.at_least_float32(dtype)
-    target = target.astype(w.dtype).astype(wide)
-    difference = _rounded(target - w.astype(wide), dtype)
-    # Where w' is lost beside w, the rounded difference is -w and would prune a weight that is
-    # alive; the next float towards zero leaves one ulp of it.
-    lost = (difference == -w.astype(dtype)) & (target != 0)
-    return jnp.where(lost, difference * (1 - _finfo(dtype).eps), difference)
+    target = _rounded(target.astype(wide), w.dtype).astype(wide)
+    return _rounded(target - w.astype(wide), dtype)
+
+
+def _living_difference(target: jax.Array, w: jax.Array, update: Any) -> jax.Array:
+    """The update w' - w, such that w + (w' - w) is zero where w' is and nowhere else.
+
+    Where w' is lost beside w, the rounded difference is -w and would prune a weight that is alive
+    in the latent weights; the next float towards zero leaves one ulp of it.
+    """
+    difference = _difference(target, w, update)
+    target = _rounded(target.astype(prox.at_least_float32(w.dtype)), w.dtype)
+    lost = (difference == -w.astype(difference.dtype)) & (target != 0)
+    return jnp.where(lost, difference * (1 - _finfo(difference.dtype).eps), difference)
 
 
 def _wider(update: Any, w: jax.Array) -> Any:
@@ -329,12 +339,11 @@ def _wider(update: Any, w: jax.Array) -> Any:
 def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
     """A float32 or float64 array in the given dtype, as every reader of it sees it.
 
-    XLA may leave out a rounding to bfloat16 where it is followed by arithmetic in float32. What
-    is compared with the threshold would then differ from what the state keeps.
+    XLA may leave out a rounding to sixteen bits where arithmetic in float32 follows. What is
+    compared with the threshold would then differ from what the state keeps.
     """
-    if dtype == jnp.bfloat16:
-        x = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    return x.astype(dtype)
+    info = _finfo(dtype)
+    return (lax.reduce_precision(x, info.nexp, info.nmant) if info.bits <= 16 else x).astype(dtype)
 
 
 def _finfo(dtype: Any) -> Any:
@@ -397,10 +406,10 @@ def _schedule(name: str, value: ScalarOrSchedule) -> Callable[[Any], jax.Array]:
     first = value(0) if callable(value) else value
     if not isinstance(first, jax.core.Tracer):
         check_threshold(name, first)
-    dtype = jnp.result_type(float)
+    # The default float type is asked for at each call: x64 may be enabled after construction.
     if callable(value):
-        return lambda count: jnp.asarray(value(count), dtype)
-    return lambda count: jnp.asarray(value, dtype)
+        return lambda count: jnp.asarray(value(count), jnp.result_type(float))
+    return lambda count: jnp.asarray(value, jnp.result_type(float))
 
 
 def _open_loop(threshold: ScalarOrSchedule) -> ClosedLoop:

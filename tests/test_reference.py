@@ -5,6 +5,7 @@ plain JAX, so that nothing but the optimizer of this library is under test.
 """
 
 import functools
+import itertools
 from pathlib import Path
 
 import jax
@@ -98,7 +99,6 @@ def start(strategy, run, tx):
     return params, state
 
 
-@functools.cache
 def trained(strategy):
     """Losses, thresholds, latent weights and parameters after every step, as NumPy arrays."""
     run = recording(f"trajectory_{strategy}")
@@ -132,45 +132,27 @@ def trained(strategy):
         return run, jax.device_get(train(*start(strategy, run, tx)))
 
 
+def assert_close(actual, recorded, what):
+    np.testing.assert_allclose(actual, recorded, rtol=0, atol=TOLERANCE, err_msg=what)
+
+
 @pytest.mark.parametrize("strategy", ["s_lats", "lats", "pgh", "constant"])
-class TestTrajectory:
-    def test_thresholds(self, strategy):
-        run, history = trained(strategy)
-        np.testing.assert_allclose(history["threshold"], run["thresholds"], rtol=1e-12)
-
-    def test_losses(self, strategy):
-        run, history = trained(strategy)
-        np.testing.assert_allclose(history["loss"], run["losses"], rtol=0, atol=TOLERANCE)
-
-    @pytest.mark.parametrize("step", [1, 60, 120])
-    def test_weights_and_zeros(self, strategy, step):
-        run, history = trained(strategy)
+def test_trajectory(strategy):
+    run, history = trained(strategy)
+    assert_close(history["threshold"], run["thresholds"], "thresholds")
+    assert_close(history["loss"], run["losses"], "losses")
+    for step in (1, 60, 120):
+        params, latent = jax.tree.map(
+            lambda leaves, step=step: leaves[step - 1], (history["params"], history["latent"])
+        )
         for name in CONVOLUTIONS:
             recorded = run[f"step{step}/sparse/{name}"]
-            sparse = history["params"][name][step - 1]
-            latent = history["latent"][name][step - 1]
-            np.testing.assert_array_equal(sparse == 0, recorded == 0)
-            np.testing.assert_allclose(sparse, recorded, rtol=0, atol=TOLERANCE)
-            np.testing.assert_allclose(
-                latent, run[f"step{step}/latent/{name}"], rtol=0, atol=TOLERANCE
-            )
-
-    @pytest.mark.parametrize("step", [1, 60, 120])
-    def test_batch_normalisation(self, strategy, step):
-        run, history = trained(strategy)
-        for name in NORMS:
-            for key in ("weight", "bias"):
-                np.testing.assert_allclose(
-                    history["params"][name][key][step - 1],
-                    run[f"step{step}/bn/{name}.{key}"],
-                    rtol=0,
-                    atol=TOLERANCE,
-                )
-
-    def test_final_sparsity(self, strategy):
-        run, history = trained(strategy)
-        last = jax.tree.map(lambda leaves: leaves[-1], history["params"])
-        assert lats_optax.sparsity(last).sparsity == float(run["final_sparsity"])
+            np.testing.assert_array_equal(params[name] == 0, recorded == 0, f"zeros of {name}")
+            assert_close(params[name], recorded, f"{name} after step {step}")
+            assert_close(latent[name], run[f"step{step}/latent/{name}"], f"latent {name}")
+        for name, key in itertools.product(NORMS, ("weight", "bias")):
+            assert_close(params[name][key], run[f"step{step}/bn/{name}.{key}"], f"{name}.{key}")
+    assert lats_optax.sparsity(params).sparsity == float(run["final_sparsity"])
 
 
 # --- the threshold tables -----------------------------------------------------------------------

@@ -1,0 +1,44 @@
+# The project's commands. `make install` makes .venv; every other target makes what it needs.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint format bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | column -t -s '|'
+
+install: $(INSTALLED)  ## make the environment, .venv
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.11")'
+	@echo "making .venv (a few minutes the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(INSTALLED)
+
+demo: install  ## train a dense and a 95 % sparse network on real digits, and compare them
+	$(BIN)/lats-demo --overwrite
+
+test: install  ## the test suite, without the slow ones
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: install  ## the whole test suite
+	$(BIN)/python -m pytest -n 2
+
+lint: install  ## ruff, format check, type checker
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+format: install  ## let ruff mend what it can
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+bench: install  ## bytes and time of one optimizer update, against optax.sgd
+	$(BIN)/python -m benchmarks.optimizer_step
+
+clean:  ## remove the environment and everything that was made (not runs/)
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

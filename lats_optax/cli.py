@@ -1,0 +1,140 @@
+"""The commands, `lats-train` and its siblings: arguments in, a few lines out, no logic."""
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from lats_optax.training import demo as demonstration
+from lats_optax.training import loop
+from lats_optax.training.demo import DemoConfig, DemoResult
+from lats_optax.training.presets import PRESETS
+
+Ready = TypeVar("Ready")
+
+
+def train(args: Sequence[str] | None = None) -> int:
+    """`lats-train PRESET [--field value ...]`: trains a model.
+
+    Args:
+      args: what follows the command's name; None: what the process was started with.
+
+    Returns:
+      The exit code: 0; 1 for a run that failed; 2 for arguments that are not allowed; 130 for one
+      that was interrupted.
+    """
+
+    def prepare() -> loop.Experiment:
+        parse = tyro.extras.overridable_config_cli
+        presets = {name: (preset.description, preset.config) for name, preset in PRESETS.items()}
+        description = (
+            "Train a model, dense or sparse. Each preset is a run; any field of it can be given: "
+            "lats-train PRESET --help lists them."
+        )
+        return loop.build(_in_one_line(parse, presets, "lats-train", description, args))
+
+    return _run("lats-train", prepare, lambda experiment: _print_run(loop.fit(experiment)))
+
+
+def demo(args: Sequence[str] | None = None) -> int:
+    """`lats-demo [--field value ...]`: trains a dense and a sparse network, and compares them.
+
+    Args:
+      args: as for `train`.
+
+    Returns:
+      As `train`.
+    """
+
+    def prepare() -> tuple[DemoConfig, dict[str, loop.Experiment]]:
+        config = _in_one_line(tyro.cli, DemoConfig, "lats-demo", None, args)
+        return config, demonstration.build(config)
+
+    return _run("lats-demo", prepare, lambda ready: _print_demo(demonstration.fit(*ready)))
+
+
+def _run(program: str, prepare: Callable[[], Ready], execute: Callable[[Ready], None]) -> int:
+    """Turns what goes wrong into one line and an exit code."""
+
+    def fail(error: object, code: int) -> int:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return code
+
+    try:
+        ready = prepare()
+    except (ValueError, OSError) as error:
+        return fail(error, 2)
+    try:
+        execute(ready)
+    except FileExistsError as error:
+        return fail(error, 2)
+    except loop.NonFiniteError as error:
+        return fail(error, 1)
+    except KeyboardInterrupt as error:
+        return fail(error or "interrupted", 130)
+    return 0
+
+
+def _in_one_line(
+    parse: Callable[..., Any],
+    what: Any,
+    program: str,
+    description: str | None,
+    args: Sequence[str] | None,
+) -> Any:
+    """What tyro makes of the arguments; exits after --help.
+
+    tyro frames its errors over many lines; here they become one.
+    """
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return parse(what, prog=program, description=description, args=args)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    raise ValueError(_unframed(errors.getvalue()))
+
+
+def _unframed(box: str) -> str:
+    """The message in a box that tyro has drawn around an error, and the options it suggests."""
+    # Where standard output is not UTF-8, rules are of hyphens and the title is above the first.
+    first = 0 if box.startswith("╭") else 1
+    words = re.sub(r"^╭.*$|│", "", box, flags=re.MULTILINE)
+    sections = re.split(r"^\W*?[─-]{3}\W*$", words, flags=re.MULTILINE)[first:]
+    sections = [" " + " ".join(section.split()) + " " for section in sections]
+    # Names of tyro's own, where the message names the field already.
+    message = re.sub(r"Error parsing (?!--)\S+: ", "", sections[0].strip())
+    for section in sections[1:]:
+        if section.startswith(" Available subcommands"):
+            message += f"; presets: {section.partition(':')[2].strip()}"
+        elif section.startswith(" Perhaps you meant"):
+            options = dict.fromkeys(re.findall(r"(?<= )--[\w.-]+\w(?= )", section))
+            options.pop("--help", None)
+            message += f"; perhaps you meant {' or '.join(options)}"
+    if message.startswith("Unrecognized") and "; " not in message:
+        message += "; --help lists what is allowed"
+    return message
+
+
+def _print_run(result: loop.RunResult) -> None:
+    if not result.is_primary:
+        return
+    print(result.sparsity)
+    print(f"test accuracy {result.test_accuracy:.2%} after {result.seconds:.0f} s")
+    workdir = result.config.workdir
+    print(f"metrics       {workdir}/metrics.jsonl; tensorboard --logdir {workdir}")
+    print(f"checkpoint    {result.checkpoint}")
+
+
+def _print_demo(result: DemoResult) -> None:
+    print(result.table)
+    print()
+    print(f"picture      {result.picture}")
+    print(f"summary      {result.summary}")
+    for name, run in result.runs.items():
+        print(f"{name + ' run':<12} {run.checkpoint} (checkpoint)")

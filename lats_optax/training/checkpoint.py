@@ -1,0 +1,114 @@
+"""Checkpoints: the one file that names Orbax.
+
+A checkpoint holds the training state, where the data iterator is, and the config. Orbax marks one
+as complete when all of it is written; others, of a run that was killed, are never read.
+"""
+
+import logging
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from lats_optax.training.step import TrainState
+from lats_optax.training.workdir import CHECKPOINTS
+
+# Orbax tells every file that it writes; a run says where its checkpoints are.
+logging.getLogger("absl").setLevel(logging.WARNING)
+
+
+class Checkpoint(NamedTuple):
+    """What training goes on from: `state` in host memory, the rest as JSON types."""
+
+    state: TrainState
+    data_state: dict[str, Any]
+
+
+class Checkpoints:
+    """The last checkpoints of a run; an older one is removed once a newer one is complete.
+
+    Args:
+      workdir: directory of the run.
+      keep: how many there are at most once a save is done; None: all.
+    """
+
+    def __init__(self, workdir: Path, keep: int | None = None):
+        # Saving in the background could read buffers that the next step, to which they are
+        # donated, is already writing.
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager((workdir / CHECKPOINTS).absolute(), options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._manager.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the last complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, data_state: dict[str, Any], config: dict[str, Any]) -> None:
+        """Writes a checkpoint of `state.step`, and returns when it is complete.
+
+        Args:
+          state: equal in every process.
+          data_state: what the data iterator's `get_state` gives.
+          config: what `config.to_json` gives.
+        """
+        # As host arrays: they are the same for any number of devices that reads them.
+        host = jax.device_get(state)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(host),
+            run=ocp.args.JsonSave({"config": config, "data_state": data_state}),
+        )
+        self._manager.save(int(host.step), args=items)
+
+    def config(self) -> dict[str, Any] | None:
+        """The config in the last checkpoint; None where there is no checkpoint."""
+        if self.latest_step is None:
+            return None
+        items = ocp.args.Composite(run=ocp.args.JsonRestore())
+        config: dict[str, Any] = self._manager.restore(self.latest_step, args=items).run["config"]
+        return config
+
+    def restore(self, like: TrainState) -> Checkpoint | None:
+        """The last checkpoint, None where there is none; `like` has its tree, shapes and dtypes."""
+        if self.latest_step is None:
+            return None
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(jax.device_get(like)), run=ocp.args.JsonRestore()
+        )
+        restored = self._manager.restore(self.latest_step, args=items)
+        return Checkpoint(restored.state, restored.run["data_state"])
+
+
+def load_variables(workdir: Path | str) -> dict[str, Any]:
+    """The weights in a run's last checkpoint, as `model.apply` takes them.
+
+    Args:
+      workdir: directory of the run.
+
+    Returns:
+      `params` and `batch_stats`.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+    """
+    directory = Path(workdir) / CHECKPOINTS
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint in {directory}.")
+    with Checkpoints(Path(workdir)) as checkpoints:
+        if checkpoints.latest_step is None:
+            raise FileNotFoundError(f"there is no checkpoint in {directory}.")
+        items = ocp.args.Composite(state=ocp.args.StandardRestore())
+        state = checkpoints._manager.restore(checkpoints.latest_step, args=items).state
+    return {"params": state["params"], "batch_stats": state["batch_stats"] or {}}

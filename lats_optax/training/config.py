@@ -1,0 +1,237 @@
+"""What a training run is told: frozen dataclasses, checked when they are made.
+
+The command line is made from these classes: the line under a field is its `--help` text.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+
+def _check(allowed_if: bool, field: str, value: object, allowed: str) -> None:
+    if not allowed_if:
+        raise ValueError(f"{field} is {value!r}; allowed: {allowed}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is trained on."""
+
+    name: str = "digits"
+    """Data set: `digits`, the 1,797 handwritten digits of scikit-learn."""
+    data_dir: str | None = None
+    """Where prepared data sets are kept; None: the TFDS default."""
+    batch_size: int = 64
+    """Images a step, over all devices of all processes together."""
+
+    def __post_init__(self) -> None:
+        _check(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What is trained."""
+
+    name: str = "digits-cnn"
+    """Model of the zoo."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type that the layers compute in; parameters are float32 in both cases."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Stochastic gradient descent: linear warm-up, then a cosine to zero."""
+
+    learning_rate: float = 0.3
+    """Learning rate at its peak."""
+    momentum: float = 0.9
+    """Momentum of SGD; 0 for none."""
+    weight_decay: float = 0.0
+    """Coefficient of the L2 penalty on all parameters, batch normalization's included."""
+    warmup_epochs: int = 0
+    """Epochs over which the learning rate rises linearly to its peak."""
+    decay: Literal["step", "epoch"] = "step"
+    """Whether the learning rate moves at every step or once an epoch."""
+
+    def __post_init__(self) -> None:
+        positive = self.learning_rate > 0 and math.isfinite(self.learning_rate)
+        _check(positive, "optimizer.learning_rate", self.learning_rate, "a number above 0")
+        _check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "0 <= momentum < 1")
+        not_negative = self.weight_decay >= 0 and math.isfinite(self.weight_decay)
+        _check(not_negative, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        _check(self.warmup_epochs >= 0, "optimizer.warmup_epochs", self.warmup_epochs, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneConfig:
+    """Soft threshold pruning; the run is dense while both of the first two fields are None."""
+
+    target_sparsity: float | None = None
+    """Fraction of the pruned weights that is zero at the end; the threshold follows from it."""
+    final_threshold: float | None = None
+    """Threshold at the end of training, instead of a sparsity."""
+    schedule: Literal["lats", "s-lats", "epoch-lats", "pgh", "constant"] = "lats"
+    """How the threshold gets to final_threshold; `lats` is exact for the run's learning rate."""
+    beta: float | None = None
+    """Base of the pgh schedule: the L1 penalty is proportional to beta**x, x from 0 to 1."""
+    update_every: int | None = None
+    """Steps between two looks at the quantile for target_sparsity; None: the library's default."""
+    include: tuple[str, ...] = ()
+    """Regular expressions on parameter paths: what is pruned; none: all of 2 dimensions or more."""
+    exclude: tuple[str, ...] = ()
+    """Regular expressions on parameter paths: what stays dense."""
+    weight_decay_on: Literal["latent", "weights"] = "latent"
+    """Weights that weight decay acts on: the latent ones, as in the paper's code, or the pruned."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is pruned."""
+        return self.target_sparsity is not None or self.final_threshold is not None
+
+    def __post_init__(self) -> None:
+        target, final, beta, every = (
+            self.target_sparsity,
+            self.final_threshold,
+            self.beta,
+            self.update_every,
+        )
+        if target is not None and final is not None:
+            raise ValueError(
+                f"prune.target_sparsity is {target!r} and prune.final_threshold is {final!r}; "
+                "allowed: one of the two, with the other None."
+            )
+        if target is not None:
+            _check(0 <= target < 1, "prune.target_sparsity", target, "0 <= target_sparsity < 1")
+            lats = self.schedule == "lats"
+            _check(lats, "prune.schedule", self.schedule, "'lats' with a target_sparsity")
+        if final is not None:
+            _check(final >= 0 and math.isfinite(final), "prune.final_threshold", final, "0 or more")
+        if final is not None and self.schedule == "pgh":
+            usable = beta is not None and beta > 0 and math.isfinite(beta)
+            _check(usable, "prune.beta", beta, "with schedule pgh, a number above 0")
+        else:
+            pgh = "a number only for a final_threshold with schedule pgh"
+            _check(beta is None, "prune.beta", beta, pgh)
+        if target is None:
+            _check(every is None, "prune.update_every", every, "None without a target_sparsity")
+        else:
+            _check(every is None or every >= 1, "prune.update_every", every, "None, or 1 or more")
+        if not self.enabled:
+            dense = "none without prune.target_sparsity or prune.final_threshold"
+            _check(not self.include, "prune.include", self.include, dense)
+            _check(not self.exclude, "prune.exclude", self.exclude, dense)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    >>> config = TrainConfig(prune=PruneConfig(target_sparsity=0.95), epochs=2)
+    >>> config.prune.enabled, config.model.dtype
+    (True, 'float32')
+    >>> PruneConfig(target_sparsity=95)
+    Traceback (most recent call last):
+    ...
+    ValueError: prune.target_sparsity is 95; allowed: 0 <= target_sparsity < 1.
+    """
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    prune: PruneConfig = PruneConfig()
+    label_smoothing: float = 0.0
+    """Mass that the training loss's target spreads evenly over all classes."""
+    epochs: int = 20
+    """Passes over the training images."""
+    seed: int = 0
+    """Seed of the initial parameters and of the order of the images."""
+    workdir: Path = Path("runs/digits")
+    """Where metrics and checkpoints are written."""
+    resume: bool = False
+    """Go on from the last checkpoint in workdir; begin where there is none."""
+    overwrite: bool = False
+    """Throw away the run that is in workdir."""
+    log_every: int = 50
+    """Steps between two records of the training metrics."""
+    eval_every: int = 5
+    """Epochs between two evaluations on the test images; there is one after the last epoch."""
+    checkpoint_every: int = 5
+    """Epochs between two checkpoints; there is one after the last epoch."""
+    keep_checkpoints: int = 2
+    """How many of the latest checkpoints are kept."""
+    distributed: bool = False
+    """Join the other processes of a TPU pod or cluster; the command is run in each of them."""
+
+    def __post_init__(self) -> None:
+        _check(
+            0 <= self.label_smoothing < 1,
+            "label_smoothing",
+            self.label_smoothing,
+            "0 <= label_smoothing < 1",
+        )
+        for field in ("epochs", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
+            _check(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
+        _check(0 <= self.seed < 2**32, "seed", self.seed, "0 <= seed < 2**32")
+        warmup = self.optimizer.warmup_epochs
+        _check(
+            warmup < self.epochs,
+            "optimizer.warmup_epochs",
+            warmup,
+            f"less than epochs, {self.epochs}",
+        )
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite are both True; allowed: one of the two.")
+
+
+# Where a run is, and how it is watched: a resumed run may differ in these alone.
+_FREE = {
+    "workdir",
+    "resume",
+    "overwrite",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "distributed",
+    "data.data_dir",
+}
+
+
+def to_json(config: TrainConfig) -> dict[str, Any]:
+    """The config as JSON types, nested as the classes are.
+
+    >>> to_json(TrainConfig())["data"]["name"]
+    'digits'
+    """
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return plain
+
+
+def check_resumable(saved: dict[str, Any], config: TrainConfig) -> None:
+    """Checks that a run that was begun with `saved` (of `to_json`) can go on with `config`.
+
+    Raises:
+      ValueError: a field that decides what the run computes differs; names all of them.
+    """
+    before, now = _flat(saved), _flat(to_json(config))
+    changed = [
+        f"{field} is {now.get(field)!r} and was {before.get(field)!r}"
+        for field in sorted(before.keys() | now.keys())
+        if field not in _FREE and before.get(field) != now.get(field)
+    ]
+    if changed:
+        raise ValueError(
+            f"cannot resume {config.workdir}: {'; '.join(changed)}. Allowed: the values it was "
+            "begun with, or another workdir."
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat

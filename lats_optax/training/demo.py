@@ -1,0 +1,138 @@
+"""The demonstration: one network trained dense and sparse on real digits, and what came of it."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lats_optax.training import loop, report
+from lats_optax.training.config import PruneConfig, TrainConfig
+from lats_optax.training.presets import PRESETS
+
+PICTURE, SUMMARY = "report.png", "summary.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoConfig:
+    """Train a dense and a sparse network on the digits of scikit-learn, and compare them."""
+
+    target_sparsity: float = 0.95
+    """Fraction of the sparse network's prunable weights that is zero at the end."""
+    epochs: int = PRESETS["digits"].config.epochs
+    """Passes over the training images, for each of the two."""
+    seed: int = 0
+    """Seed of the initial parameters and of the order of the images."""
+    data_dir: str | None = None
+    """Where prepared data sets are kept; None: the TFDS default."""
+    workdir: Path = Path("runs/demo")
+    """Where the two runs, the picture and the summary are written."""
+    overwrite: bool = False
+    """Throw away the demonstration that is in workdir."""
+
+    def __post_init__(self) -> None:
+        self.runs()  # whatever is wrong with the fields is found by the runs' own checks
+
+    def runs(self) -> dict[str, TrainConfig]:
+        """The two runs, `dense` and `sparse`: the preset `digits` without and with a target."""
+        base = PRESETS["digits"].config
+        base = dataclasses.replace(
+            base,
+            data=dataclasses.replace(base.data, data_dir=self.data_dir),
+            epochs=self.epochs,
+            seed=self.seed,
+            overwrite=self.overwrite,
+            # Often enough for a smooth curve of so short a run.
+            eval_every=1,
+            log_every=10,
+            checkpoint_every=self.epochs,
+        )
+        prune = PruneConfig(target_sparsity=self.target_sparsity)
+        return {
+            "dense": dataclasses.replace(base, workdir=self.workdir / "dense"),
+            "sparse": dataclasses.replace(base, workdir=self.workdir / "sparse", prune=prune),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoResult:
+    """What the demonstration has come to.
+
+    Attributes:
+      table: the comparison, as plain text.
+      picture: path of the PNG.
+      summary: path of the JSON file: for `dense` and `sparse` the test accuracy, the sparsity of
+        the prunable weights, how many are not zero, and the seconds it took.
+      runs: the finished runs by name.
+    """
+
+    table: str
+    picture: Path
+    summary: Path
+    runs: dict[str, loop.RunResult]
+
+
+def build(config: DemoConfig) -> dict[str, loop.Experiment]:
+    """Finds and checks everything that the demonstration needs; writes nothing in its directory.
+
+    Args:
+      config: what to train and where to write.
+
+    Returns:
+      The two runs, ready to begin, by name.
+
+    Raises:
+      FileExistsError: there is something in the work directory, and `overwrite` is False.
+      ValueError: the runs do not fit the devices.
+    """
+    if not config.overwrite and config.workdir.exists() and any(config.workdir.iterdir()):
+        raise FileExistsError(
+            f"workdir {config.workdir} is not empty: --overwrite throws away the demonstration in "
+            "it, --workdir names another place."
+        )
+    return {name: loop.build(run) for name, run in config.runs().items()}
+
+
+def fit(config: DemoConfig, experiments: dict[str, loop.Experiment]) -> DemoResult:
+    """Trains both networks and writes the picture and the summary.
+
+    Args:
+      config: where to write.
+      experiments: what `build` has made of it.
+
+    Returns:
+      The table, the paths and the two finished runs.
+
+    Raises:
+      NonFiniteError: training diverged.
+      KeyboardInterrupt: as `loop.fit`.
+    """
+    summary, picture = config.workdir / SUMMARY, config.workdir / PICTURE
+    # If this one is interrupted, nothing of an older demonstration stands beside its runs.
+    for file in (summary, picture):
+        file.unlink(missing_ok=True)
+    results = {name: loop.fit(experiment) for name, experiment in experiments.items()}
+    runs = [
+        report.Run(name, r.test_accuracy, r.seconds, r.sparsity, r.metrics)
+        for name, r in results.items()
+    ]
+    report.write_picture(picture, runs)
+    _write_json(
+        summary,
+        {
+            run.name: {
+                "test_accuracy": run.test_accuracy,
+                "sparsity": run.sparsity.sparsity,
+                "nonzero_weights": run.sparsity.nonzeros,
+                "seconds": round(run.seconds, 2),
+            }
+            for run in runs
+        },
+    )
+    return DemoResult(report.comparison_table(runs), picture, summary, results)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)

@@ -1,0 +1,57 @@
+"""What the optimizer benchmark counts, at small shapes: the streams of one fused update."""
+
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import optimizer_step, shapes
+
+SMALL = {f"layer{i}/kernel": (512, 512) for i in range(3)}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(shapes, "resnet50", lambda: SMALL)
+
+
+def test_resnet50_has_the_published_number_of_parameters():
+    assert sum(jnp.zeros(s).size for s in shapes.resnet50().values()) == 25_556_032
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("proximal_step", 1.02), ("soft_threshold, schedule", 1.5)],
+)
+def test_bytes_of_an_update_on_the_cpu(small, name, most):
+    programs = {
+        key: optimizer_step.compile_step(optimizer_step.optimizers()[key]) for key in ("sgd", name)
+    }
+    counts = {key: optimizer_step.bytes_accessed(program) for key, program in programs.items()}
+    # The scalars of the schedules do not count beside 25 million weights.
+    size = sum(jnp.zeros(s).size for s in SMALL.values())
+    assert counts[name] / size <= most * counts["sgd"] / size + 0.01
+
+
+def test_closed_loop_keeps_no_copy_of_the_weights(small):
+    tx = optimizer_step.optimizers()["soft_threshold, closed loop"]
+    program = optimizer_step.compile_step(tx)
+    assert program.memory_analysis().temp_size_in_bytes < 512 * 512 * 4 / 8
+
+
+def test_fused_traffic_reads_operands_and_results():
+    text = """HloModule step
+
+%body (p0: f32[64,64]) -> f32[64,64] {
+  %p0 = f32[64,64]{1,0} parameter(0)
+  ROOT %inner = f32[64,64]{1,0} fusion(%p0), kind=kLoop, calls=%other
+}
+
+ENTRY %main (w: f32[64,64], g: f32[64,64], count: s32[]) -> (f32[64,64], f32[64,64]) {
+  %w = f32[64,64]{1,0} parameter(0)
+  %g = f32[64,64]{1,0} parameter(1)
+  %count = s32[] parameter(2)
+  %rate = f32[] fusion(%count), kind=kLoop, calls=%schedule
+  ROOT %both = (f32[64,64]{1,0:T(8,128)}, f32[64,64]{1,0}) fusion(%w, %g, %rate), kind=kLoop
+}
+"""
+    # Two arrays and a scalar in, two arrays out; the schedule's own fusion is no pass.
+    assert optimizer_step.fused_traffic(text) == (1, 4 * 64 * 64 * 4 + 4)

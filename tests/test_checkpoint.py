@@ -1,0 +1,180 @@
+"""Checkpoints: a run goes on as if it had not stopped, and nothing good is lost."""
+
+import dataclasses
+import json
+import signal
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from lats_optax.training import loop
+from lats_optax.training.checkpoint import load_variables
+from lats_optax.training.config import PruneConfig
+from lats_optax.training.logging import read_metrics
+from tests import tiny
+
+SPARSE = PruneConfig(target_sparsity=0.75)
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch, compile_once):
+    tiny.install(monkeypatch)
+
+
+class KilledError(Exception):
+    pass
+
+
+def at_step(monkeypatch, step, act):
+    """Acts just before a step is taken."""
+    taken = []
+
+    def shard(self, batch, original=loop.DataParallel.shard):
+        if "weight" not in batch:
+            taken.append(1)
+            if len(taken) == step:
+                act()
+        return original(self, batch)
+
+    monkeypatch.setattr(loop.DataParallel, "shard", shard)
+
+
+def die():
+    raise KilledError
+
+
+def assert_equal_runs(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a.state), jax.device_get(b.state))
+    assert a.test_accuracy == b.test_accuracy
+    strip = lambda rs: [{k: v for k, v in r.items() if k != "images_per_second"} for r in rs]  # noqa: E731
+    assert strip(a.metrics) == strip(b.metrics)
+
+
+def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, monkeypatch):
+    straight = loop.train(tiny.config(tmp_path / "straight", prune=SPARSE, log_every=1))
+
+    config = tiny.config(tmp_path / "stopped", prune=SPARSE, log_every=1)
+    with monkeypatch.context() as context:
+        at_step(context, 16, die)
+        with pytest.raises(KilledError):
+            loop.train(config)
+    assert read_metrics(config.workdir / "metrics.jsonl")[-1]["step"] == 15
+    resumed = loop.train(dataclasses.replace(config, resume=True))
+
+    # The state is parameters, latent weights, threshold, momentum and counts.
+    assert_equal_runs(straight, resumed)
+    assert float(optax.tree.get(resumed.state.opt_state, "threshold")) > 0
+    steps = [r["step"] for r in resumed.metrics if r["split"] == "train"]
+    assert steps == list(range(1, 19))
+    assert read_metrics(config.workdir / "metrics.jsonl") == resumed.metrics
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_answered_with_a_checkpoint(tmp_path, monkeypatch, number):
+    config = tiny.config(tmp_path / "run", prune=SPARSE)
+    before = signal.getsignal(number)
+    with monkeypatch.context() as context:
+        at_step(context, 10, lambda: signal.raise_signal(number))
+        with pytest.raises(KeyboardInterrupt, match="after step 10"):
+            loop.train(config)
+    assert signal.getsignal(number) is before
+    assert (config.workdir / "checkpoints" / "10").is_dir()
+    resumed = loop.train(dataclasses.replace(config, resume=True))
+    straight = loop.train(tiny.config(tmp_path / "straight", prune=SPARSE))
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((straight.state, resumed.state)))
+
+
+def test_a_run_may_be_resumed_when_it_is_over(tmp_path):
+    config = tiny.config(tmp_path / "run", epochs=1)
+    first = loop.train(config)
+    second = loop.train(dataclasses.replace(config, resume=True))
+    assert_equal_runs(first, second)
+
+
+def test_a_run_may_be_resumed_before_it_began(tmp_path):
+    config = tiny.config(tmp_path / "run", epochs=1, resume=True)
+    assert loop.train(config).metrics[-1]["step"] == 6
+
+
+def test_a_run_may_be_resumed_on_other_devices(tmp_path, monkeypatch):
+    config = tiny.config(tmp_path / "run", prune=SPARSE)
+    with monkeypatch.context() as context:
+        at_step(context, 10, die)
+        with pytest.raises(KilledError):
+            loop.train(config, jax.devices()[:8])
+    resumed = loop.train(dataclasses.replace(config, resume=True), jax.devices()[:2])
+    straight = loop.train(tiny.config(tmp_path / "straight", prune=SPARSE), jax.devices()[:2])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+        jax.device_get(resumed.state.params),
+        jax.device_get(straight.state.params),
+    )
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    result = loop.train(tiny.config(tmp_path / "run", keep_checkpoints=2))
+    assert result.checkpoint == tmp_path / "run" / "checkpoints" / "18"
+    assert sorted(p.name for p in result.checkpoint.parent.iterdir()) == ["12", "18"]
+
+
+def test_a_checkpoint_that_was_not_finished_is_not_read(tmp_path, monkeypatch):
+    config = tiny.config(tmp_path / "run", prune=SPARSE)
+    straight = loop.train(config)
+    # As if the run had been killed while it wrote its last checkpoint.
+    for done in straight.checkpoint.rglob("commit_success.txt"):
+        done.unlink()
+    resumed = loop.train(dataclasses.replace(config, resume=True))
+    assert_equal_runs(straight, resumed)
+
+
+def test_the_weights_can_be_loaded(tmp_path):
+    result = loop.train(tiny.config(tmp_path / "run", epochs=1, prune=SPARSE))
+    variables = load_variables(tmp_path / "run")
+    jax.tree.map(
+        np.testing.assert_array_equal, variables["params"], jax.device_get(result.state.params)
+    )
+    logits = tiny.Model().apply(variables, np.zeros((2, *tiny.SHAPE), np.float32), train=False)
+    assert logits.shape == (2, tiny.CLASSES)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        load_variables(tmp_path / "nowhere")
+
+
+# The work directory
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    config = tiny.config(tmp_path / "run", epochs=1)
+    loop.train(config)
+    before = (config.workdir / "metrics.jsonl").read_bytes()
+    with pytest.raises(FileExistsError, match=r"--resume .* --overwrite"):
+        loop.train(config)
+    assert (config.workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_is_not_begun_twice(tmp_path):
+    experiment = loop.build(tiny.config(tmp_path / "run", epochs=1))
+    loop.fit(experiment)
+    with pytest.raises(FileExistsError, match="is not empty"):
+        loop.fit(experiment)
+
+
+def test_overwrite_removes_the_run_and_nothing_else(tmp_path):
+    config = tiny.config(tmp_path / "run", epochs=1)
+    loop.train(config)
+    (config.workdir / "notes.txt").write_text("mine")
+    shorter = dataclasses.replace(config, overwrite=True, seed=1)
+    result = loop.train(shorter)
+    assert (config.workdir / "notes.txt").read_text() == "mine"
+    lines = (config.workdir / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == [r["step"] for r in result.metrics] == [4, 6, 6]
+    assert len(list(config.workdir.glob("events.out.tfevents.*"))) == 1
+
+
+def test_resuming_with_another_config_is_refused(tmp_path):
+    config = tiny.config(tmp_path / "run", epochs=1)
+    loop.train(config)
+    with pytest.raises(ValueError, match=r"seed is 1 and was 0"):
+        loop.build(dataclasses.replace(config, resume=True, seed=1))

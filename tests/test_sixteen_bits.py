@@ -1,0 +1,69 @@
+"""Weights in bfloat16: what a compiled step returns is what its own state says.
+
+Within a compiled program XLA may keep a sixteen-bit value in float32 from one operation to the
+next. The weights and the threshold must be those of the latent weights that are stored.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lats_optax
+from lats_optax import prox
+
+STEPS = 20
+OPERATORS = {
+    "l1": prox.prox_l1,
+    "l0": prox.prox_l0,
+    "group_lasso": functools.partial(prox.prox_group_lasso, axes=(0, 1)),
+}
+
+
+def trained(name, dtype, latent_dtype):
+    """Weights and state after STEPS compiled steps with random gradients."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(0.1 * rng.normal(size=shape), dtype)  # noqa: E731
+    params = {"conv": draw(3, 3, 8, 16), "dense": draw(37, 50)}
+    tx = optax.chain(
+        optax.sgd(0.05),
+        lats_optax.soft_threshold(
+            lats_optax.target_sparsity(0.7, 0.05, STEPS, update_every=3),
+            operator=OPERATORS[name],
+            latent_dtype=latent_dtype,
+        ),
+    )
+
+    @jax.jit
+    def step(params, state, gradients):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(STEPS):
+        params, state = step(params, state, {k: draw(*v.shape) for k, v in params.items()})
+    return params, state[-1]
+
+
+@pytest.mark.parametrize(("dtype", "latent_dtype"), [("bfloat16", None), ("bfloat16", "float32")])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_weights_and_threshold_are_those_of_the_stored_latent_weights(name, dtype, latent_dtype):
+    params, state = trained(name, dtype, latent_dtype)
+    for key, w in params.items():
+        expected = OPERATORS[name](state.latent[key], state.threshold).astype(w.dtype)
+        assert w.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(w) == 0, np.asarray(expected) == 0)
+        # The update w' - w is rounded beside w, which is of the size of these weights at most.
+        np.testing.assert_allclose(
+            np.asarray(w, float), np.asarray(expected, float), atol=float(jnp.finfo(dtype).eps)
+        )
+
+    of = prox.magnitude(OPERATORS[name])
+    magnitudes = np.sort(np.concatenate([np.ravel(of(leaf)) for leaf in state.latent.values()]))
+    rank = round(0.7 * len(magnitudes))
+    np.testing.assert_allclose(state.threshold, magnitudes[rank - 1], rtol=1e-6)
+    # More only where magnitudes tie.
+    assert lats_optax.sparsity(params).zeros >= rank

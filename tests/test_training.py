@@ -1,0 +1,357 @@
+"""The trainer: what it computes, on how many devices, and when it stops."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lats_optax.training import loop
+from lats_optax.training.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PruneConfig,
+    TrainConfig,
+    check_resumable,
+    to_json,
+)
+from lats_optax.training.logging import MetricsLog, read_metrics
+from lats_optax.training.optimizer import cosine, make_optimizer
+from lats_optax.training.parallel import AXIS, DataParallel
+from lats_optax.training.presets import PRESETS
+from lats_optax.training.step import cross_entropy
+from tests import tiny
+
+SPARSE = PruneConfig(target_sparsity=0.75)
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch, compile_once):
+    tiny.install(monkeypatch)
+
+
+def params_of(result):
+    return jax.device_get(result.state.params)
+
+
+# What it computes
+
+
+@pytest.mark.parametrize(
+    ("devices", "prune"), [(1, SPARSE), (8, SPARSE), (8, PruneConfig())], ids=["1", "8", "8-dense"]
+)
+def test_a_run_is_the_plain_loop(tmp_path, devices, prune):
+    config = tiny.config(tmp_path / "run", prune=prune, label_smoothing=0.1)
+    result = loop.train(config, jax.devices()[:devices])
+
+    # The oracle: one device, no axis, optax's own loss.
+    dataset, model = tiny.dataset(), tiny.Model()
+    tx = make_optimizer(config, steps_per_epoch=6).transform
+    variables = model.init(jax.random.key(0), jnp.zeros((1, *tiny.SHAPE)), train=False)
+    params, stats = variables["params"], variables["batch_stats"]
+    opt_state = tx.init(params)
+
+    @jax.jit
+    def step(params, stats, opt_state, batch):
+        def loss_fn(params):
+            logits, new = model.apply(
+                {"params": params, "batch_stats": stats}, batch["image"], mutable=["batch_stats"]
+            )
+            labels = optax.smooth_labels(jax.nn.one_hot(batch["label"], tiny.CLASSES), 0.1)
+            return optax.softmax_cross_entropy(logits, labels).mean(), new["batch_stats"]
+
+        (loss, stats_), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state_ = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), stats_, opt_state_, loss
+
+    losses = []
+    for _, batch in zip(range(18), dataset.train_batches(8, seed=0)):
+        params, stats, opt_state, loss = step(params, stats, opt_state, batch)
+        losses.append(float(loss))
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params_of(result), params
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
+        jax.device_get(result.state.batch_stats),
+        stats,
+    )
+    logged = [r["loss"] for r in result.metrics if r["split"] == "train"]
+    windows = [losses[:4], losses[4:6], losses[6:8], losses[8:12], losses[12:16], losses[16:]]
+    np.testing.assert_allclose(logged, [np.mean(w) for w in windows], rtol=1e-4)
+
+
+def test_target_sparsity_is_met_and_logged_in_one_compilation(tmp_path, monkeypatch):
+    traces = []
+
+    def counted(*args, original=loop.train_step, **keywords):
+        traces.append(1)
+        return original(*args, **keywords)
+
+    monkeypatch.setattr(loop, "train_step", counted)
+    result = loop.train(tiny.config(tmp_path / "run", prune=SPARSE))
+    kernels = [p for p in jax.tree.leaves(params_of(result)) if p.ndim >= 2]
+    zeros, size = sum((k == 0).sum() for k in kernels), sum(k.size for k in kernels)
+    assert zeros == round(0.75 * size)
+    assert result.sparsity.sparsity == pytest.approx(zeros / size)
+    last = [r for r in result.metrics if r["split"] == "train"][-1]
+    assert last["sparsity"] == pytest.approx(zeros / size)
+    assert last["threshold"] > 0
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("devices", "batch_size"), [(1, 2), (1, 23), (2, 12), (8, 8), (8, 24), (3, 48)]
+)
+def test_evaluation_counts_every_image_once(tmp_path, devices, batch_size):
+    config = tiny.config(tmp_path, data=DataConfig(name="tiny", batch_size=batch_size))
+    experiment = loop.build(config, jax.devices()[:devices])
+    state = loop.initial_state(experiment)
+    result = loop.evaluate(experiment, experiment.parallel.replicate(state))
+
+    variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+    examples = tiny.dataset().sources["test"]
+    correct, loss = 0, 0.0
+    for example in examples:
+        logits = np.asarray(tiny.Model().apply(variables, example["image"][None], train=False))[0]
+        correct += int(np.argmax(logits) == example["label"])
+        loss -= float(logits[example["label"]] - np.log(np.exp(logits.astype(np.float64)).sum()))
+    assert result["accuracy"] == correct / len(examples)
+    assert result["loss"] == pytest.approx(loss / len(examples), rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_is_the_formula(smoothing):
+    logits = np.random.default_rng(1).normal(size=(5, 4))
+    labels = np.array([0, 3, 1, 1, 2])
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    q = (1 - smoothing) * np.eye(4)[labels] + smoothing / 4
+    expected = -(q * np.log(p)).sum(1)
+    actual = cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(labels), smoothing)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+# The optimizer
+
+
+@pytest.mark.parametrize("decay", ["step", "epoch"])
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_learning_rate_is_the_formula(decay, warmup):
+    config = TrainConfig(
+        optimizer=OptimizerConfig(learning_rate=0.4, warmup_epochs=warmup, decay=decay), epochs=5
+    )
+    schedule = cosine(config, steps_per_epoch=3)
+    for step in range(15):
+        u, w, n = (step, 3 * warmup, 15) if decay == "step" else (step // 3, warmup, 5)
+        rate = (u + 1) / w if u < w else 0.5 * (1 + np.cos(np.pi * (u - w) / (n - w)))
+        assert float(schedule(step)) == pytest.approx(0.4 * rate, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "beta"),
+    [("lats", None), ("s-lats", None), ("epoch-lats", None), ("pgh", 0.5), ("constant", None)],
+)
+def test_every_schedule_ends_at_the_final_threshold(schedule, beta):
+    prune = PruneConfig(final_threshold=0.02, schedule=schedule, beta=beta)
+    tx = make_optimizer(TrainConfig(prune=prune, epochs=2), steps_per_epoch=3).transform
+    params = {"kernel": jnp.ones((2, 2))}
+    state = tx.init(params)
+    for _ in range(6):
+        _, state = tx.update(params, state, params)
+    assert float(optax.tree.get(state, "threshold")) == pytest.approx(0.02, rel=1e-5)
+
+
+def test_excluded_layers_stay_dense():
+    prune = PruneConfig(final_threshold=10.0, exclude=("head",))
+    tx = make_optimizer(TrainConfig(prune=prune, epochs=1), steps_per_epoch=1).transform
+    params = {"stem": jnp.ones((2, 2)), "head": jnp.ones((2, 2))}
+    updates, _ = tx.update(params, tx.init(params), params)
+    params = optax.apply_updates(params, updates)
+    assert not params["stem"].any()
+    assert params["head"].all()
+
+
+def test_weight_decay_on_latent_and_on_weights_differ_as_told():
+    params = {"kernel": jnp.full((2, 2), 0.5)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updated = {}
+    for where in ("latent", "weights"):
+        config = TrainConfig(
+            optimizer=OptimizerConfig(learning_rate=1.0, momentum=0.0, weight_decay=0.1),
+            prune=PruneConfig(final_threshold=0.2, schedule="constant", weight_decay_on=where),
+            epochs=1,
+        )
+        tx = make_optimizer(config, steps_per_epoch=1).transform
+        updates, _ = tx.update(zeros, tx.init(params), params)
+        updated[where] = float(optax.apply_updates(params, updates)["kernel"][0, 0])
+    # The latent weight is 0.7, the weight 0.5.
+    assert updated == pytest.approx({"latent": 0.7 - 0.07 - 0.2, "weights": 0.7 - 0.05 - 0.2})
+
+
+# When it stops
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    messages = []
+    for log_every in (1, 50):
+        rate = OptimizerConfig(learning_rate=1e30)
+        config = tiny.config(
+            tmp_path / str(log_every), optimizer=rate, log_every=log_every, epochs=9
+        )
+        with pytest.raises(loop.NonFiniteError, match=r"at step \d+; ") as error:
+            loop.train(config)
+        messages.append(str(error.value).split(";")[0])
+        assert not any((config.workdir / "checkpoints").glob("*/commit_success.txt"))
+        for record in read_metrics(config.workdir / "metrics.jsonl"):
+            assert np.isfinite(record["loss"])
+    assert messages[0] == messages[1]
+
+
+def test_the_last_good_checkpoint_is_named(tmp_path, monkeypatch):
+    taken = []
+
+    def spoilt(self, batch, original=loop.DataParallel.shard):
+        if "weight" not in batch:
+            taken.append(1)
+        bad = np.nan if len(taken) == 9 else 0.0
+        return original(self, {**batch, "image": batch["image"] + np.float32(bad)})
+
+    monkeypatch.setattr(loop.DataParallel, "shard", spoilt)
+    config = tiny.config(tmp_path / "run", log_every=50)
+    with pytest.raises(
+        loop.NonFiniteError, match=r"nan at step 9; the last good .*checkpoints/6\."
+    ):
+        loop.train(config)
+    assert (config.workdir / "checkpoints" / "6").is_dir()
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
+    # One step: its loss is that of the initial weights, finite; what it leads to is not.
+    rate = OptimizerConfig(learning_rate=1e38, weight_decay=1e3)
+    config = tiny.config(
+        tmp_path / "run", optimizer=rate, data=DataConfig(name="tiny", batch_size=48), epochs=1
+    )
+    with pytest.raises(loop.NonFiniteError, match="after step 1; no checkpoint"):
+        loop.train(config)
+    assert not any((config.workdir / "checkpoints").glob("*/commit_success.txt"))
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: DataConfig(batch_size=0), ["data.batch_size", "0", "1 or more"]),
+        (lambda: OptimizerConfig(learning_rate=0.0), ["optimizer.learning_rate", "above 0"]),
+        (lambda: OptimizerConfig(learning_rate=float("nan")), ["optimizer.learning_rate", "nan"]),
+        (lambda: OptimizerConfig(momentum=1.0), ["optimizer.momentum", "1.0", "< 1"]),
+        (lambda: OptimizerConfig(weight_decay=-1.0), ["optimizer.weight_decay", "-1.0"]),
+        (lambda: OptimizerConfig(warmup_epochs=-1), ["optimizer.warmup_epochs", "-1"]),
+        (lambda: PruneConfig(target_sparsity=1.0), ["prune.target_sparsity", "1.0", "< 1"]),
+        (lambda: PruneConfig(target_sparsity=-0.1), ["prune.target_sparsity", "-0.1"]),
+        (lambda: PruneConfig(0.9, 0.1), ["prune.target_sparsity", "prune.final_threshold", "one"]),
+        (lambda: PruneConfig(0.9, schedule="pgh"), ["prune.schedule", "'pgh'", "target_sparsity"]),
+        (lambda: PruneConfig(0.9, update_every=0), ["prune.update_every", "0", "1 or more"]),
+        (lambda: PruneConfig(update_every=2), ["prune.update_every", "2", "target_sparsity"]),
+        (lambda: PruneConfig(final_threshold=-1.0), ["prune.final_threshold", "-1.0"]),
+        (lambda: PruneConfig(final_threshold=1.0, schedule="pgh"), ["prune.beta", "None"]),
+        (lambda: PruneConfig(final_threshold=1.0, schedule="pgh", beta=0.0), ["prune.beta", "0.0"]),
+        (lambda: PruneConfig(final_threshold=1.0, beta=0.5), ["prune.beta", "0.5", "pgh"]),
+        (lambda: PruneConfig(include=("Dense",)), ["prune.include", "Dense"]),
+        (lambda: PruneConfig(exclude=("Dense",)), ["prune.exclude", "Dense"]),
+        (lambda: TrainConfig(label_smoothing=1.0), ["label_smoothing", "1.0"]),
+        (lambda: TrainConfig(epochs=0), ["epochs", "0", "1 or more"]),
+        (lambda: TrainConfig(log_every=0), ["log_every", "0"]),
+        (lambda: TrainConfig(keep_checkpoints=0), ["keep_checkpoints", "0"]),
+        (lambda: TrainConfig(seed=-1), ["seed", "-1"]),
+        (lambda: TrainConfig(resume=True, overwrite=True), ["resume", "overwrite", "one"]),
+        (
+            lambda: TrainConfig(optimizer=OptimizerConfig(warmup_epochs=5), epochs=5),
+            ["optimizer.warmup_epochs", "5", "epochs"],
+        ),
+        (lambda: DataParallel(jax.devices()[:8]).host_batch_size(12), ["batch_size", "12", "8"]),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_named(make, words):
+    with pytest.raises(ValueError, match="allowed") as error:
+        make()
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path):
+    config = tiny.config(tmp_path / "run", data=DataConfig(name="tiny", batch_size=64))
+    with pytest.raises(ValueError, match="at most 53"):
+        loop.build(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_expression_that_matches_nothing_is_refused(tmp_path):
+    config = tiny.config(tmp_path / "run", prune=PruneConfig(0.9, exclude=("Dens_0",)))
+    with pytest.raises(ValueError, match="Dens_0"):
+        loop.build(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"epochs": 4}, "epochs is 4 and was 3"),
+        ({"prune": SPARSE}, "prune.target_sparsity is 0.75 and was None"),
+        ({"model": ModelConfig(dtype="bfloat16")}, "model.dtype is 'bfloat16'"),
+    ],
+)
+def test_resuming_something_else_is_refused(tmp_path, change, word):
+    with pytest.raises(ValueError, match=word):
+        check_resumable(to_json(tiny.config(tmp_path)), tiny.config(tmp_path, **change))
+
+
+def test_resuming_elsewhere_or_watched_differently_is_allowed(tmp_path):
+    before = json.loads(json.dumps(to_json(tiny.config(tmp_path / "a", log_every=1))))
+    check_resumable(before, tiny.config(tmp_path / "b", log_every=2, resume=True))
+
+
+# The rest
+
+
+def test_bfloat16_trains_with_float32_parameters(tmp_path):
+    config = tiny.config(tmp_path / "run", model=ModelConfig(dtype="bfloat16"), epochs=1)
+    result = loop.train(config)
+    assert all(p.dtype == np.float32 for p in jax.tree.leaves(params_of(result)))
+    assert np.isfinite(result.metrics[-1]["loss"])
+
+
+def test_replicas_see_their_own_part_of_the_batch():
+    parallel = DataParallel()
+    step = parallel.eval_step(
+        lambda state, batch, total: (
+            total(batch["x"].sum()),
+            total(jnp.float32(batch["x"].size)),
+            jax.lax.psum(1, AXIS),
+        )
+    )
+    sums = step(
+        parallel.replicate(jnp.zeros(())), parallel.shard({"x": np.arange(16.0, dtype=np.float32)})
+    )
+    assert [float(s) for s in sums] == [120.0, 16.0, 8.0]
+
+
+def test_metrics_go_on_after_a_broken_line(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"split": "test", "step": 1}\n{"split": "test", "step": 2}\n{"split": "te')
+    with MetricsLog(tmp_path, step=1, total_steps=3) as log:
+        log.write({"split": "test", "step": 2, "epoch": 1.0, "loss": 0.5, "accuracy": 0.25})
+    assert [r["step"] for r in read_metrics(file)] == [1, 2]
+    assert read_metrics(file)[1]["accuracy"] == 0.25
+    assert any(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_presets_construct(tmp_path):
+    for name, preset in PRESETS.items():
+        assert preset.config.workdir.name == name
+        assert f"lats-train {name}" in preset.description

@@ -1,0 +1,79 @@
+"""A data set and a model that train in no time, for the tests of the trainer."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from lats_optax import data, models
+from lats_optax.training.config import DataConfig, OptimizerConfig, TrainConfig
+
+TRAIN, TEST, CLASSES, SHAPE = 53, 23, 3, (4, 4, 1)
+
+
+def dataset() -> data.Dataset:
+    """Random images with a label that can be learnt."""
+    rng = np.random.default_rng(0)
+
+    def examples(count: int) -> list[dict[str, Any]]:
+        images = rng.normal(size=(count, *SHAPE)).astype(np.float32)
+        labels = np.argmax(images[:, 0, :CLASSES, 0], axis=1).astype(np.int32)
+        return [{"image": image, "label": label} for image, label in zip(images, labels)]
+
+    return data.Dataset(
+        name="tiny",
+        image_shape=SHAPE,
+        num_classes=CLASSES,
+        sources={"train": examples(TRAIN), "test": examples(TEST)},
+        train_example=lambda e, rng: {
+            **e,
+            "image": e["image"] + rng.normal(scale=0.1, size=SHAPE).astype(np.float32),
+        },
+        eval_example=dict,
+    )
+
+
+class Model(nn.Module):
+    """A convolution, batch normalization, a classifier."""
+
+    num_classes: int = CLASSES
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images, train=True):
+        # Uniform: the default initializer alone takes XLA a second to compile.
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
+        x = nn.Conv(8, (3, 3), use_bias=False, dtype=self.dtype, kernel_init=init)(images)
+        x = nn.BatchNorm(
+            use_running_average=not train, dtype=self.dtype, axis_name=self.axis_name, momentum=0.9
+        )(x)
+        x = nn.relu(x).reshape(x.shape[0], -1)
+        return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=init)(x)
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes these the data set and the model that the trainer finds, whatever name it is given."""
+    tiny = dataset()
+    monkeypatch.setattr(data, "load", lambda name, data_dir=None: tiny)
+    monkeypatch.setattr(
+        models, "create", lambda name, **arguments: Model(**arguments), raising=False
+    )
+
+
+def config(workdir: Path, **changes: Any) -> TrainConfig:
+    """Three epochs of six steps."""
+    plain = TrainConfig(
+        data=DataConfig(name="tiny", batch_size=8),
+        optimizer=OptimizerConfig(learning_rate=0.05, weight_decay=1e-3),
+        epochs=3,
+        eval_every=1,
+        checkpoint_every=1,
+        workdir=workdir,
+        log_every=4,
+    )
+    return dataclasses.replace(plain, **changes)
