@@ -343,7 +343,11 @@ def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
     compared with the threshold would then differ from what the state keeps.
     """
     info = _finfo(dtype)
-    return (lax.reduce_precision(x, info.nexp, info.nmant) if info.bits <= 16 else x).astype(dtype)
+    if info.bits <= 16:
+        # reduce_precision takes subnormal numbers for zero, which in float16 are weights.
+        small = jnp.abs(x) < info.tiny.astype(x.dtype)
+        x = jnp.where(small, x, lax.reduce_precision(x, info.nexp, info.nmant))
+    return x.astype(dtype)
 
 
 def _finfo(dtype: Any) -> Any:
