@@ -356,6 +356,16 @@ def test_types_are_kept(threshold, latent_dtype, dtype):
             assert not after.threshold.weak_type
 
 
+def test_inner_sees_latent_weights_of_their_own_type():
+    params = {"bias": jnp.ones(3, jnp.bfloat16), "kernel": jnp.ones((2, 3), jnp.bfloat16)}
+    tx = soft_threshold(0.1, inner=optax.adamw(0.1), latent_dtype=jnp.float32)
+    state = tx.init(params)
+    assert state.inner_state[0].mu["kernel"].dtype == jnp.float32
+    assert state.inner_state[0].mu["bias"].dtype == jnp.bfloat16
+    _, after = jax.jit(tx.update)(params, state, params)
+    assert kinds(after) == kinds(state)
+
+
 def test_float64_reaches_the_target_in_float64():
     with jax.enable_x64(True):
         # Magnitudes that float32 cannot tell apart.
