@@ -72,7 +72,7 @@ class Case:
     @property
     def final(self) -> float:
         """The last threshold; a proximal step applies its strength at every step anew."""
-        return 2 * FINAL * RATE if self.kind == "proximal_step" else FINAL
+        return 4 * FINAL * RATE if self.kind == "proximal_step" else FINAL
 
     def strength(self) -> Any:
         """The threshold or strength argument."""
@@ -330,6 +330,11 @@ def flat(tree: Any) -> dict[str, np.ndarray]:
     """Path -> float64 array."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path): np.asarray(leaf, float) for path, leaf in leaves}
+
+
+def kinds(tree: Any) -> Any:
+    """What decides whether a program is compiled anew: types, weak types and shapes."""
+    return jax.tree.map(lambda leaf: (leaf.dtype, leaf.weak_type, leaf.shape), tree)
 
 
 def assert_same(left: Any, right: Any) -> None:

@@ -89,11 +89,16 @@ def accuracy(model, params):
     return float((model(params, inputs[TRAINING:]).argmax(-1) == labels[TRAINING:]).mean())
 
 
-@pytest.mark.parametrize("target", [0.5, 0.8, 0.9, 0.95, 0.98, 0.99])
-@pytest.mark.parametrize(
-    ("model", "optimizer", "seed"),
-    [(linear, "sgd", 0), (mlp, "sgd", 1), (mlp, "adamw", 2), (cnn, "sgd", 3)],
-)
+RUNS = [
+    *((mlp, "sgd", 1, target) for target in (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)),
+    *((mlp, "adamw", 2, target) for target in (0.8, 0.9, 0.98)),
+    *((linear, "sgd", 0, target) for target in (0.5, 0.95, 0.99)),
+    *((cnn, "sgd", 3, target) for target in (0.5, 0.9, 0.98)),
+    (cnn, "adamw", 4, 0.95),
+]
+
+
+@pytest.mark.parametrize(("model", "optimizer", "seed", "target"), RUNS)
 def test_a_trained_model_ends_at_its_target(model, optimizer, seed, target):
     peak, make = OPTIMIZERS[optimizer]
     rate = optax.cosine_decay_schedule(peak, TRAIN_STEPS)
@@ -311,7 +316,7 @@ def test_kth_smallest_of_any_numbers(dtype, data):
     np.testing.assert_array_equal(got, [by_partition([wide], rank) for rank in RANKS])
 
 
-@hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
 @hypothesis.given(shapes=SHAPES_OF_ARRAYS, data=st.data())
 def test_kth_smallest_of_any_shapes(shapes, data):
     rng = np.random.default_rng(0)
@@ -323,9 +328,9 @@ def test_kth_smallest_of_any_shapes(shapes, data):
 
 def test_every_rank():
     rng = np.random.default_rng(0)
-    arrays = [rng.integers(-3, 4, size=(3, 3)).astype(np.float32), rng.normal(size=5)]
+    arrays = [rng.integers(-3, 4, size=(2, 3)).astype(np.float32), rng.normal(size=2)]
     arrays = [jnp.asarray(array, jnp.float32) for array in arrays]
-    got = jax.jit(lambda: jnp.stack([kth_smallest(arrays, rank) for rank in range(15)]))()
+    got = jax.jit(lambda: jnp.stack([kth_smallest(arrays, rank) for rank in range(9)]))()
     magnitudes = np.sort(np.abs(np.concatenate([np.ravel(a) for a in arrays])))
     np.testing.assert_array_equal(got, [0.0, *magnitudes])
 

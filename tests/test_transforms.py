@@ -11,14 +11,10 @@ from hypothesis import strategies as st
 
 import lats_optax
 from lats_optax import keep_support, soft_threshold
-from tests.properties import CASES, flat, oracle, run, shrink
-
-soft_l1 = [case for case in CASES if case.kind == "soft_threshold" and case.operator == "l1"]
+from tests.properties import CASES, flat, kinds, oracle, run, shrink
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_follows_the_oracle_step_by_step(case):
-    record = run(case)
+def follows_the_oracle(case, record):
     eps = float(jnp.finfo(case.dtype).eps)
     for step, (w, theta, d) in enumerate(oracle(case, record.params[0], record.gradients), 1):
         before, got = flat(record.params[step - 1]), flat(record.params[step])
@@ -37,17 +33,17 @@ def test_follows_the_oracle_step_by_step(case):
                 np.testing.assert_allclose(latent[name], expected, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_pruned_entries_are_positive_zeros_and_there_are_some(case):
-    for params in run(case).params[1:]:
+def prunes_to_positive_zeros(case, record):
+    for params in record.params[1:]:
         for leaf in jax.tree.leaves(params):
             assert not np.any(np.signbit(leaf) & (np.asarray(leaf) == 0))
-    assert 0 < lats_optax.sparsity(run(case).params[-1]).sparsity < 1
+    # Neither nothing nor everything, or the other properties would say little.
+    assert 0 < lats_optax.sparsity(record.params[-1]).sparsity < 1
 
 
-@pytest.mark.parametrize("case", soft_l1, ids=str)
-def test_weights_are_the_thresholded_latent_weights(case):
-    record = run(case)
+def runs_on_the_thresholded_latent_weights(case, record):
+    if case.kind != "soft_threshold" or case.operator != "l1":
+        return
     for step in range(1, len(record.params)):
         state = case.own_state(record.states[step])
         w, before = flat(record.params[step]), flat(record.params[step - 1])
@@ -55,10 +51,32 @@ def test_weights_are_the_thresholded_latent_weights(case):
             # float64 holds float32 differences without rounding: the zeros are exact.
             expected = shrink("l1", theta, float(state.threshold))
             np.testing.assert_array_equal(w[name] == 0, expected == 0)
-            slack = 2 * float(jnp.finfo(case.dtype).eps)
-            assert np.all(
-                abs(w[name] - expected) <= slack * np.maximum(abs(before[name]), abs(w[name]))
-            )
+            larger = np.maximum(abs(before[name]), abs(w[name]))
+            assert np.all(abs(w[name] - expected) <= 2 * float(jnp.finfo(case.dtype).eps) * larger)
+
+
+def compiles_once_and_keeps_types(case, record):
+    assert record.step._cache_size() == 1
+    assert kinds(record.params[-1]) == kinds(record.params[0])
+    assert kinds(record.states[-1]) == kinds(record.states[0])
+    if case.kind == "soft_threshold":
+        threshold = case.own_state(record.states[-1]).threshold
+        assert threshold.dtype == jnp.float32
+        assert not threshold.weak_type
+
+
+PROPERTIES = [
+    follows_the_oracle,
+    prunes_to_positive_zeros,
+    runs_on_the_thresholded_latent_weights,
+    compiles_once_and_keeps_types,
+]
+
+
+@pytest.mark.parametrize("holds", PROPERTIES, ids=lambda holds: holds.__name__)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_property(case, holds):
+    holds(case, run(case))
 
 
 # --- every float that there is ------------------------------------------------------------------

@@ -17,7 +17,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 import lats_optax
 from lats_optax import masks, prox, select, soft_threshold, target_sparsity
 from tests.properties import (
-    CASES,
     FEW,
     STEPS,
     Case,
@@ -25,15 +24,11 @@ from tests.properties import (
     assert_same,
     dense_start,
     gradients,
+    kinds,
     run,
 )
 
 few = pytest.mark.parametrize("case", FEW, ids=str)
-
-
-def kinds(tree):
-    """What decides whether a program is compiled anew: types, weak types and shapes."""
-    return jax.tree.map(lambda leaf: (leaf.dtype, leaf.weak_type, leaf.shape), tree)
 
 
 # --- trees --------------------------------------------------------------------------------------
@@ -172,18 +167,6 @@ def test_nnx_optimizer():
 
 
 # --- programs -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_compiles_once_and_keeps_types(case):
-    record = run(case)
-    assert record.step._cache_size() == 1
-    assert kinds(record.params[-1]) == kinds(record.params[0])
-    assert kinds(record.states[-1]) == kinds(record.states[0])
-    if case.kind == "soft_threshold":
-        threshold = case.own_state(record.states[-1]).threshold
-        assert threshold.dtype == jnp.float32
-        assert not threshold.weak_type
 
 
 @few
