@@ -69,6 +69,11 @@ def soft_threshold(
         tx = optax.chain(optax.sgd(lr, momentum=0.9),
                          soft_threshold(target_sparsity(0.95, lr, steps)))
 
+    ``optax.inject_hyperparams(soft_threshold)(threshold=0.1)`` lets a number be changed between
+    steps. It takes every function for a schedule, calls schedules before a step and not after it,
+    and has a hyperparameter called ``threshold`` too: name what is not that number in its
+    ``static_args``, and read the threshold at ``state.inner_state.threshold``.
+
     Args:
       threshold: d in the units of the weights: a number, an optax schedule ``count -> d``, or a
         closed loop such as :func:`lats_optax.target_sparsity`. After step t (counted from 0) the
