@@ -226,17 +226,16 @@ def test_vmap_over_copies(case):
         updates, state = tx.update(gradients(params, count), state, params)
         return optax.apply_updates(params, updates), state
 
-    def train(params, init, step):
-        carry = params, init(params)
-        for count in range(3):
-            carry = step(*carry, count)
-        return carry
-
-    mapped = train(together, jax.vmap(tx.init), jax.jit(jax.vmap(step, in_axes=(0, 0, None))))
-    alone = jax.jit(step)
+    params, state = together, jax.vmap(tx.init)(together)
+    mapped = jax.jit(jax.vmap(step, in_axes=(0, 0, None)))
+    for count in range(3):
+        params, state = mapped(params, state, count)
     for index in range(3):
         pick = functools.partial(jax.tree.map, operator.itemgetter(index))
-        assert_close(pick(mapped), train(pick(together), tx.init, alone), 1e-5)
+        one, one_state = pick(together), tx.init(pick(together))
+        for count in range(3):
+            one, one_state, _ = run(case).step(one, one_state, count)
+        assert_close(pick((params, state)), (one, one_state), 1e-5)
 
 
 def test_vmap_over_thresholds():
