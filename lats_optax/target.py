@@ -37,9 +37,17 @@ class ClosedLoop(NamedTuple):
 
 
 class TargetSparsityState(NamedTuple):
-    """The latest quantile of the latent magnitudes, in the units of the threshold."""
+    """What the loop remembers: float scalars in the units of the threshold.
+
+    Attributes:
+      quantile: the latest quantile of the latent magnitudes.
+      first: the one after the first step.
+      aim: where the line through the two meets the end of the run.
+    """
 
     quantile: jax.Array
+    first: jax.Array
+    aim: jax.Array
 
 
 def target_sparsity(
@@ -51,11 +59,16 @@ def target_sparsity(
 ) -> ClosedLoop:
     """A threshold that ends exactly at a named sparsity, without a search for its final value.
 
-    ``d_{t+1} = d_t + rho_t (q_{t+1} - d_t)``, ``rho_t = eta_t / sum_{r>=t} eta_r``, where q is the
-    ``target`` quantile of the latent magnitudes over all pruned weights. Where q stands still this
-    is :func:`lats_optax.lats_threshold` with q as the final threshold; rho ends at 1, so the last
-    threshold *is* the quantile: ``round(target * N)`` of the N pruned weights are zero, more only
-    where magnitudes tie. After ``steps`` steps the threshold stands still.
+    ``d_{t+1} = d_t + rho_t (a_{t+1} - d_t)``, ``rho_t = eta_t / R_t``, ``R_t = sum_{r>=t} eta_r``,
+    ``a_t = q_t + R_t (q_t - q_1) / (S_t - S_1)``, ``S_t = sum_{r<t} eta_r``,
+    where q is the ``target`` quantile of the latent magnitudes over all pruned weights. The aim a
+    is where q will be at the end if it goes on as it has since the first step, in proportion to the
+    learning rate: the living latent weights rise with the threshold, and a threshold that chased q
+    itself would fall behind and have to prune most at the end. If q does move along a line, the
+    implied L1 coefficient is constant, and where q stands still this is
+    :func:`lats_optax.lats_threshold` with q as the final threshold. At the last step a is q and rho
+    is 1, so the last threshold *is* the quantile: ``round(target * N)`` of the N pruned weights are
+    zero, more only where magnitudes tie. After ``steps`` steps the threshold stands still.
 
     Args:
       target: the sparsity to reach, the fraction of zeros among the pruned weights, in [0, 1).
@@ -91,14 +104,15 @@ def target_sparsity(
     if update_every is None:
         update_every = min(max(steps // 200, 1), 100)
     update_every = check_steps(update_every, "update_every")
-    gains = _gains(learning_rates(learning_rate, steps))
+    gains, reaches = _gains_and_reaches(learning_rates(learning_rate, steps))
 
     def init(
         latent: Sequence[jax.Array], magnitude: Magnitude
     ) -> tuple[jax.Array, TargetSparsityState]:
         del latent, magnitude
         zero = jnp.zeros((), jnp.result_type(float))
-        return zero, TargetSparsityState(quantile=zero.copy())
+        # Copies: the state is donated, and a buffer can be given away once.
+        return zero, TargetSparsityState(zero.copy(), zero.copy(), zero.copy())
 
     def update(
         count: jax.Array,
@@ -118,11 +132,15 @@ def target_sparsity(
             lambda: kth_smallest(latent, rank, magnitude, dtype=threshold.dtype),
             lambda: state.quantile,
         )
-        gain = jnp.where(
-            count < steps, jnp.asarray(gains, threshold.dtype)[jnp.minimum(count, steps - 1)], 0.0
-        )
-        # Written so that a gain of 1 gives the quantile itself and a gain of 0 the old threshold.
-        return (1 - gain) * threshold + gain * quantile, TargetSparsityState(quantile)
+        first = jnp.where(count == 0, quantile, state.first)
+        index = jnp.minimum(count, steps - 1)
+        gain = jnp.asarray(gains, threshold.dtype)[index]
+        reach = jnp.asarray(reaches, threshold.dtype)[index]
+        aim = jnp.where(due, quantile + reach * (quantile - first), state.aim)
+        # Written so that a gain of 1 gives the aim itself, which is then the quantile.
+        moved = jnp.maximum((1 - gain) * threshold + gain * aim, 0.0)
+        after = jnp.where(count < steps, moved, threshold)
+        return after, TargetSparsityState(quantile, first, aim)
 
     return ClosedLoop(init, update)
 
@@ -208,9 +226,15 @@ def _barrier(values: Any) -> Any:
     return lax.optimization_barrier(values)  # type: ignore[no-untyped-call]
 
 
-def _gains(rates: np.ndarray) -> np.ndarray:
-    """rho_t = eta_t / sum_{r>=t} eta_r in float64; 1 at the last step, whatever its rate."""
+def _gains_and_reaches(rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each step rho_t and the factor R_{t+1} / (S_{t+1} - S_1) of the aim, in float64.
+
+    At the last step they are 1 and 0, whatever its rate; a factor whose divisor is 0 is 0.
+    """
     left = np.cumsum(rates[::-1])[::-1]
     gains = np.divide(rates, left, out=np.zeros_like(rates), where=left > 0)
     gains[-1] = 1.0
-    return gains
+    since_first = np.cumsum(rates) - rates[0]
+    left_after = np.append(left[1:], 0.0)
+    reaches = np.divide(left_after, since_first, out=np.zeros_like(rates), where=since_first > 0)
+    return gains, reaches

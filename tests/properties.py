@@ -267,11 +267,15 @@ def threshold_of(case: Case, t: int, before: float, magnitudes: Any) -> float:
     if t == 0 or t > STEPS or case.threshold == "none":
         return before
     if (t - 1) % case.update_every == 0 or t == STEPS:
-        _QUANTILE[case] = sorted(magnitudes)[round(TARGET * len(magnitudes)) - 1]
-    return before + rates[t - 1] / sum(rates[t - 1 :]) * (_QUANTILE[case] - before)
+        quantile = sorted(magnitudes)[round(TARGET * len(magnitudes)) - 1]
+        first = _FIRST[case] = quantile if t == 1 else _FIRST[case]
+        slope = (quantile - first) / sum(rates[1:t]) if t > 1 else 0.0
+        _AIM[case] = quantile + slope * sum(rates[t:])
+    return max(before + rates[t - 1] / sum(rates[t - 1 :]) * (_AIM[case] - before), 0.0)
 
 
-_QUANTILE: dict[Case, float] = {}
+_FIRST: dict[Case, float] = {}
+_AIM: dict[Case, float] = {}
 
 
 def shrink(operator: str, x: np.ndarray, d: float) -> np.ndarray:

@@ -154,6 +154,29 @@ def test_where_the_quantile_stands_still_it_is_lats(rate):
     assert int(jnp.sum(pruned == 0)) == 180
 
 
+@pytest.mark.parametrize("every", [1, 5])
+@pytest.mark.parametrize("growth", [0.7, -0.2])
+@pytest.mark.parametrize("rate", [0.1, optax.cosine_decay_schedule(0.1, 60)], ids=["flat", "cos"])
+def test_where_the_quantile_moves_with_the_learning_rate_the_l1_coefficient_is_constant(
+    rate, growth, every
+):
+    steps = 60
+    tx = soft_threshold(target_sparsity(0.5, rate, steps, update_every=every))
+    rates = np.array([float(rate(t)) if callable(rate) else rate for t in range(steps)])
+    w = jnp.linspace(3.0, 10.0, 20).reshape(4, 5)
+    state, update = tx.init(w), jax.jit(tx.update)
+    thresholds = [0.0]
+    for eta in rates:
+        updates, state = update(jnp.full(w.shape, growth * eta), state, w)
+        w = optax.apply_updates(w, updates)
+        thresholds.append(float(state.threshold))
+    l1 = np.diff(thresholds) / rates
+    # From the first look at the line on, and to where float32 can tell a difference.
+    settled = slice(every + 1, np.searchsorted(-rates, -0.05 * rates[0]))
+    np.testing.assert_allclose(l1[settled], l1[steps // 2], rtol=2e-3)
+    assert int(jnp.sum(w == 0)) == 10
+
+
 @pytest.mark.parametrize("every", [1, 2, 7, 10, 1000])
 def test_the_quantile_is_selected_when_due_and_at_the_last_step(every):
     steps = 10
@@ -191,7 +214,7 @@ def selections(threshold, steps):
             lambda count: threshold.update(
                 count,
                 jnp.zeros(()),
-                lats_optax.TargetSparsityState(jnp.full((), -1.0)),
+                lats_optax.TargetSparsityState(*[jnp.full((), -1.0)] * 3),
                 [jnp.ones((1, 2))],
                 jnp.abs,
             )
