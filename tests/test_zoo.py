@@ -1,0 +1,232 @@
+"""The zoo: logits recorded from PyTorch, counts worked out by hand, what every model promises."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from lats_optax import models
+from tests import torch_weights
+
+REFERENCE = Path(__file__).parent / "reference"
+KEY = jax.random.key(0)
+
+# Model, number of classes, options -> parameters. Worked out below, or published.
+COUNTS = [
+    ("resnet18", 1000, {}, 11_688_512),
+    ("resnet18", 1000, {"classifier_bias": True}, 11_689_512),  # torchvision's
+    ("resnet34", 1000, {"classifier_bias": True}, 21_797_672),  # torchvision's
+    ("resnet50", 1000, {}, 25_556_032),
+    ("resnet101", 1000, {"classifier_bias": True}, 44_549_160),  # torchvision's
+]
+# Model -> (the recording, its names).
+RECORDED = {
+    "resnet18": ("logits_resnet18", torch_weights.RESNET),
+    "resnet50": ("logits_resnet50", torch_weights.RESNET),
+}
+# A model of each class -> pixels of the smallest images.
+SIZES = {"resnet18": 32, "resnet20": 4}
+
+
+def recording(name):
+    with np.load(REFERENCE / f"{name}.npz") as file:
+        return {key: file[key] for key in file.files}
+
+
+def shapes(model, size, train=False):
+    """Shapes and dtypes of the logits and the variables of two images; nothing is computed."""
+    images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+    return jax.eval_shape(partial(model.init_with_output, train=train), KEY, images)
+
+
+def flat(tree):
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+# --- the published networks ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_logits_are_the_published_ones(name, mode):
+    file, names = RECORDED[name]
+    run = recording(file)
+    recorded = run[f"logits_{mode}"]
+    with jax.enable_x64(True):
+        model = models.create(name, num_classes=recorded.shape[-1], dtype=jnp.float64)
+        apply = partial(model.apply, train=mode == "train", mutable=["batch_stats"])
+        variables = torch_weights.variables_of(run, names)
+        logits, _ = jax.jit(apply)(variables, torch_weights.images_of(run))
+    assert logits.dtype == np.float64
+    # Seen: 3e-15 in evaluation, 2e-13 in training.
+    np.testing.assert_allclose(logits, recorded, rtol=0, atol=1e-9 * np.abs(recorded).max())
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_variables_are_the_published_ones_and_no_others(name):
+    file, names = RECORDED[name]
+    run = recording(file)
+    classes = run["logits_eval"].shape[-1]
+    _, variables = shapes(models.create(name, num_classes=classes), 64)
+    published = torch_weights.variables_of(run, names)
+    assert {path: leaf.shape for path, leaf in flat(variables).items()} == {
+        path: leaf.shape for path, leaf in flat(published).items()
+    }
+
+
+# --- how many parameters ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "classes", "options", "count"), COUNTS)
+def test_count_of_parameters(name, classes, options, count):
+    _, variables = shapes(models.create(name, num_classes=classes, **options), 32)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == count
+
+
+@pytest.mark.parametrize("depth", [20, 32, 56])
+def test_count_of_parameters_of_cifar_resnets(depth):
+    """6n + 2 layers of weights, n blocks a stage; the paper says 0.27 M, 0.46 M and 0.85 M."""
+    n, conv, norm = (depth - 2) // 6, lambda i, o: 9 * i * o, lambda features: 2 * features
+    total = conv(3, 16) + norm(16) + 64 * 10
+    for before, width in ((16, 16), (16, 32), (32, 64)):
+        total += conv(before, width) + (2 * n - 1) * conv(width, width) + 2 * n * norm(width)
+    _, variables = shapes(models.create(f"resnet{depth}", num_classes=10), 32)
+    params = flat(variables["params"])
+    assert sum(leaf.size for leaf in params.values()) == total
+    assert round(total / 1e6, 2) == {20: 0.27, 32: 0.46, 56: 0.85}[depth]
+    assert sum(leaf.ndim > 1 for leaf in params.values()) == depth
+
+
+# --- what every model promises ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", SIZES)
+def test_parameters_statistics_and_logits_are_float32(name, dtype):
+    model = models.create(name, num_classes=7, dtype=dtype)
+    logits, variables = shapes(model, 32, train=True)
+    assert logits.shape == (2, 7)
+    assert {leaf.dtype for leaf in jax.tree.leaves((logits, variables))} == {jnp.dtype("float32")}
+    assert set(variables) == {"params", "batch_stats"}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_computes_in_bfloat16(name):
+    """Every layer returns bfloat16; the network as a whole, float32."""
+    model = models.create(name, num_classes=7, dtype=jnp.bfloat16)
+    _, variables = shapes(model, 32)
+    apply = partial(model.apply, train=False, capture_intermediates=True, mutable=["intermediates"])
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    _, state = jax.eval_shape(apply, variables, images)
+    inner = {
+        path: leaf for path, (leaf,) in flat(state["intermediates"]).items() if "__call__" in path
+    }
+    assert inner.pop("__call__").dtype == jnp.float32
+    assert {leaf.dtype for leaf in inner.values()} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_statistics_are_averaged_over_the_named_axis(name):
+    """The traced program holds one average a normalisation, and none where no axis is named."""
+
+    def averages(axis_name):
+        model = models.create(name, num_classes=7, axis_name=axis_name)
+        _, variables = shapes(models.create(name, num_classes=7), 32)
+        images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+        apply = partial(model.apply, train=True, mutable=["batch_stats"])
+        traced = jax.make_jaxpr(apply, axis_env=[("replica", 2)])(variables, images)
+        norms = sum(path.endswith("mean") for path in flat(variables["batch_stats"]))
+        return str(traced).count("psum"), norms
+
+    found, norms = averages("replica")
+    assert found == norms
+    assert averages(None)[0] == 0
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_images_of_the_wrong_shape(name):
+    model, least = models.create(name, num_classes=7), SIZES[name]
+    shapes(model, least)
+    for shape in [(32, 32, 3), (1, least - 1, 32, 3), (1, 32, least - 1, 3), (1, 3, 32, 32, 3)]:
+        with pytest.raises(ValueError, match=rf"images have shape .*at least {least}\."):
+            jax.eval_shape(partial(model.init, train=False), KEY, jnp.zeros(shape))
+
+
+def test_unknown_model():
+    with pytest.raises(ValueError, match="model 'resnet19' is not known; known are 'digits-cnn', "):
+        models.create("resnet19", num_classes=10)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet50", {"num_classes": 0}, r"num_classes is 0; allowed: 1 or more\."),
+        ("resnet20", {"num_classes": -1}, r"num_classes is -1; allowed: 1 or more\."),
+        ("digits-cnn", {"num_classes": 0}, r"num_classes is 0; allowed: 1 or more\."),
+        (
+            "resnet50",
+            {"bias": True},
+            r"an option of 'resnet50' is 'bias'; allowed: 'classifier_bias'\.",
+        ),
+        ("resnet50", {"depth": 18}, "is 'depth'; allowed: 'classifier_bias'"),
+    ],
+)
+def test_wrong_options(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        models.create(name, **{"num_classes": 10, **options})
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (partial(models.ResNet, depth=19), "depth is 19; allowed: 18, 34, 50, 101"),
+        (partial(models.CifarResNet, depth=18), "depth is 18; allowed: 20, 32, 56"),
+    ],
+)
+def test_wrong_depth(build, message):
+    with pytest.raises(ValueError, match=message):
+        build(num_classes=10)
+
+
+# --- what weights are drawn from ----------------------------------------------------------------
+
+
+def drawn(name, path, size=32):
+    """One array of a model's initial parameters; the others are not computed."""
+    model = models.create(name, num_classes=1000)
+
+    @jax.jit
+    def leaf(key):
+        return flat(model.init(key, jnp.zeros((1, size, size, 3)), train=False)["params"])[path]
+
+    return np.asarray(leaf(jax.random.key(1, impl="rbg")))
+
+
+# Model, array, variance, whether uniform (and bounded) rather than normal.
+DRAWN = [
+    ("resnet50", "stage1_block1/conv2/kernel", 2 / (9 * 64), False),
+    ("resnet50", "stage4_block1/conv3/kernel", 2 / 512, False),
+    ("resnet50", "classifier/kernel", 2 / 2048, False),
+    ("resnet56", "stage3_block1/conv1/kernel", 2 / (9 * 32), False),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "variance", "uniform"), DRAWN)
+def test_initial_weights(name, path, variance, uniform):
+    weights = drawn(name, path)
+    np.testing.assert_allclose(weights.var(), variance, rtol=0.05)
+    assert abs(weights.mean()) < 0.02 * np.sqrt(variance)
+    furthest = np.abs(weights).max() / np.sqrt(variance)
+    assert furthest <= np.sqrt(3) + 1e-6 if uniform else furthest > 3.5
+
+
+def test_models_know_nothing_of_pruning_or_training():
+    """Imports run one way: the zoo imports nothing of this package but itself."""
+    for file in Path(models.__file__).parent.glob("*.py"):
+        for line in file.read_text().splitlines():
+            if line.lstrip().startswith(("from lats_optax", "import lats_optax")):
+                assert line.startswith("from lats_optax.models."), f"{file.name}: {line}"
