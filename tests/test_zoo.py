@@ -1,5 +1,6 @@
 """The zoo: logits recorded from PyTorch, counts worked out by hand, what every model promises."""
 
+import itertools
 from functools import partial
 from pathlib import Path
 
@@ -22,14 +23,18 @@ COUNTS = [
     ("resnet34", 1000, {"classifier_bias": True}, 21_797_672),  # torchvision's
     ("resnet50", 1000, {}, 25_556_032),
     ("resnet101", 1000, {"classifier_bias": True}, 44_549_160),  # torchvision's
+    ("mobilenet-v1", 1000, {}, 4_230_976),
+    # torchvision's vgg16_bn has 14,723,136 before its classifier, 4,224 of them biases.
+    ("vgg16-bn", 10, {"classifier_bias": True}, 14_723_136 - 4_224 + 5_130),
 ]
 # Model -> (the recording, its names).
 RECORDED = {
     "resnet18": ("logits_resnet18", torch_weights.RESNET),
     "resnet50": ("logits_resnet50", torch_weights.RESNET),
+    "mobilenet-v1": ("logits_mobilenet_v1", torch_weights.MOBILENET),
 }
 # A model of each class -> pixels of the smallest images.
-SIZES = {"resnet18": 32, "resnet20": 4}
+SIZES = {"resnet18": 32, "resnet20": 4, "mobilenet-v1": 32, "vgg16-bn": 32}
 
 
 def recording(name):
@@ -99,6 +104,19 @@ def test_count_of_parameters_of_cifar_resnets(depth):
     assert sum(leaf.size for leaf in params.values()) == total
     assert round(total / 1e6, 2) == {20: 0.27, 32: 0.46, 56: 0.85}[depth]
     assert sum(leaf.ndim > 1 for leaf in params.values()) == depth
+
+
+@pytest.mark.parametrize(("width", "millions"), [(1, 4.2), (0.75, 2.6), (0.5, 1.3), (0.25, 0.5)])
+def test_count_of_parameters_of_mobilenets(width, millions):
+    """By hand; the paper's table 6 has the millions."""
+    features = [32, 64, 128, 128, 256, 256, *[512] * 6, 1024, 1024]
+    features = [int(width * f) for f in features]
+    total = 27 * features[0] + 2 * features[0] + 1000 * features[-1]
+    for before, after in itertools.pairwise(features):
+        total += 9 * before + 2 * before + before * after + 2 * after
+    _, variables = shapes(models.create("mobilenet-v1", num_classes=1000, width=width), 32)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == total
+    assert round(total / 1e6, 1) == millions
 
 
 # --- what every model promises ------------------------------------------------------------------
@@ -172,6 +190,11 @@ def test_unknown_model():
             {"bias": True},
             r"an option of 'resnet50' is 'bias'; allowed: 'classifier_bias'\.",
         ),
+        ("vgg16-bn", {"num_classes": 0}, r"num_classes is 0; allowed: 1 or more\."),
+        ("mobilenet-v1", {"num_classes": 0}, r"num_classes is 0; allowed: 1 or more\."),
+        ("mobilenet-v1", {"width": 0.0}, r"width is 0\.0; allowed: 0\.03125 or more\."),
+        ("mobilenet-v1", {"width": float("nan")}, r"width is nan; allowed: 0\.03125 or more\."),
+        ("mobilenet-v1", {"depth": 18}, "is 'depth'; allowed: 'width', 'classifier_bias'"),
         ("resnet50", {"depth": 18}, "is 'depth'; allowed: 'classifier_bias'"),
     ],
 )
@@ -211,6 +234,10 @@ DRAWN = [
     ("resnet50", "stage1_block1/conv2/kernel", 2 / (9 * 64), False),
     ("resnet50", "stage4_block1/conv3/kernel", 2 / 512, False),
     ("resnet50", "classifier/kernel", 2 / 2048, False),
+    ("mobilenet-v1", "block13/depthwise/kernel", 1 / (3 * 9), True),
+    ("mobilenet-v1", "block13/pointwise/kernel", 1 / (3 * 1024), True),
+    ("mobilenet-v1", "classifier/kernel", 2 / 1024, False),
+    ("vgg16-bn", "stage5_conv1/kernel", 2 / (9 * 512), False),
     ("resnet56", "stage3_block1/conv1/kernel", 2 / (9 * 32), False),
 ]
 

@@ -21,6 +21,15 @@ RESNET = [
     (r"layer(\d)\.0\.downsample\.0", r"stage\1_block1/shortcut"),
     (r"layer(\d)\.0\.downsample\.1", r"stage\1_block1/shortcut_norm"),
 ]
+MOBILENET = [
+    (r"model\.0\.0", "stem"),
+    (r"model\.0\.1", "stem_norm"),
+    (r"fc", "classifier"),
+    (r"model\.(\d+)\.0", r"block\1/depthwise"),
+    (r"model\.(\d+)\.1", r"block\1/depthwise_norm"),
+    (r"model\.(\d+)\.3", r"block\1/pointwise"),
+    (r"model\.(\d+)\.4", r"block\1/pointwise_norm"),
+]
 
 
 def drawn(name, shape, seed):

@@ -10,14 +10,18 @@ from jax.typing import DTypeLike
 
 from lats_optax.models.digits import DigitsCNN
 from lats_optax.models.layers import check_choice
+from lats_optax.models.mobilenet import MobileNetV1
 from lats_optax.models.resnet import CifarResNet, ResNet
+from lats_optax.models.vgg import VGG16BN
 
-__all__ = ["CifarResNet", "DigitsCNN", "ResNet", "create"]
+__all__ = ["VGG16BN", "CifarResNet", "DigitsCNN", "MobileNetV1", "ResNet", "create"]
 
 _MODELS: dict[str, partial[Any]] = {
     "digits-cnn": partial(DigitsCNN),
     **{f"resnet{depth}": partial(ResNet, depth=depth) for depth in (18, 34, 50, 101)},
     **{f"resnet{depth}": partial(CifarResNet, depth=depth) for depth in (20, 32, 56)},
+    "mobilenet-v1": partial(MobileNetV1),
+    "vgg16-bn": partial(VGG16BN),
 }
 
 

@@ -4,6 +4,7 @@ Here belongs what is padded, normalised or initialised as PyTorch does it, so th
 and settings carry over.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -11,6 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
+
+Maker = Callable[..., nn.Module]
+"""What blocks are given to make their layers with: a module's class, some arguments settled."""
 
 # PyTorch draws Kaiming weights from a normal distribution that is not truncated, and its default
 # weights from the uniform one on ±1/√fan_in, whose variance is 1/(3 fan_in).

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from lats_optax.models.layers import (
     KAIMING_FAN_IN,
+    Maker,
     batch_norm,
     check,
     check_choice,
@@ -22,8 +23,6 @@ from lats_optax.models.layers import (
     convolution,
     pool_and_classify,
 )
-
-Maker = Callable[..., nn.Module]
 
 
 class ConvSpec(NamedTuple):
