@@ -24,6 +24,10 @@ COUNTS = [
     ("resnet50", 1000, {}, 25_556_032),
     ("resnet101", 1000, {"classifier_bias": True}, 44_549_160),  # torchvision's
     ("mobilenet-v1", 1000, {}, 4_230_976),
+    ("sew-resnet18", 100, {}, 11_227_812),
+    # The same convolutions, normalisations and classifiers as without spikes.
+    ("sew-resnet34", 1000, {}, 21_797_672),
+    ("sew-resnet50", 1000, {}, 25_557_032),
     # torchvision's vgg16_bn has 14,723,136 before its classifier, 4,224 of them biases.
     ("vgg16-bn", 10, {"classifier_bias": True}, 14_723_136 - 4_224 + 5_130),
 ]
@@ -34,7 +38,7 @@ RECORDED = {
     "mobilenet-v1": ("logits_mobilenet_v1", torch_weights.MOBILENET),
 }
 # A model of each class -> pixels of the smallest images.
-SIZES = {"resnet18": 32, "resnet20": 4, "mobilenet-v1": 32, "vgg16-bn": 32}
+SIZES = {"resnet18": 32, "resnet20": 4, "mobilenet-v1": 32, "vgg16-bn": 32, "sew-resnet18": 32}
 
 
 def recording(name):
@@ -207,6 +211,7 @@ def test_wrong_options(name, options, message):
     ("build", "message"),
     [
         (partial(models.ResNet, depth=19), "depth is 19; allowed: 18, 34, 50, 101"),
+        (partial(models.SEWResNet, depth=101), "depth is 101; allowed: 18, 34, 50"),
         (partial(models.CifarResNet, depth=18), "depth is 18; allowed: 20, 32, 56"),
     ],
 )
@@ -238,6 +243,9 @@ DRAWN = [
     ("mobilenet-v1", "block13/pointwise/kernel", 1 / (3 * 1024), True),
     ("mobilenet-v1", "classifier/kernel", 2 / 1024, False),
     ("vgg16-bn", "stage5_conv1/kernel", 2 / (9 * 512), False),
+    ("sew-resnet18", "stage4_block1/conv1/kernel", 2 / (9 * 512), False),
+    ("sew-resnet18", "classifier/kernel", 1 / (3 * 512), True),
+    ("sew-resnet18", "classifier/bias", 1 / (3 * 512), True),
     ("resnet56", "stage3_block1/conv1/kernel", 2 / (9 * 32), False),
 ]
 
@@ -246,7 +254,7 @@ DRAWN = [
 def test_initial_weights(name, path, variance, uniform):
     weights = drawn(name, path)
     np.testing.assert_allclose(weights.var(), variance, rtol=0.05)
-    assert abs(weights.mean()) < 0.02 * np.sqrt(variance)
+    assert abs(weights.mean()) < 4 * np.sqrt(variance / weights.size)
     furthest = np.abs(weights).max() / np.sqrt(variance)
     assert furthest <= np.sqrt(3) + 1e-6 if uniform else furthest > 3.5
 

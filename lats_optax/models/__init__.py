@@ -12,9 +12,21 @@ from lats_optax.models.digits import DigitsCNN
 from lats_optax.models.layers import check_choice
 from lats_optax.models.mobilenet import MobileNetV1
 from lats_optax.models.resnet import CifarResNet, ResNet
+from lats_optax.models.sew_resnet import SEWResNet
+from lats_optax.models.spiking import Neuron, Surrogate
 from lats_optax.models.vgg import VGG16BN
 
-__all__ = ["VGG16BN", "CifarResNet", "DigitsCNN", "MobileNetV1", "ResNet", "create"]
+__all__ = [
+    "VGG16BN",
+    "CifarResNet",
+    "DigitsCNN",
+    "MobileNetV1",
+    "Neuron",
+    "ResNet",
+    "SEWResNet",
+    "Surrogate",
+    "create",
+]
 
 _MODELS: dict[str, partial[Any]] = {
     "digits-cnn": partial(DigitsCNN),
@@ -22,6 +34,7 @@ _MODELS: dict[str, partial[Any]] = {
     **{f"resnet{depth}": partial(CifarResNet, depth=depth) for depth in (20, 32, 56)},
     "mobilenet-v1": partial(MobileNetV1),
     "vgg16-bn": partial(VGG16BN),
+    **{f"sew-resnet{depth}": partial(SEWResNet, depth=depth) for depth in (18, 34, 50)},
 }
 
 
@@ -42,7 +55,8 @@ def create(
         statistics stay float32, and so are the logits.
       axis_name: mapped axis over which batch statistics are averaged; ``None`` leaves to each
         device the statistics of its own part of the batch.
-      **options: attributes of that model's class, such as ``classifier_bias`` of a ResNet.
+      **options: attributes of that model's class, such as ``classifier_bias`` of a ResNet or
+        ``neuron`` of a SEW ResNet.
 
     Returns:
       A module that is called as ``apply(variables, images, train, mutable=["batch_stats"])``, with

@@ -299,7 +299,11 @@ class CifarResNet(nn.Module):
 def max_pool(x: Array) -> Array:
     """The maximum of 3×3 positions at strides of 2, padded by one position on every side.
 
-    >>> max_pool(jnp.ones((1, 8, 8, 3))).shape
-    (1, 4, 4, 3)
+    >>> max_pool(jnp.ones((5, 1, 8, 8, 3))).shape
+    (5, 1, 4, 4, 3)
     """
-    return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # type: ignore[no-untyped-call]
+    # Flax pads one leading axis only; any others, such as time, are windows of 1.
+    more = x.ndim - 4
+    window, strides = (*(1,) * more, 3, 3), (*(1,) * more, 2, 2)
+    padding = (*((0, 0),) * more, (1, 1), (1, 1))
+    return nn.max_pool(x, window, strides, padding)  # type: ignore[no-untyped-call]
