@@ -87,6 +87,68 @@ def test_variables_are_the_published_ones_and_no_others(name):
     }
 
 
+# --- networks that nobody recorded, written out ---------------------------------------------------
+
+
+def convolve(x, kernel, stride=1):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), [(1, 1), (1, 1)], dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def normalise(x, params, stats):
+    deviation = jnp.sqrt(stats["var"] + 1e-5)
+    return (x - stats["mean"]) / deviation * params["scale"] + params["bias"]
+
+
+def written_out_vgg(params, stats, x):
+    for stage, count in enumerate([2, 2, 3, 3, 3], 1):
+        for index in range(1, count + 1):
+            layer = f"stage{stage}_conv{index}"
+            x = convolve(x, params[layer]["kernel"])
+            x = jax.nn.relu(normalise(x, params[f"{layer}_norm"], stats[f"{layer}_norm"]))
+        batch, height, width, channels = x.shape
+        x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+    return x[:, 0, 0] @ params["classifier"]["kernel"]
+
+
+def written_out_resnet20(params, stats, x):
+    x = convolve(x, params["stem"]["kernel"])
+    x = jax.nn.relu(normalise(x, params["stem_norm"], stats["stem_norm"]))
+    for stage, features in enumerate([16, 32, 64], 1):
+        for index in range(1, 4):
+            halves = stage > 1 and index == 1
+            p, s = params[f"stage{stage}_block{index}"], stats[f"stage{stage}_block{index}"]
+            y = convolve(x, p["conv1"]["kernel"], 2 if halves else 1)
+            y = jax.nn.relu(normalise(y, p["norm1"], s["norm1"]))
+            y = normalise(convolve(y, p["conv2"]["kernel"]), p["norm2"], s["norm2"])
+            if halves:
+                zeros = np.zeros((*y.shape[:3], features // 4))
+                x = jnp.concatenate([zeros, x[:, ::2, ::2], zeros], axis=3)
+            x = jax.nn.relu(x + y)
+    return x.mean((1, 2)) @ params["classifier"]["kernel"]
+
+
+@pytest.mark.parametrize(
+    ("name", "written_out"), [("vgg16-bn", written_out_vgg), ("resnet20", written_out_resnet20)]
+)
+def test_logits_are_those_of_the_network_written_out(name, written_out):
+    model = models.create(name, num_classes=10, dtype=jnp.float64)
+    rng = np.random.default_rng(0)
+
+    def values(leaf):
+        if leaf.ndim > 1:
+            return rng.normal(size=leaf.shape) * np.sqrt(2 / np.prod(leaf.shape[:-1]))
+        return rng.uniform(0.5, 1.5, size=leaf.shape)
+
+    variables = jax.tree.map(values, shapes(models.create(name, num_classes=10), 32)[1])
+    images = rng.normal(size=(2, 32, 32, 3))
+    with jax.enable_x64(True):
+        logits = jax.jit(partial(model.apply, train=False))(variables, images)
+        expected = jax.jit(written_out)(variables["params"], variables["batch_stats"], images)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+
+
 # --- how many parameters ------------------------------------------------------------------------
 
 
