@@ -4,7 +4,7 @@ Here belongs what is padded, normalised or initialised as PyTorch does it, so th
 and settings carry over.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import flax.linen as nn
@@ -122,6 +122,17 @@ def pool_and_classify(
 
     Returns:
       Logits (…, num_classes), in float32 or, where ``dtype`` is float64, in that.
+
+    Example:
+      >>> import jax
+      >>> class Head(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x):
+      ...         options = {"dtype": jnp.bfloat16, "use_bias": False}
+      ...         return pool_and_classify(x, 10, kernel_init=KAIMING_FAN_IN, **options)
+      >>> x = jnp.ones((2, 7, 7, 64), jnp.bfloat16)
+      >>> jax.eval_shape(Head().init_with_output, jax.random.key(0), x)[0]
+      ShapeDtypeStruct(shape=(2, 10), dtype=float32)
     """
     logits = nn.Dense(
         num_classes,
@@ -145,14 +156,14 @@ def check(holds: bool, argument: str, value: object, allowed: str) -> None:
         raise ValueError(f"{argument} is {value!r}; allowed: {allowed}.")
 
 
-def check_choice(argument: str, value: object, choices: object) -> None:
+def check_choice(argument: str, value: object, choices: Iterable[object]) -> None:
     """Raises ValueError, listing the choices, unless the value is one of them.
 
     >>> check_choice("depth", 19, (18, 34))
     Traceback (most recent call last):
     ValueError: depth is 19; allowed: 18, 34.
     """
-    known = list(choices)  # type: ignore[call-overload]
+    known = list(choices)
     check(value in known, argument, value, ", ".join(map(repr, known)))
 
 

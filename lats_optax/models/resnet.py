@@ -109,6 +109,8 @@ def branch(
 
     Returns:
       What the last normalisation returns: (…, height / strides, width / strides, features).
+
+    Example: `ResidualBlock`, below, is this with a shortcut.
     """
     for index, (features, kernel_size, strides) in enumerate(spec, 1):
         x = conv(features, kernel_size, strides, name=f"conv{index}")(x)
@@ -119,17 +121,22 @@ def branch(
 
 
 def projection(x: Array, spec: BlockSpec, conv: Maker, norm: Maker) -> Array:
-    """A shortcut to the shape that `branch` gives: a strided 1×1 convolution, normalised."""
+    """A shortcut to the shape that `branch` gives: a strided 1×1 convolution, normalised.
+
+    To be called in a compact method, whose module ``shortcut`` and ``shortcut_norm`` then belong
+    to: see `ResidualBlock`. Arguments and result are those of `branch`.
+    """
     strides = max(layer.strides for layer in spec)
-    return norm(name="shortcut_norm")(
-        conv(spec[-1].features, (1, 1), strides, name="shortcut")(x),
-    )
+    return norm(name="shortcut_norm")(conv(spec[-1].features, (1, 1), strides, name="shortcut")(x))
 
 
 def subsample_and_pad(x: Array, spec: BlockSpec) -> Array:
     """A shortcut to the shape that `branch` gives, without parameters ("option A" of the paper).
 
     Every ``strides``-th position, with zeros as the new channels, half of them on either side.
+
+    >>> subsample_and_pad(jnp.ones((1, 4, 4, 2)), basic(4, 2))[0, 0]
+    Array([[0., 1., 1., 0.], [0., 1., 1., 0.]], dtype=float32)
     """
     strides = max(layer.strides for layer in spec)
     new = spec[-1].features - x.shape[-1]

@@ -48,6 +48,18 @@ class SEWBlock(nn.Module):
       spike: makes a layer of neurons from a name.
       connection: ``"ADD"``, ``"AND"`` or ``"IAND"``.
 
+    Raises:
+      ValueError: the connection is not one of these.
+
+    Example:
+      >>> from lats_optax.models.resnet import basic
+      >>> conv = partial(nn.Conv, use_bias=False)
+      >>> norm = partial(nn.BatchNorm, use_running_average=True)
+      >>> block = SEWBlock(basic(8, 2), conv, norm, SpikingLayer)
+      >>> x = jnp.ones((3, 1, 6, 6, 4))
+      >>> jax.eval_shape(block.init_with_output, jax.random.key(0), x)[0].shape
+      (3, 1, 3, 3, 8)
+
     Source: Fang et al., "Deep Residual Learning in Spiking Neural Networks" (NeurIPS 2021).
     """
 
