@@ -49,7 +49,7 @@ def test_surrogate_is_the_derivative_of_a_step(name, alpha):
     ]
     with jax.enable_x64(True):
         derivative = jax.grad(lambda x: fire(x, Surrogate(name, alpha)).sum())(points)
-    np.testing.assert_allclose(derivative, differences, atol=1e-6)
+    np.testing.assert_allclose(derivative, differences, rtol=0, atol=1e-8)
     assert STEPS[name](-1e9 if name != "sigmoid" else -700.0) == pytest.approx(0, abs=1e-8)
     assert STEPS[name](1e9) == pytest.approx(1, abs=1e-8)
 
@@ -82,8 +82,8 @@ def test_recorded_neuron():
         (spikes, potential), pull = jax.vjp(neuron, run["x"])
         (gradient,) = pull((run["output_cotangent"], np.zeros_like(run["v_final"])))
     np.testing.assert_array_equal(spikes, run["spikes"])
-    np.testing.assert_allclose(potential, run["v_final"], atol=1e-12)
-    np.testing.assert_allclose(gradient, run["input_gradient"], atol=1e-12)
+    np.testing.assert_allclose(potential, run["v_final"], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(gradient, run["input_gradient"], rtol=0, atol=1e-12)
 
 
 def scalar_neuron(inputs, tangents, neuron):
@@ -138,14 +138,15 @@ def test_neuron_is_the_scalar_one(neuron):
     rate = 1 / 3 if neuron.kind == "plif" else None
     with jax.enable_x64(True):
         program = jax.jit(partial(jax.jvp, lambda x: neuron(x, rate)))
-        (spikes, v), (dspikes, dv) = program((inputs,), (tangents,))
+        # To NumPy here: outside, arithmetic on float64 arrays of JAX is rounded to float32.
+        (spikes, v), (dspikes, dv) = jax.device_get(program((inputs,), (tangents,)))
     columns = [scalar_neuron(*pair, neuron) for pair in zip(inputs.T, tangents.T)]
     expected = [np.array(part) for part in zip(*columns)]
     assert 0.1 < np.mean(expected[0]) < 0.9
     np.testing.assert_array_equal(spikes.T, expected[0])
-    np.testing.assert_allclose(v, expected[1], atol=1e-12)
-    np.testing.assert_allclose(dspikes.T, expected[2], atol=1e-12)
-    np.testing.assert_allclose(dv, expected[3], atol=1e-12)
+    for actual, scalar in ((v, expected[1]), (dspikes.T, expected[2]), (dv, expected[3])):
+        assert actual.dtype == np.float64
+        np.testing.assert_allclose(actual, scalar, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["if", "lif", "plif"])
@@ -242,10 +243,12 @@ def test_every_step_of_the_recorded_network(mode):
         mutable = ["batch_stats", "intermediates"]
         apply = jax.jit(partial(model.apply, train=mode == "train", mutable=mutable))
         variables = torch_weights.variables_of(run, torch_weights.RESNET)
-        logits, state = apply(variables, torch_weights.images_of(run))
+        images = torch_weights.images_of(run)
+        logits, state = jax.device_get(apply(variables, images))
     (per_step,) = state["intermediates"]["logits_per_step"]
     for actual, key in ((logits, "logits"), (per_step, "output_per_step")):
         recorded = run[f"{key}_{mode}"]
+        assert actual.dtype == np.float64
         np.testing.assert_allclose(actual, recorded, rtol=0, atol=1e-9 * np.abs(recorded).max())
     rates = {
         path: float(leaf)

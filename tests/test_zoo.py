@@ -69,7 +69,8 @@ def test_logits_are_the_published_ones(name, mode):
         model = models.create(name, num_classes=recorded.shape[-1], dtype=jnp.float64)
         apply = partial(model.apply, train=mode == "train", mutable=["batch_stats"])
         variables = torch_weights.variables_of(run, names)
-        logits, _ = jax.jit(apply)(variables, torch_weights.images_of(run))
+        # To NumPy here: outside, arithmetic on float64 arrays of JAX is rounded to float32.
+        logits, _ = jax.device_get(jax.jit(apply)(variables, torch_weights.images_of(run)))
     assert logits.dtype == np.float64
     # Seen: 3e-15 in evaluation, 2e-13 in training.
     np.testing.assert_allclose(logits, recorded, rtol=0, atol=1e-9 * np.abs(recorded).max())
@@ -146,6 +147,8 @@ def test_logits_are_those_of_the_network_written_out(name, written_out):
     with jax.enable_x64(True):
         logits = jax.jit(partial(model.apply, train=False))(variables, images)
         expected = jax.jit(written_out)(variables["params"], variables["batch_stats"], images)
+        logits, expected = jax.device_get((logits, expected))
+    assert logits.dtype == expected.dtype == np.float64
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
 
 
