@@ -12,7 +12,7 @@ import pytest
 from flax import traverse_util
 
 from lats_optax.models import Neuron, Surrogate, create
-from lats_optax.models.layers import KAIMING_FAN_OUT, batch_norm, convolution
+from lats_optax.models.layers import TORCH_DEFAULT, batch_norm, convolution
 from lats_optax.models.resnet import basic, bottleneck
 from lats_optax.models.sew_resnet import SEWBlock
 from lats_optax.models.spiking import SpikingLayer, fire
@@ -262,7 +262,8 @@ def test_every_step_of_the_recorded_network(mode):
 
 def block(spec, connection, neuron):
     """A block and spikes to run it on: 3 steps, 2 images, 6 channels."""
-    conv = partial(convolution, dtype=jnp.float32, kernel_init=KAIMING_FAN_OUT)
+    # Uniform kernels: XLA takes a second to compile each normal draw.
+    conv = partial(convolution, dtype=jnp.float32, kernel_init=TORCH_DEFAULT)
     norm = batch_norm(True, jnp.float32, None)
     model = SEWBlock(spec, conv, norm, partial(SpikingLayer, neuron), connection)
     x = jax.random.bernoulli(jax.random.key(0), 0.5, (3, 2, 6, 6, 6)).astype(jnp.float32)
