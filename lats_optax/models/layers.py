@@ -1,0 +1,188 @@
+"""What several architectures are built from: convolutions, normalisation, the head, and checks.
+
+Here belongs what is padded, normalised or initialised as PyTorch does it, so that published weights
+and settings carry over.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+
+Maker = Callable[..., nn.Module]
+"""What blocks are given to make their layers with: a module's class, some arguments settled."""
+
+# PyTorch draws Kaiming weights from a normal distribution that is not truncated, and its default
+# weights from the uniform one on ±1/√fan_in, whose variance is 1/(3 fan_in).
+KAIMING_FAN_IN = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+KAIMING_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+TORCH_DEFAULT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def convolution(
+    features: int,
+    kernel_size: tuple[int, int],
+    strides: int = 1,
+    *,
+    dtype: DTypeLike,
+    kernel_init: Initializer,
+    groups: int = 1,
+    name: str,
+) -> nn.Conv:
+    """A bias-free convolution whose padding is the same on all sides, as PyTorch's.
+
+    A map of n positions becomes one of ⌈n / strides⌉. Flax's ``"SAME"`` gives that size too, but at
+    strides of 2 it pads even maps on the far side only: other numbers come out.
+
+    Args:
+      features: channels of the output.
+      kernel_size: (height, width), both odd.
+      strides: in both directions.
+      dtype: of the computation; the kernel is float32.
+      kernel_init: what the kernel, (height, width, channels / groups, features), is drawn from.
+      groups: into which the channels are divided; as many as channels: depth-wise.
+      name: of the layer.
+
+    Returns:
+      A layer from (…, height, width, channels) to (…, ⌈height / strides⌉, ⌈width / strides⌉,
+      features).
+
+    Example:
+      >>> import jax
+      >>> conv = convolution(8, (3, 3), 2, dtype="float32", kernel_init=KAIMING_FAN_IN, name="c")
+      >>> jax.eval_shape(conv.init_with_output, jax.random.key(0), jnp.ones((1, 5, 4, 3)))[0].shape
+      (1, 3, 2, 8)
+    """
+    return nn.Conv(
+        features,
+        kernel_size,
+        strides,
+        padding=[(size // 2, size // 2) for size in kernel_size],
+        feature_group_count=groups,
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=kernel_init,
+        name=name,
+    )
+
+
+def batch_norm(train: bool, dtype: DTypeLike, axis_name: str | None) -> partial[nn.BatchNorm]:
+    """Batch normalisation that waits for its name: y = scale · (x − mean) / √(var + 1e-5) + bias.
+
+    In training, mean and variance are the batch's, and the running ones go a tenth of the way
+    towards them; in evaluation they are the running ones. Unlike PyTorch's, the running variance is
+    that of the batch without Bessel's correction.
+
+    Args:
+      train: whether the batch's own statistics are used.
+      dtype: of the result; statistics are computed in float32 at least, and kept in float32.
+      axis_name: mapped axis over which the batch's statistics are averaged, or ``None``.
+
+    Returns:
+      A maker of layers, called with ``name=``.
+
+    Example:
+      >>> batch_norm(train=True, dtype="bfloat16", axis_name=None)(name="norm").momentum
+      0.9
+    """
+    return partial(
+        nn.BatchNorm,
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        dtype=dtype,
+        axis_name=axis_name,
+    )
+
+
+def pool_and_classify(
+    x: Array,
+    num_classes: int,
+    *,
+    dtype: DTypeLike,
+    use_bias: bool,
+    kernel_init: Initializer,
+    bias_init: Initializer = nn.initializers.zeros,
+) -> Array:
+    """The mean over positions, then a linear layer named ``classifier``.
+
+    To be called in a compact method, whose module the layer then belongs to.
+
+    Args:
+      x: (…, height, width, channels).
+      num_classes: number of logits.
+      dtype: of the computation.
+      use_bias: whether the classifier adds a bias.
+      kernel_init: what its kernel, (channels, num_classes), is drawn from.
+      bias_init: what its bias, (num_classes,), is drawn from.
+
+    Returns:
+      Logits (…, num_classes), in float32 or, where ``dtype`` is float64, in that.
+
+    Example:
+      >>> import jax
+      >>> class Head(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x):
+      ...         options = {"dtype": jnp.bfloat16, "use_bias": False}
+      ...         return pool_and_classify(x, 10, kernel_init=KAIMING_FAN_IN, **options)
+      >>> x = jnp.ones((2, 7, 7, 64), jnp.bfloat16)
+      >>> jax.eval_shape(Head().init_with_output, jax.random.key(0), x)[0]
+      ShapeDtypeStruct(shape=(2, 10), dtype=float32)
+    """
+    logits = nn.Dense(
+        num_classes,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        name="classifier",
+    )(x.mean(axis=(-3, -2)))
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def check(holds: bool, argument: str, value: object, allowed: str) -> None:
+    """Raises ValueError, naming the argument, its value and what is allowed, unless it holds.
+
+    >>> check(False, "num_classes", 0, "1 or more")
+    Traceback (most recent call last):
+    ValueError: num_classes is 0; allowed: 1 or more.
+    """
+    if not holds:
+        raise ValueError(f"{argument} is {value!r}; allowed: {allowed}.")
+
+
+def check_choice(argument: str, value: object, choices: Iterable[object]) -> None:
+    """Raises ValueError, listing the choices, unless the value is one of them.
+
+    >>> check_choice("depth", 19, (18, 34))
+    Traceback (most recent call last):
+    ValueError: depth is 19; allowed: 18, 34.
+    """
+    known = list(choices)
+    check(value in known, argument, value, ", ".join(map(repr, known)))
+
+
+def check_images(images: Array, least: int) -> None:
+    """Raises ValueError unless images are (batch, height, width, channels) and large enough.
+
+    Args:
+      images: what a model was called with.
+      least: fewest pixels in height and in width: the product of the model's strides, below which
+        its last maps would hold padding only.
+
+    Example:
+      >>> check_images(jnp.zeros((2, 3, 224, 224)), 32)
+      Traceback (most recent call last):
+      ValueError: images have shape (2, 3, 224, 224); allowed: (batch, height, width, channels) with
+      height and width of at least 32.
+    """
+    if images.ndim != 4 or min(images.shape[1:3]) < least:
+        raise ValueError(
+            f"images have shape {images.shape}; allowed: (batch, height, width, channels) with "
+            f"height and width of at least {least}."
+        )

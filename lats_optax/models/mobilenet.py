@@ -1,0 +1,126 @@
+"""MobileNet-V1: convolutions that are separated into a depth-wise and a point-wise one."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from lats_optax.models.layers import (
+    KAIMING_FAN_IN,
+    TORCH_DEFAULT,
+    Maker,
+    batch_norm,
+    check,
+    check_images,
+    convolution,
+    pool_and_classify,
+)
+
+# Features and strides of the thirteen separable convolutions, at width 1.
+_PLAN = (
+    (64, 1),
+    *((128, 2), (128, 1)),
+    *((256, 2), (256, 1)),
+    *((512, 2), *((512, 1),) * 5),
+    *((1024, 2), (1024, 1)),
+)
+
+
+class SeparableConv(nn.Module):
+    """A 3×3 convolution of each channel alone, then a 1×1 one; each normalised, then relu.
+
+    Attributes:
+      features: channels of the output.
+      conv: makes a convolution from features, kernel size, strides, groups and a name.
+      norm: makes a normalisation from a name.
+      strides: of the depth-wise convolution.
+
+    Example:
+      >>> import jax
+      >>> conv = partial(convolution, dtype="float32", kernel_init=TORCH_DEFAULT)
+      >>> block = SeparableConv(8, conv, batch_norm(False, "float32", None), strides=2)
+      >>> jax.eval_shape(block.init_with_output, jax.random.key(0), jnp.ones((1, 6, 6, 4)))[0].shape
+      (1, 3, 3, 8)
+
+    Source: Howard et al., "MobileNets" (arXiv 1704.04861), section 3.1.
+    """
+
+    features: int
+    conv: Maker
+    norm: Maker
+    strides: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps (…, height, width, channels) to (…, height / strides, width / strides, features)."""
+        channels = x.shape[-1]
+        x = self.conv(channels, (3, 3), self.strides, groups=channels, name="depthwise")(x)
+        x = nn.relu(self.norm(name="depthwise_norm")(x))
+        x = self.conv(self.features, (1, 1), name="pointwise")(x)
+        return nn.relu(self.norm(name="pointwise_norm")(x))
+
+
+class MobileNetV1(nn.Module):
+    """MobileNet-V1, as the LATS code has it: relu without a ceiling, and no dropout.
+
+    A 3×3 convolution with strides of 2, thirteen separable convolutions, the mean over positions
+    (so that images may have any size), a classifier. Kernels are drawn as PyTorch does by default,
+    uniformly on ±1/√fan_in; the classifier Kaiming-normal: fan-in, for relu.
+
+    Attributes:
+      num_classes: number of logits.
+      width: multiplier of all channel counts, α in the paper (1, 0.75, 0.5 or 0.25), which are then
+        rounded.
+      classifier_bias: whether the classifier adds a bias; the published code's does not.
+      dtype: of the computation; parameters, batch statistics and logits are float32.
+      axis_name: mapped axis over which batch statistics are averaged, or ``None``.
+
+    Raises:
+      ValueError: an attribute is not one of these, or images are not (batch, height ≥ 32,
+        width ≥ 32, channels).
+
+    Example:
+      >>> import jax
+      >>> model = MobileNetV1(num_classes=1000)
+      >>> init = partial(model.init_with_output, train=False)
+      >>> logits, variables = jax.eval_shape(init, jax.random.key(0), jnp.ones((2, 64, 64, 3)))
+      >>> logits.shape, sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+      ((2, 1000), 4230976)
+
+    Source: Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile Vision
+    Applications" (arXiv 1704.04861).
+    """
+
+    num_classes: int
+    width: float = 1.0
+    classifier_bias: bool = False
+    dtype: DTypeLike = jnp.float32
+    axis_name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the attributes."""
+        check(self.num_classes >= 1, "num_classes", self.num_classes, "1 or more")
+        least = 1 / 32
+        check(least <= self.width < float("inf"), "width", self.width, f"{least} or more")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, images: Array, train: bool) -> Array:
+        """Maps images (batch, height, width, channels) to logits (batch, num_classes)."""
+        check_images(images, least=32)
+        conv = partial(convolution, dtype=self.dtype, kernel_init=TORCH_DEFAULT)
+        norm = batch_norm(train, self.dtype, self.axis_name)
+        x = conv(round(32 * self.width), (3, 3), 2, name="stem")(images)
+        x = nn.relu(norm(name="stem_norm")(x))
+        for index, (features, strides) in enumerate(_PLAN, 1):
+            features = round(features * self.width)
+            x = SeparableConv(features, conv, norm, strides, name=f"block{index}")(x)
+        return pool_and_classify(
+            x,
+            self.num_classes,
+            dtype=self.dtype,
+            use_bias=self.classifier_bias,
+            kernel_init=KAIMING_FAN_IN,
+        )
