@@ -75,7 +75,7 @@ def target_sparsity(
       learning_rate: the optimizer's own, a number or an optax schedule ``count -> eta``.
       steps: number of optimizer steps of the whole run.
       update_every: the quantile is selected anew every so many steps, and always at the last one.
-        Default: a two-hundredth of the run, between 1 and 100 steps. Each selection reads the
+        Default: a two-hundredth of the run, between 1 and 1000 steps. Each selection reads the
         latent weights eight times in float32, and does not sort them.
 
     Returns:
@@ -102,7 +102,7 @@ def target_sparsity(
     target = float(target)
     steps = check_steps(steps)
     if update_every is None:
-        update_every = min(max(steps // 200, 1), 100)
+        update_every = min(max(steps // 200, 1), 1000)
     update_every = check_steps(update_every, "update_every")
     gains, reaches = _gains_and_reaches(learning_rates(learning_rate, steps))
 
