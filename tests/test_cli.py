@@ -11,6 +11,7 @@ import pytest
 from lats_optax import cli
 from tests import tiny
 
+JOIN = ["--distributed", "--coordinator", "host:1", "--process-count", "2"]
 TINY = ["--data.batch-size", "8", "--epochs", "1", "--eval-every", "1"]
 
 
@@ -53,6 +54,10 @@ def test_a_run_prints_its_table_and_where_things_are(tmp_path, capsys):
         (["digits-lats", *TINY, "--prune.include", "Cnv"], ["'Cnv'", "Conv_0/kernel"]),
         (["digits", "--resume", "--overwrite"], ["resume", "overwrite"]),
         (["digits", "--distributed"], ["distributed", "SLURM"]),
+        (["digits", "--coordinator", "host:1"], ["coordinator", "'host:1'", "distributed"]),
+        (["digits", "--process-count", "2"], ["process_count", "2", "with coordinator"]),
+        (["digits", *JOIN, "--coordinator", "host"], ["coordinator", "'host'", "HOST:PORT"]),
+        (["digits", *JOIN, "--process-index", "2"], ["process_index", "2", "0 to 1"]),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, arguments, words):

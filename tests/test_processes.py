@@ -19,12 +19,19 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import jax, pytest
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
 from tests import test_processes
+_, port, index, workdir = sys.argv
 with pytest.MonkeyPatch.context() as patch:
     test_processes.tiny.install(patch)
-    test_processes.loop.train(test_processes.config(Path(sys.argv[3]), distributed=True))
+    test_processes.loop.train(
+        test_processes.config(
+            Path(workdir),
+            distributed=True,
+            coordinator=f"127.0.0.1:{port}",
+            process_count=2,
+            process_index=int(index),
+        )
+    )
 """
 
 
@@ -37,7 +44,10 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(port), str(index), str(tmp_path / "two")],

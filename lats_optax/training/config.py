@@ -163,6 +163,12 @@ class TrainConfig:
     """How many of the latest checkpoints are kept."""
     distributed: bool = False
     """Join the other processes of a TPU pod or cluster; the command is run in each of them."""
+    coordinator: str | None = None
+    """With distributed, HOST:PORT of process 0; None: as the pod or cluster describes itself."""
+    process_count: int | None = None
+    """With a coordinator, how many processes there are."""
+    process_index: int | None = None
+    """With a coordinator, which of them this is, from 0."""
 
     def __post_init__(self) -> None:
         _check(
@@ -183,6 +189,25 @@ class TrainConfig:
         )
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite are both True; allowed: one of the two.")
+        self._check_processes()
+
+    def _check_processes(self) -> None:
+        address, count, index = self.coordinator, self.process_count, self.process_index
+        if address is None:
+            for field in ("process_count", "process_index"):
+                _check(
+                    getattr(self, field) is None, field, getattr(self, field), "with coordinator"
+                )
+            return
+        _check(self.distributed, "coordinator", address, "with distributed")
+        host, _, port = address.rpartition(":")
+        _check(bool(host) and port.isdecimal(), "coordinator", address, "HOST:PORT")
+        _check(
+            count is not None and count >= 1, "process_count", count, "with coordinator, 1 or more"
+        )
+        assert count is not None
+        within = index is not None and 0 <= index < count
+        _check(within, "process_index", index, f"with coordinator, 0 to {count - 1}")
 
 
 # Where a run is, and how it is watched: a resumed run may differ in these alone.
@@ -195,6 +220,9 @@ _FREE = {
     "checkpoint_every",
     "keep_checkpoints",
     "distributed",
+    "coordinator",
+    "process_count",
+    "process_index",
     "data.data_dir",
 }
 

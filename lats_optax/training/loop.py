@@ -116,7 +116,7 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
     """Finds and checks everything that a config names; writes nothing in the work directory."""
     workdir.check(config)
     if config.distributed:
-        join_processes()
+        join_processes(config.coordinator, config.process_count, config.process_index)
     parallel = DataParallel(devices)
     parallel.host_batch_size(config.data.batch_size)
     dataset = data.load(config.data.name, config.data.data_dir)

@@ -4,32 +4,68 @@ Training state is the same on every device and has no device axis: `in_axes=None
 A batch has one: (local devices, examples a device, ...).
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+Item = TypeVar("Item")
+
 AXIS = "replica"
 """Name of the axis that replicas are on; a model's batch normalization averages over it."""
 
 
-def join_processes() -> None:
-    """Joins the other processes of a TPU pod or a cluster, as their environment describes it.
+def join_processes(
+    coordinator: str | None = None,
+    process_count: int | None = None,
+    process_index: int | None = None,
+) -> None:
+    """Joins the other processes of a TPU pod or a cluster.
+
+    Args:
+      coordinator: HOST:PORT of process 0; None: all three as the environment describes them.
+      process_count: how many processes there are.
+      process_index: which of them this is.
 
     Raises:
-      ValueError: the environment describes none.
+      ValueError: there is no coordinator, and the environment describes none.
     """
     if jax.distributed.is_initialized():
         return
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(coordinator, process_count, process_index)
     except (ValueError, RuntimeError) as error:
+        if coordinator is not None:
+            raise ValueError(f"coordinator is {coordinator!r}; JAX says: {error}") from error
         raise ValueError(
-            "distributed is True; allowed: only where the environment describes a TPU pod or a "
-            f"cluster (SLURM, Open MPI, Kubernetes). JAX says: {error}"
+            "distributed is True; allowed without a coordinator: only where the environment "
+            "describes a TPU pod or a cluster (SLURM, Open MPI, Kubernetes). "
+            f"JAX says: {error}"
         ) from error
+
+
+def ahead(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
+    """The same items, of which up to `depth` have been asked for before they are needed.
+
+    Over batches that `DataParallel.shard` sends off, these are on the devices when the step
+    before them is over.
+
+    >>> asked = []
+    >>> items = ahead((asked.append(n) or n for n in range(5)), depth=2)
+    >>> next(items), asked
+    (0, [0, 1, 2])
+    >>> list(items)
+    [1, 2, 3, 4]
+    """
+    waiting: deque[Item] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > depth:
+            yield waiting.popleft()
+    yield from waiting
 
 
 class DataParallel:
@@ -72,16 +108,18 @@ class DataParallel:
 
         A state that comes in as it goes out is what keeps the second step from compiling again.
         """
-        mesh = jax.sharding.Mesh(np.array(self.local_devices), (AXIS,))
-        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())  # type: ignore[no-untyped-call]
-        return jax.device_put(tree, replicated)
+        return jax.device_put(tree, self._placed())
 
-    def shard(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The batch of this process with a leading axis of local devices."""
-        return {
+    def shard(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """The batch of this process on its devices, with a leading axis of them.
+
+        Returns at once: the arrays are on their way while the devices do other work.
+        """
+        rows = {
             name: array.reshape(len(self.local_devices), -1, *array.shape[1:])
             for name, array in batch.items()
         }
+        return jax.device_put(rows, self._placed(AXIS))
 
     def train_step(self, step: Callable[..., tuple[Any, Any]]) -> Callable[[Any, Any], Any]:
         """`(state, sharded batch) -> (state, metrics)` from `step(state, batch, mean)`.
@@ -106,6 +144,11 @@ class DataParallel:
         """Waits until every process is here."""
         if self.process_count > 1:
             multihost_utils.sync_global_devices(name)
+
+    def _placed(self, *axes: str) -> jax.sharding.NamedSharding:
+        """How an array lies on this process's devices whose first axis is spread over `axes`."""
+        mesh = jax.sharding.Mesh(np.array(self.local_devices), (AXIS,))
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))  # type: ignore[no-untyped-call]
 
     def _pmap(self, function: Callable[..., Any], donate_argnums: tuple[int, ...] = ()) -> Any:
         return jax.pmap(
