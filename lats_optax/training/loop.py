@@ -30,11 +30,15 @@ from lats_optax.training.parallel import AXIS, DataParallel, join_processes
 from lats_optax.training.step import (
     Batch,
     Metrics,
+    Reduce,
     TrainState,
     create_state,
     eval_step,
     train_step,
 )
+
+TrainStep = Callable[[TrainState, Batch, Reduce[Any]], tuple[TrainState, Metrics]]
+EvalStep = Callable[[TrainState, Batch, Reduce[Any]], Metrics]
 
 
 class NonFiniteError(RuntimeError):
@@ -126,23 +130,12 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
             f"data.batch_size is {config.data.batch_size}; allowed: at most {dataset.num_train}, "
             f"the training images of {dataset.name}."
         )
-    model = models.create(
-        config.model.name,
-        num_classes=dataset.num_classes,
-        dtype=jnp.dtype(config.model.dtype),
-        axis_name=AXIS,
-    )
+    model = make_model(config, dataset.num_classes)
     optimizer = make_optimizer(config, steps_per_epoch)
     if config.resume and (config.workdir / workdir.CHECKPOINTS).is_dir():
         with Checkpoints(config.workdir) as checkpoints:
             if (saved := checkpoints.config()) is not None:
                 configs.check_resumable(saved, config)
-    train_one = partial(
-        train_step,
-        apply=model.apply,
-        transform=optimizer.transform,
-        label_smoothing=config.label_smoothing,
-    )
     experiment = Experiment(
         config=config,
         parallel=parallel,
@@ -150,21 +143,71 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
         model=model,
         optimizer=optimizer,
         steps_per_epoch=steps_per_epoch,
-        train_step=parallel.train_step(train_one),
-        eval_step=parallel.eval_step(partial(eval_step, apply=model.apply)),
+        train_step=parallel.train_step(make_train_step(config, model, optimizer)),
+        eval_step=parallel.eval_step(make_eval_step(model)),
     )
     # Expressions that match no parameter are found when the mask meets the parameters.
     jax.eval_shape(lambda: initial_state(experiment))
     return experiment
 
 
+def make_model(config: TrainConfig, num_classes: int) -> nn.Module:
+    """The model that a config names; its batch statistics are averaged over the replicas.
+
+    Raises:
+      ValueError: there is no such model.
+    """
+    return models.create(
+        config.model.name,
+        num_classes=num_classes,
+        dtype=jnp.dtype(config.model.dtype),
+        axis_name=AXIS,
+    )
+
+
+def make_train_step(config: TrainConfig, model: nn.Module, optimizer: Optimizer) -> TrainStep:
+    """The training step of a config, a pure function that no data set or device is needed for.
+
+    Args:
+      config: the run.
+      model: of `make_model`.
+      optimizer: of `make_optimizer`.
+
+    Returns:
+      `(state, batch of a replica, mean over replicas) -> (state, metrics)`, for
+      `DataParallel.train_step`: see `step.train_step`.
+    """
+    return partial(
+        train_step,
+        apply=model.apply,
+        transform=optimizer.transform,
+        label_smoothing=config.label_smoothing,
+    )
+
+
+def make_eval_step(model: nn.Module) -> EvalStep:
+    """The evaluation step of a model: `(state, batch of a replica, sum over replicas) -> sums`."""
+    return partial(eval_step, apply=model.apply)
+
+
+def make_state(
+    config: TrainConfig, model: nn.Module, optimizer: Optimizer, image_shape: tuple[int, ...]
+) -> TrainState:
+    """The state before the first step; under `jax.eval_shape`, its shapes and dtypes alone.
+
+    Args:
+      config: the run.
+      model: of `make_model`.
+      optimizer: of `make_optimizer`.
+      image_shape: (height, width, channels).
+    """
+    return create_state(model, optimizer.transform, image_shape, config.seed)
+
+
 def initial_state(experiment: Experiment) -> TrainState:
     """The state before the first step, not yet on the run's devices."""
-    return create_state(
-        experiment.model,
-        experiment.optimizer.transform,
-        experiment.dataset.image_shape,
-        experiment.config.seed,
+    return make_state(
+        experiment.config, experiment.model, experiment.optimizer, experiment.dataset.image_shape
     )
 
 
