@@ -30,11 +30,16 @@ from lats_optax.training.parallel import AXIS, DataParallel, join_processes
 from lats_optax.training.step import (
     Batch,
     Metrics,
+    Reduce,
     TrainState,
+    averaged,
     create_state,
     eval_step,
     train_step,
 )
+
+TrainStep = Callable[[TrainState, Batch, Reduce[Any]], tuple[TrainState, Metrics]]
+EvalStep = Callable[[TrainState, Batch, Reduce[Any]], Metrics]
 
 
 class NonFiniteError(RuntimeError):
@@ -78,6 +83,7 @@ class RunResult:
     Attributes:
       config: what was run.
       test_accuracy: fraction of the test images that are classified correctly, at the end.
+      test_accuracy_averaged: that of the averaged weights; None where there are none.
       seconds: how long it took, compilation included; after a resume, since the resume.
       state: the last training state, on the run's devices.
       sparsity: the zeros of the weights that are pruned; in a dense run, that would be.
@@ -94,6 +100,7 @@ class RunResult:
     checkpoint: Path
     metrics: list[Record]
     is_primary: bool = True
+    test_accuracy_averaged: float | None = None
 
 
 def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> RunResult:
@@ -118,7 +125,7 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
     if config.distributed:
         join_processes(config.coordinator, config.process_count, config.process_index)
     parallel = DataParallel(devices)
-    parallel.host_batch_size(config.data.batch_size)
+    parallel.host_batch_size(config.data.batch_size, config.optimizer.accumulate)
     dataset = data.load(config.data.name, config.data.data_dir)
     steps_per_epoch = dataset.num_train // config.data.batch_size
     if steps_per_epoch < 1:
@@ -126,23 +133,12 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
             f"data.batch_size is {config.data.batch_size}; allowed: at most {dataset.num_train}, "
             f"the training images of {dataset.name}."
         )
-    model = models.create(
-        config.model.name,
-        num_classes=dataset.num_classes,
-        dtype=jnp.dtype(config.model.dtype),
-        axis_name=AXIS,
-    )
+    model = make_model(config, dataset.num_classes)
     optimizer = make_optimizer(config, steps_per_epoch)
     if config.resume and (config.workdir / workdir.CHECKPOINTS).is_dir():
         with Checkpoints(config.workdir) as checkpoints:
             if (saved := checkpoints.config()) is not None:
                 configs.check_resumable(saved, config)
-    train_one = partial(
-        train_step,
-        apply=model.apply,
-        transform=optimizer.transform,
-        label_smoothing=config.label_smoothing,
-    )
     experiment = Experiment(
         config=config,
         parallel=parallel,
@@ -150,21 +146,78 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
         model=model,
         optimizer=optimizer,
         steps_per_epoch=steps_per_epoch,
-        train_step=parallel.train_step(train_one),
-        eval_step=parallel.eval_step(partial(eval_step, apply=model.apply)),
+        train_step=parallel.train_step(make_train_step(config, model, optimizer)),
+        eval_step=parallel.eval_step(make_eval_step(model)),
     )
     # Expressions that match no parameter are found when the mask meets the parameters.
     jax.eval_shape(lambda: initial_state(experiment))
     return experiment
 
 
+def make_model(config: TrainConfig, num_classes: int) -> nn.Module:
+    """The model that a config names; its batch statistics are averaged over the replicas.
+
+    Raises:
+      ValueError: there is no such model, it has no such option, or a value is not allowed.
+    """
+    options = config.model.options
+    if "neuron" in options:
+        options["neuron"] = models.Neuron(options["neuron"])
+    return models.create(
+        config.model.name,
+        num_classes=num_classes,
+        dtype=jnp.dtype(config.model.dtype),
+        axis_name=AXIS,
+        **options,
+    )
+
+
+def make_train_step(config: TrainConfig, model: nn.Module, optimizer: Optimizer) -> TrainStep:
+    """The training step of a config, a pure function that no data set or device is needed for.
+
+    Args:
+      config: the run.
+      model: of `make_model`.
+      optimizer: of `make_optimizer`.
+
+    Returns:
+      `(state, batch of a replica, mean over replicas) -> (state, metrics)`, for
+      `DataParallel.train_step`: see `step.train_step`.
+    """
+    return partial(
+        train_step,
+        apply=model.apply,
+        transform=optimizer.transform,
+        label_smoothing=config.label_smoothing,
+        accumulate=config.optimizer.accumulate,
+        average_decay=config.average_decay,
+    )
+
+
+def make_eval_step(model: nn.Module) -> EvalStep:
+    """The evaluation step of a model: `(state, batch of a replica, sum over replicas) -> sums`."""
+    return partial(eval_step, apply=model.apply)
+
+
+def make_state(
+    config: TrainConfig, model: nn.Module, optimizer: Optimizer, image_shape: tuple[int, ...]
+) -> TrainState:
+    """The state before the first step; under `jax.eval_shape`, its shapes and dtypes alone.
+
+    Args:
+      config: the run.
+      model: of `make_model`.
+      optimizer: of `make_optimizer`.
+      image_shape: (height, width, channels).
+    """
+    average = config.average_decay is not None
+    return create_state(model, optimizer.transform, image_shape, config.seed, average)
+
+
 def initial_state(experiment: Experiment) -> TrainState:
     """The state before the first step, not yet on the run's devices."""
-    return create_state(
-        experiment.model,
-        experiment.optimizer.transform,
-        experiment.dataset.image_shape,
-        experiment.config.seed,
+    return make_state(
+        experiment.config, experiment.model, experiment.optimizer, experiment.dataset.image_shape
     )
 
 
@@ -203,7 +256,7 @@ def fit(experiment: Experiment) -> RunResult:
             MetricsLog(config.workdir, step, experiment.total_steps, parallel.is_primary) as log,
             Interruption(enabled=parallel.process_count == 1) as interruption,
         ):
-            test: dict[str, float] = {}
+            test: dict[str, dict[str, float]] = {}
             window: list[Metrics] = []
             window_started = time.perf_counter()
             while step < experiment.total_steps:
@@ -223,8 +276,9 @@ def fit(experiment: Experiment) -> RunResult:
                     progress = _progress(experiment, state, step)
                     log.write({"split": "train"} | progress | means | {"images_per_second": rate})
                     if evaluation_due:
-                        test = evaluate(experiment, state)
-                        log.write({"split": "test"} | progress | test)
+                        test = evaluate_all(experiment, state)
+                        for split, measured in test.items():
+                            log.write({"split": split} | progress | measured)
                     if checkpoint_due:
                         _check_finite(state, step, config, checkpoints)
                         checkpoints.save(state, batches.get_state(), configs.to_json(config))
@@ -235,10 +289,11 @@ def fit(experiment: Experiment) -> RunResult:
                     window, window_started = [], time.perf_counter()
 
     # The last step is followed by an evaluation, but a run may be resumed when it is over.
-    test = test or evaluate(experiment, state)
+    test = test or evaluate_all(experiment, state)
     return RunResult(
         config=config,
-        test_accuracy=test["accuracy"],
+        test_accuracy=test["test"]["accuracy"],
+        test_accuracy_averaged=test.get("test_average", {}).get("accuracy"),
         seconds=time.perf_counter() - started,
         state=state,
         sparsity=lats_optax.sparsity(state.params, experiment.optimizer.mask),
@@ -246,6 +301,15 @@ def fit(experiment: Experiment) -> RunResult:
         metrics=log.records,
         is_primary=parallel.is_primary,
     )
+
+
+def evaluate_all(experiment: Experiment, state: TrainState) -> dict[str, dict[str, float]]:
+    """What `evaluate` gives: `test` for the weights, `test_average` for those averaged, if any."""
+    found = {"test": evaluate(experiment, state)}
+    if experiment.config.average_decay is not None:
+        mask = experiment.optimizer.mask if experiment.config.prune.enabled else None
+        found["test_average"] = evaluate(experiment, averaged(state, mask))
+    return found
 
 
 def evaluate(experiment: Experiment, state: TrainState) -> dict[str, float]:
