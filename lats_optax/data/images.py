@@ -40,7 +40,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # deviations that are also in use, 0.2023 …, are means of the deviations of single images.)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 # Likewise; github.com/weiaicunzai/pytorch-cifar100, conf/global_settings.py, rounded.
-CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 # github.com/pytorch/examples, mnist/main.py.
 MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
 # github.com/chatflip/CalculationMeanStd.
@@ -437,7 +437,7 @@ def _opened(encoded: bytes) -> Iterator["Image"]:
     except (MemoryError, Warning):
         raise
     except UnidentifiedImageError:
-        begins = f", which begins with {bytes(encoded[:8])!r}" if encoded else ""
+        begins = f", which begin with {bytes(encoded[:8])!r}" if encoded else ""
         raise CorruptImageError(f"{len(encoded)} bytes are no image{begins}") from None
     # Pillow's decoders raise what they meet: OSError, SyntaxError, struct.error, zlib.error …
     except Exception as error:
@@ -504,5 +504,5 @@ def _resize_opencv(image: np.ndarray, size: int, flip: bool) -> np.ndarray:
 
 
 def _check_integer(name: str, value: object, least: int, which: str = "") -> None:
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} is {value!r}; allowed is an integer of at least {least}{which}")
