@@ -71,6 +71,8 @@ def prepare(
     builder = _builder(name, directory)
     if overwrite:
         shutil.rmtree(builder.data_dir, ignore_errors=True)
+        # What was there has left its format in the builder.
+        builder = _builder(name, directory)
     if os.path.exists(builder.data_dir):
         # Whole and in the right format, or an error that says what to do.
         return open_builder(_pinned(name, builder), directory).data_dir
