@@ -1,6 +1,7 @@
 """The commands, `lats-train` and its siblings: arguments in, a few lines out, no logic."""
 
 import contextlib
+import dataclasses
 import io
 import re
 import sys
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from lats_optax import data
 from lats_optax.training import demo as demonstration
 from lats_optax.training import loop
 from lats_optax.training.demo import DemoConfig, DemoResult
@@ -62,6 +64,40 @@ def demo(args: Sequence[str] | None = None) -> int:
     return _run("lats-demo", prepare, lambda ready: _print_demo(demonstration.fit(*ready)))
 
 
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    """Write a data set to disk as ArrayRecord, which is what lats-train reads."""
+
+    name: tyro.conf.Positional[str]
+    """`digits`, or an image classification set of TFDS: NAME, NAME/CONFIG, NAME/CONFIG:VERSION."""
+    data_dir: str | None = None
+    """Where prepared data sets are kept; None: the TFDS default."""
+    manual_dir: str | None = None
+    """Where files are that cannot be downloaded, as ImageNet's; None: downloads/manual there."""
+    overwrite: bool = False
+    """Remove what is there of the data set first."""
+
+
+def prepare(args: Sequence[str] | None = None) -> int:
+    """`lats-prepare NAME [--data-dir D]`: makes a data set ready for training.
+
+    Args:
+      args: as for `train`.
+
+    Returns:
+      As `train`; 1 for what cannot be downloaded or written here.
+    """
+
+    def prepared() -> str:
+        config: PrepareConfig = _in_one_line(tyro.cli, PrepareConfig, "lats-prepare", None, args)
+        # Takes a second to import, and nothing else needs it.
+        from lats_optax.data.prepare import prepare as prepare_data
+
+        return prepare_data(**dataclasses.asdict(config))
+
+    return _run("lats-prepare", prepared, print)
+
+
 def _run(program: str, prepare: Callable[[], Ready], execute: Callable[[Ready], None]) -> int:
     """Turns what goes wrong into one line and an exit code."""
 
@@ -73,11 +109,15 @@ def _run(program: str, prepare: Callable[[], Ready], execute: Callable[[Ready], 
         ready = prepare()
     except (ValueError, OSError) as error:
         return fail(error, 2)
+    except data.PrepareError as error:
+        return fail(error, 1)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
     try:
         execute(ready)
     except FileExistsError as error:
         return fail(error, 2)
-    except loop.NonFiniteError as error:
+    except (loop.NonFiniteError, data.CorruptRecordError) as error:
         return fail(error, 1)
     except KeyboardInterrupt as error:
         return fail(error or "interrupted", 130)
@@ -133,6 +173,10 @@ def _print_run(result: loop.RunResult) -> None:
     averaged = result.test_accuracy_averaged
     more = "" if averaged is None else f", with averaged weights {averaged:.2%},"
     print(f"test accuracy {result.test_accuracy:.2%}{more} after {result.seconds:.0f} s")
+    if result.config.data.skip_corrupt:
+        skipped = {record["split"]: record["skipped"] for record in result.metrics}
+        print(f"skipped       {skipped['train']} corrupt records in training", end=", ")
+        print(f"{skipped['test']} in the last evaluation")
     workdir = result.config.workdir
     print(f"metrics       {workdir}/metrics.jsonl; tensorboard --logdir {workdir}")
     print(f"checkpoint    {result.checkpoint}")

@@ -186,7 +186,7 @@ def test_resumed_iterator_continues_where_it_stopped(digits, stop):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda d: data.load("mnist"), "data set 'mnist' is not known; known are 'digits'"),
+        (lambda d: data.load("digts"), "data set 'digts' is not known; perhaps you meant 'digits'"),
         (lambda d: d.train_batches(0), "batch_size is 0; it must be from 1 to 1437"),
         (lambda d: d.train_batches(1438), "batch_size is 1438; it must be from 1 to 1437"),
         (lambda d: d.train_batches(719, 0, 0, 2), "batch_size is 719; it must be from 1 to 718"),

@@ -59,7 +59,7 @@ class Model(nn.Module):
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes these the data set and the model that the trainer finds, whatever name it is given."""
     tiny = dataset()
-    monkeypatch.setattr(data, "load", lambda name, data_dir=None: tiny)
+    monkeypatch.setattr(data, "load", lambda name, **settings: tiny)
     monkeypatch.setattr(
         models, "create", lambda name, **arguments: Model(**arguments), raising=False
     )

@@ -110,18 +110,20 @@ def decode(stored: dict[str, Any]) -> dict[str, Any]:
     return {"image": pixels[..., None] / _MAX_PIXEL, "label": np.int32(stored["label"])}
 
 
-def train_example(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+def train_example(
+    example: dict[str, Any], rng: np.random.Generator, dtype: Any = np.float32
+) -> dict[str, Any]:
     """Shifts a decoded image by up to one pixel each way (zero filled), and normalises it."""
     down, right = divmod(int(rng.integers(9)), 3)
     padded = np.zeros((10, 10, 1), np.float32)
     padded[1:9, 1:9] = example["image"]
-    return example | {"image": _normalise(padded[down : down + 8, right : right + 8])}
+    return example | {"image": _normalise(padded[down : down + 8, right : right + 8], dtype)}
 
 
-def eval_example(example: dict[str, Any]) -> dict[str, Any]:
+def eval_example(example: dict[str, Any], dtype: Any = np.float32) -> dict[str, Any]:
     """Normalises a decoded image."""
-    return example | {"image": _normalise(example["image"])}
+    return example | {"image": _normalise(example["image"], dtype)}
 
 
-def _normalise(ink: np.ndarray) -> np.ndarray:
-    return (ink - MEAN) / STD
+def _normalise(ink: np.ndarray, dtype: Any) -> np.ndarray:
+    return ((ink - MEAN) / STD).astype(dtype)

@@ -1,16 +1,21 @@
-"""One input path for every data set: a TFDS data source, read, shuffled and batched by Grain.
+"""One input path for every data set: examples by random access, shuffled and batched by Grain.
 
-What is particular to one data set (how it is prepared, decoded, augmented) is in a file of its own;
-a new one is a loader here. TFDS and Grain are imported where they are used: importing this is free.
+What is particular to one data set (how it is found, decoded, augmented) is in other files. Grain is
+imported where it is used: importing this is free.
 """
 
 import math
+import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+from lats_optax.data.examples import SKIPPED, EvalExamples, Example, Source, TrainExamples
 
 if TYPE_CHECKING:
     import grain
@@ -19,29 +24,107 @@ if TYPE_CHECKING:
 _ENDLESS = 2**62
 
 Batch = dict[str, np.ndarray]
-Example = dict[str, Any]
+
+
+class Batches(Iterator[Batch]):
+    """The batches of a sequence, computed ahead, from any position on.
+
+    Attributes:
+      skipped: corrupt records that were left out of the batches that this has given.
+    """
+
+    def __init__(self, sequence: "grain.MapDataset[Batch]", threads: int, workers: int):
+        """Computes nothing yet.
+
+        Args:
+          sequence: the batches by random access.
+          threads: that compute batches, where there are no workers.
+          workers: processes that compute batches; 0: none.
+        """
+        self._sequence = sequence
+        self._threads, self._workers = threads, workers
+        self._position = 0
+        self._ahead: grain.DatasetIterator[Batch] | None = None
+        self.skipped = 0
+
+    def __next__(self) -> Batch:
+        """The next batch.
+
+        Raises:
+          CorruptRecordError: a record of it cannot be read, or holds no image.
+        """
+        if self._ahead is None:
+            self._ahead = self._read_ahead()
+        batch: Batch = next(self._ahead)
+        self._position += 1
+        self.skipped += int(np.sum(batch.pop(SKIPPED, 0)))
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """Where this is, for ``set_state`` of one with any number of threads and workers."""
+        return {"next_index": self._position}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Goes to where another one was."""
+        self.close()
+        self._position = state["next_index"]
+
+    def close(self) -> None:
+        """Stops threads and workers; the next batch starts them again."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def _read_ahead(self) -> "grain.DatasetIterator[Batch]":
+        import grain
+
+        remaining = self._sequence.slice(slice(self._position, None))
+        threads = 1 if self._workers else self._threads
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
+        ahead = remaining.to_iter_dataset(options)
+        if self._workers:
+            from absl import flags
+
+            # Grain reads flags of its own, which a program that is not absl's has not parsed.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            # Worker i has the batches i, i + n, …, which come in the order of the sequence.
+            ahead = ahead.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2),
+                worker_init_fn=_begin_worker,
+            )
+        return iter(ahead)
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set that is on disk, and how its examples become batches.
+    """A data set that is at hand, and how its examples become batches.
 
     Attributes:
       name: what ``load`` calls it.
       image_shape: (height, width, channels) of the images in a batch.
       num_classes: labels are 0 … num_classes − 1.
-      sources: the examples of each split, by random access; a data set that fits into memory is
-        kept there decoded.
+      sources: the examples of each split, by random access.
       train_example: ``(example, rng)`` → ``{"image", "label"}``, augmented and normalised.
       eval_example: ``example`` → ``{"image", "label"}``, normalised.
+      eval_split: the split that evaluation is on.
+      dtype: of the images in a batch.
+      skip_corrupt: whether corrupt records are left out and counted, or an error.
+      threads: that compute batches, where there are no workers.
+      workers: processes that compute batches; 0: none. Sources and functions are pickled for them.
     """
 
     name: str
     image_shape: tuple[int, int, int]
     num_classes: int
-    sources: Mapping[str, Sequence[Example]] = field(repr=False)
+    sources: Mapping[str, Source] = field(repr=False)
     train_example: Callable[[Example, np.random.Generator], Example] = field(repr=False)
     eval_example: Callable[[Example], Example] = field(repr=False)
+    eval_split: str = "test"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    skip_corrupt: bool = False
+    threads: int = 1
+    workers: int = 0
 
     @property
     def num_train(self) -> int:
@@ -50,17 +133,18 @@ class Dataset:
 
     @property
     def num_test(self) -> int:
-        """Number of examples in the test split."""
-        return len(self.sources["test"])
+        """Number of examples in the split that evaluation is on."""
+        return len(self.sources[self.eval_split])
 
     def train_batches(
         self, batch_size: int, seed: int = 0, shard_index: int = 0, shard_count: int = 1
-    ) -> "grain.DatasetIterator[Batch]":
+    ) -> Batches:
         """An endless iterator over the train split, shuffled anew every epoch.
 
         Epochs follow one another without a gap, and a batch may span two of them: every example is
         seen once an epoch, whatever the batch size. The shards take turns over the same shuffled
-        sequence, so the examples of a global step do not depend on the number of shards.
+        sequence, so the examples of a global step do not depend on the number of shards, nor on
+        that of workers. With ``skip_corrupt``, the place of a corrupt record is taken by another.
 
         Args:
           batch_size: examples in a batch of this shard.
@@ -69,8 +153,8 @@ class Dataset:
           shard_count: how many shards share the split; usually ``jax.process_count()``.
 
         Returns:
-          An iterator of ``{"image": float32 (batch, height, width, channels), normalised, "label":
-          int32 (batch,)}``. ``get_state()`` is a dict that JSON can hold; after
+          An iterator of ``{"image": (batch, height, width, channels) of dtype, normalised,
+          "label": int32 (batch,)}``. ``get_state()`` is a dict that JSON can hold; after
           ``set_state(state)``, on an iterator made with the same arguments, come exactly the
           batches that would have followed.
 
@@ -89,33 +173,39 @@ class Dataset:
             )
         if seed < 0:
             raise ValueError(f"seed is {seed}; it must not be negative")
-        return iter(
-            grain.MapDataset.source(self.sources["train"])
+        examples = TrainExamples(self.sources["train"], self.train_example, self.skip_corrupt)
+        batches = (
+            grain.MapDataset.range(self.num_train)
             .seed(seed)
             .shuffle()
-            .random_map(self.train_example)
+            .random_map(examples)
             .repeat(_ENDLESS // self.num_train)
             .slice(slice(shard_index, None, shard_count))
             .batch(batch_size)
-            .to_iter_dataset(_read_options())
         )
+        return Batches(batches, self.threads, self.workers)
 
     def eval_batches(
-        self, batch_size: int, split: str = "test", shard_index: int = 0, shard_count: int = 1
-    ) -> "grain.DatasetIterator[Batch]":
+        self,
+        batch_size: int,
+        split: str | None = None,
+        shard_index: int = 0,
+        shard_count: int = 1,
+    ) -> Batches:
         """An iterator over a split, every example once, in the order in which it is stored.
 
         Every batch has ``batch_size`` rows, and every shard yields the same number of batches, so
-        that shapes are static and collectives meet. What fills them up has weight 0.
+        that shapes are static and collectives meet. What fills them up has weight 0; with
+        ``skip_corrupt``, so have corrupt records.
 
         Args:
           batch_size: rows in a batch of this shard; may exceed the split.
-          split: ``"train"`` or ``"test"``.
+          split: one of ``sources``; ``None`` is ``eval_split``.
           shard_index: which of the shards this is.
           shard_count: how many shards share the split.
 
         Returns:
-          An iterator of ``{"image": float32 (batch, height, width, channels), "label": int32
+          An iterator of ``{"image": (batch, height, width, channels) of dtype, "label": int32
           (batch,), "weight": float32 (batch,), 1 for an example and 0 for padding}``.
 
         Raises:
@@ -126,92 +216,53 @@ class Dataset:
         _check_shard(shard_index, shard_count)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        split = self.eval_split if split is None else split
         if split not in self.sources:
             raise ValueError(f"split is {split!r}; {self.name!r} has {_listed(self.sources)}")
         source = self.sources[split]
         padding = {
-            "image": np.zeros(self.image_shape, np.float32),
+            "image": np.zeros(self.image_shape, numpy_dtype(self.dtype)),
             "label": np.int32(0),
-            "weight": np.float32(0),
         }
-
-        def example(index: int) -> Example:
-            if index >= len(source):
-                return padding
-            return self.eval_example(source[index]) | {"weight": np.float32(1)}
-
+        examples = EvalExamples(source, self.eval_example, padding, self.skip_corrupt)
         rows = batch_size * shard_count
-        return iter(
+        batches = (
             grain.MapDataset.range(math.ceil(len(source) / rows) * rows)
-            .map(example)
+            .map(examples)
             .slice(slice(shard_index, None, shard_count))
             .batch(batch_size)
-            .to_iter_dataset(_read_options())
         )
+        return Batches(batches, self.threads, self.workers)
 
 
-def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
-    """Opens a data set; ``"digits"`` is written to disk on first use.
+def numpy_dtype(name: Literal["float32", "bfloat16"]) -> np.dtype[Any]:
+    """NumPy's dtype of that name.
 
-    Args:
-      name: which data set.
-      data_dir: directory that holds TFDS data sets; ``None`` is TFDS's default: the environment
-        variable ``TFDS_DATA_DIR``, or else ``~/tensorflow_datasets``.
-
-    Raises:
-      ValueError: there is no data set of that name.
-      OSError: a data set has to be prepared and the directory cannot be written.
-
-    Example:
-      >>> import tempfile
-      >>> with tempfile.TemporaryDirectory() as data_dir:
-      ...     digits = load("digits", data_dir)
-      >>> digits.num_train, digits.num_test, digits.num_classes
-      (1437, 360, 10)
-      >>> batch = next(digits.train_batches(64))
-      >>> batch["image"].shape, batch["label"].shape
-      ((64, 8, 8, 1), (64,))
+    >>> numpy_dtype("bfloat16").itemsize
+    2
     """
-    if name not in _LOADERS:
-        raise ValueError(f"data set {name!r} is not known; known are {_listed(_LOADERS)}")
-    # TFDS expands "~" in some of the places where it uses a path, and not in others.
-    return _LOADERS[name](None if data_dir is None else os.path.expanduser(data_dir))
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
 
 
-def _digits(data_dir: str | None) -> Dataset:
-    from lats_optax.data import digits
-
-    builder = digits.prepare(data_dir)
-    # All of it decoded is less than a megabyte, and to read and decode takes longer than a step.
-    sources = {
-        split: [digits.decode(stored) for stored in _source(builder, split)]
-        for split in ("train", "test")
-    }
-    return Dataset(
-        name="digits",
-        image_shape=digits.IMAGE_SHAPE,
-        num_classes=builder.info.features["label"].num_classes,
-        sources=sources,
-        train_example=digits.train_example,
-        eval_example=digits.eval_example,
-    )
+def _begin_worker(index: int, count: int) -> None:
+    """What a worker process does first."""
+    del index, count
+    # Ctrl-C reaches every process of a terminal. The one that trains finishes its step first, and
+    # may need a batch for it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # One that was killed cannot stop its workers.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-_LOADERS: dict[str, Callable[[str | None], Dataset]] = {"digits": _digits}
-
-
-def _source(builder: Any, split: str) -> Sequence[Example]:
-    """The examples as stored: TFDS's own decoder complains where there is Pillow but no OpenCV."""
-    import tensorflow_datasets as tfds
-
-    return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-
-
-def _read_options() -> "grain.ReadOptions":
-    """One thread that works on the next batches while the step runs."""
-    import grain
-
-    return grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _check_shard(shard_index: int, shard_count: int) -> None:

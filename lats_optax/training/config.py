@@ -20,14 +20,32 @@ class DataConfig:
     """What is trained on."""
 
     name: str = "digits"
-    """Data set: `digits`, the 1,797 handwritten digits of scikit-learn."""
+    """Data set: `digits`; `synthetic`, noise; or one of TFDS, as NAME, NAME/CONFIG:VERSION, …"""
     data_dir: str | None = None
     """Where prepared data sets are kept; None: the TFDS default."""
     batch_size: int = 64
     """Images a step, over all devices of all processes together."""
+    image_size: int | None = None
+    """Height and width of the images; None: 224, or what small images have."""
+    eval_split: str | None = None
+    """Split to evaluate on; None: `validation` where there is one, or else `test`."""
+    skip_corrupt: bool = False
+    """Leave corrupt records out and count them; otherwise they are an error."""
+    workers: int = 0
+    """Processes, on each host, that read, decode and augment; 0: threads of the one that trains."""
+    synthetic_examples: int = 1_281_167
+    """Training images of `synthetic`."""
+    synthetic_classes: int = 1000
+    """Classes of `synthetic`."""
 
     def __post_init__(self) -> None:
         _check(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
+        size = self.image_size
+        _check(size is None or size >= 1, "data.image_size", size, "None, or 1 or more")
+        _check(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        examples, classes = self.synthetic_examples, self.synthetic_classes
+        _check(examples >= 1, "data.synthetic_examples", examples, "1 or more")
+        _check(classes >= 1, "data.synthetic_classes", classes, "1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +254,8 @@ class TrainConfig:
         _check(within, "process_index", index, f"with coordinator, 0 to {count - 1}")
 
 
-# Where a run is, and how it is watched: a resumed run may differ in these alone.
+# Where a run is, how it is watched and who does the work: a resumed run may differ in these alone.
+# In skip_corrupt too: a run that a corrupt record has stopped would be lost.
 _FREE = {
     "workdir",
     "resume",
@@ -250,6 +269,8 @@ _FREE = {
     "process_count",
     "process_index",
     "data.data_dir",
+    "data.skip_corrupt",
+    "data.workers",
 }
 
 

@@ -3,13 +3,15 @@
 `build` finds out whatever is wrong with a config, `fit` runs it, `train` is both.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,7 @@ from lats_optax.training.config import TrainConfig
 from lats_optax.training.interruption import Interruption
 from lats_optax.training.logging import MetricsLog, Record
 from lats_optax.training.optimizer import Optimizer, make_optimizer
-from lats_optax.training.parallel import AXIS, DataParallel, join_processes
+from lats_optax.training.parallel import AXIS, DataParallel, ahead, join_processes
 from lats_optax.training.step import (
     Batch,
     Metrics,
@@ -126,7 +128,7 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
         join_processes(config.coordinator, config.process_count, config.process_index)
     parallel = DataParallel(devices)
     parallel.host_batch_size(config.data.batch_size, config.optimizer.accumulate)
-    dataset = data.load(config.data.name, config.data.data_dir)
+    dataset = load_data(config)
     steps_per_epoch = dataset.num_train // config.data.batch_size
     if steps_per_epoch < 1:
         raise ValueError(
@@ -214,6 +216,13 @@ def make_state(
     return create_state(model, optimizer.transform, image_shape, config.seed, average)
 
 
+def load_data(config: TrainConfig) -> data.Dataset:
+    """The data set that a config names, its images of the type that the model computes in."""
+    settings = dataclasses.asdict(config.data)
+    del settings["batch_size"]
+    return data.load(**settings, dtype=config.model.dtype)
+
+
 def initial_state(experiment: Experiment) -> TrainState:
     """The state before the first step, not yet on the run's devices."""
     return make_state(
@@ -229,6 +238,7 @@ def fit(experiment: Experiment) -> RunResult:
     Raises:
       FileExistsError: since `build`, another run has begun in the work directory.
       NonFiniteError: training diverged.
+      CorruptRecordError: a record cannot be read, without `config.data.skip_corrupt`.
       KeyboardInterrupt: after the checkpoint.
     """
     started = time.perf_counter()
@@ -244,23 +254,26 @@ def fit(experiment: Experiment) -> RunResult:
         shard_index=parallel.process_index,
         shard_count=parallel.process_count,
     )
-    state, step = initial_state(experiment), 0
+    state, step, skipped_before = initial_state(experiment), 0, 0
 
     with Checkpoints(config.workdir, config.keep_checkpoints) as checkpoints:
         if config.resume and (saved := checkpoints.restore(like=state)) is not None:
             state, step = saved.state, int(saved.state.step)
             batches.set_state(saved.data_state)
+            skipped_before = saved.data_state["skipped"]
         state = parallel.replicate(state)
 
         with (
             MetricsLog(config.workdir, step, experiment.total_steps, parallel.is_primary) as log,
             Interruption(enabled=parallel.process_count == 1) as interruption,
+            contextlib.closing(batches),
         ):
             test: dict[str, dict[str, float]] = {}
             window: list[Metrics] = []
             window_started = time.perf_counter()
-            while step < experiment.total_steps:
-                state, metrics = experiment.train_step(state, parallel.shard(next(batches)))
+            remaining = experiment.total_steps - step
+            for sent in itertools.islice(ahead(_send(batches, parallel)), remaining):
+                state, metrics = experiment.train_step(state, sent.batch)
                 step += 1
                 # Left on the device: fetching them here would wait for every step.
                 window.append(metrics)
@@ -274,14 +287,19 @@ def fit(experiment: Experiment) -> RunResult:
                     seconds = time.perf_counter() - window_started
                     rate = len(window) * config.data.batch_size / seconds
                     progress = _progress(experiment, state, step)
-                    log.write({"split": "train"} | progress | means | {"images_per_second": rate})
+                    # A checkpoint is of all processes, and is written by one.
+                    skipped = skipped_before + parallel.total(sent.skipped)
+                    counted = {"skipped": skipped} if config.data.skip_corrupt else {}
+                    rates = counted | {"images_per_second": rate}
+                    log.write({"split": "train"} | progress | means | rates)
                     if evaluation_due:
                         test = evaluate_all(experiment, state)
                         for split, measured in test.items():
                             log.write({"split": split} | progress | measured)
                     if checkpoint_due:
                         _check_finite(state, step, config, checkpoints)
-                        checkpoints.save(state, batches.get_state(), configs.to_json(config))
+                        position = sent.position | {"skipped": skipped}
+                        checkpoints.save(state, position, configs.to_json(config))
                     if interrupted and step < experiment.total_steps:
                         raise KeyboardInterrupt(
                             f"interrupted after step {step}; --resume goes on from there"
@@ -315,6 +333,8 @@ def evaluate_all(experiment: Experiment, state: TrainState) -> dict[str, dict[st
 def evaluate(experiment: Experiment, state: TrainState) -> dict[str, float]:
     """Mean `loss` and `accuracy` over the test images, each counted once.
 
+    With `skip_corrupt`, over those that are not corrupt, and how many are `skipped`.
+
     Args:
       experiment: names the images and the model.
       state: on the run's devices.
@@ -322,14 +342,33 @@ def evaluate(experiment: Experiment, state: TrainState) -> dict[str, float]:
     parallel = experiment.parallel
     batches = experiment.dataset.eval_batches(
         parallel.host_batch_size(experiment.config.data.batch_size),
-        split="test",
         shard_index=parallel.process_index,
         shard_count=parallel.process_count,
     )
-    # Fetched one by one: batches that wait for the devices would fill their memory.
-    sums = [jax.device_get(experiment.eval_step(state, parallel.shard(b))) for b in batches]
+    # Fetched in turn, two behind: batches that all wait for the devices would fill their memory.
+    evaluated = (experiment.eval_step(state, parallel.shard(batch)) for batch in batches)
+    sums = [jax.device_get(batch_sums) for batch_sums in ahead(evaluated)]
     totals = {name: math.fsum(batch[name] for batch in sums) for name in sums[0]}
-    return {name: totals[name] / totals["weight"] for name in ("loss", "accuracy")}
+    if not totals["weight"]:
+        name = experiment.dataset.name
+        raise data.CorruptRecordError(f"every record that {name!r} is evaluated on is corrupt")
+    means = {name: totals[name] / totals["weight"] for name in ("loss", "accuracy")}
+    if experiment.config.data.skip_corrupt:
+        means["skipped"] = parallel.total(batches.skipped)
+    return means
+
+
+class _Sent(NamedTuple):
+    """A batch on its way to the devices, and where the pipeline is once it is taken."""
+
+    batch: Batch
+    position: dict[str, int]
+    skipped: int
+
+
+def _send(batches: data.Batches, parallel: DataParallel) -> Iterator[_Sent]:
+    for batch in batches:
+        yield _Sent(parallel.shard(batch), batches.get_state(), batches.skipped)
 
 
 def _due(experiment: Experiment, step: int, every: int) -> bool:

@@ -147,6 +147,12 @@ class DataParallel:
 
         return self._pmap(replica)
 
+    def total(self, count: int) -> int:
+        """The sum of every process's count; all of them have to ask for it."""
+        if self.process_count == 1:
+            return count
+        return int(np.sum(multihost_utils.process_allgather(np.asarray(count))))
+
     def barrier(self, name: str) -> None:
         """Waits until every process is here."""
         if self.process_count > 1:

@@ -1,0 +1,259 @@
+"""Preparing a data set: TFDS downloads it, or takes what is in a directory, and writes ArrayRecord.
+
+TFDS's builders lean on TensorFlow for little more than opening files and encoding PNG images; here
+they are helped out, so that those which need no more do without.
+"""
+
+import contextlib
+import glob
+import io
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lats_optax.data import digits
+from lats_optax.data.tfds_source import (
+    PrepareError,
+    check_known,
+    image_and_label,
+    open_builder,
+    parse_name,
+)
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
+# TFDS would try ten times, over three minutes.
+_DOWNLOAD_RETRIES = 4
+
+_NEEDS_TENSORFLOW = (
+    "TFDS prepares {name!r} with TensorFlow, which is not installed: pip install tensorflow, for "
+    "this command alone"
+)
+
+
+def prepare(
+    name: str,
+    data_dir: str | None = None,
+    manual_dir: str | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Writes a data set as ArrayRecord, unless it is there.
+
+    Args:
+      name: ``digits``, or a data set of TFDS: ``name``, ``name/config`` or ``name/config:version``.
+      data_dir: directory that holds TFDS data sets; ``None`` is TFDS's default.
+      manual_dir: directory with what cannot be downloaded, such as ImageNet's tar files; ``None``
+        is ``downloads/manual`` in ``data_dir``.
+      overwrite: remove what is there of that version first.
+
+    Returns:
+      The directory that it is in.
+
+    Raises:
+      ValueError: there is no data set of that name, config or version, or it is not for image
+        classification.
+      OSError: a directory cannot be read or written.
+      PrepareError: TFDS cannot prepare it here.
+    """
+    directory = None if data_dir is None else os.path.expanduser(data_dir)
+    if name == "digits":
+        if overwrite:
+            shutil.rmtree(digits.SklearnDigits(data_dir=directory).data_dir, ignore_errors=True)
+        return digits.prepare(directory).data_dir
+    if name == "synthetic":
+        raise ValueError("data set 'synthetic' is noise that is made in memory; nothing to prepare")
+    builder = _builder(name, directory)
+    if overwrite:
+        shutil.rmtree(builder.data_dir, ignore_errors=True)
+        # What was there has left its format in the builder.
+        builder = _builder(name, directory)
+    if os.path.exists(builder.data_dir):
+        # Whole and in the right format, or an error that says what to do.
+        return open_builder(_pinned(name, builder), directory).data_dir
+    image, _ = image_and_label(builder)
+    manual = _manual_dir(builder, directory, manual_dir)
+    with _without_tensorflow(builder, image):
+        _download_and_prepare(name, builder, manual)
+    return builder.data_dir
+
+
+def _builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
+    """TFDS's own; its configs and versions are its own to check."""
+    import tensorflow_datasets as tfds
+
+    parsed = parse_name(name)
+    check_known(name)
+    try:
+        # With no format: TFDS raises where there is a copy in another one.
+        builder_cls = tfds.builder_cls(parsed.name)
+        with _quiet():
+            return builder_cls(data_dir=data_dir, config=parsed.config, version=parsed.version)
+    except ImportError as error:
+        raise PrepareError(_missing(name, error)) from error
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"data set {name!r}: {_first_line(error)}") from error
+
+
+def _pinned(name: str, builder: "tfds.core.DatasetBuilder") -> str:
+    config = f"/{builder.builder_config.name}" if builder.builder_config else ""
+    return f"{parse_name(name).name}{config}:{builder.version}"
+
+
+def _manual_dir(
+    builder: "tfds.core.DatasetBuilder", data_dir: str | None, manual_dir: str | None
+) -> str:
+    """Where the files are that cannot be downloaded, if the data set has any."""
+    import tensorflow_datasets as tfds
+
+    root = data_dir or os.fspath(tfds.core.constants.DATA_DIR)
+    manual = os.path.join(root, "downloads", "manual") if manual_dir is None else manual_dir
+    manual = os.path.abspath(os.path.expanduser(manual))
+    if builder.name == "imagenet2012":
+        files = [f"ILSVRC2012_img_{part}.tar" for part in ("train", "val")]
+        lacking = [file for file in files if not os.path.isfile(os.path.join(manual, file))]
+        if lacking:
+            raise FileNotFoundError(
+                f"{manual} has no {' and no '.join(lacking)}; they are to be had on "
+                "https://image-net.org/download-images after registration, and --manual-dir says "
+                "where they are"
+            )
+    elif builder.MANUAL_DOWNLOAD_INSTRUCTIONS and not os.path.isdir(manual):
+        instructions = " ".join(builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
+        raise FileNotFoundError(
+            f"there is no directory {manual}; --manual-dir names another. TFDS says: {instructions}"
+        )
+    return manual
+
+
+def _download_and_prepare(name: str, builder: "tfds.core.DatasetBuilder", manual: str) -> None:
+    import requests
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download import downloader
+
+    downloader.MAX_RETRIES = _DOWNLOAD_RETRIES
+    settings = tfds.download.DownloadConfig(
+        manual_dir=manual if os.path.isdir(manual) else None,
+        # What is prepared there is not in ArrayRecord.
+        try_download_gcs=False,
+    )
+    try:
+        with _quiet():
+            builder.download_and_prepare(file_format="array_record", download_config=settings)
+    except ImportError as error:
+        raise PrepareError(_missing(name, error)) from error
+    except requests.exceptions.RequestException as error:
+        url = getattr(error.request, "url", "what TFDS downloads it from")
+        raise PrepareError(
+            f"data set {name!r} cannot be downloaded: {url} cannot be reached "
+            f"({type(error).__name__})"
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:
+        kind = type(error).__name__
+        raise PrepareError(f"TFDS cannot prepare {name!r}: {kind}: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _without_tensorflow(builder: "tfds.core.DatasetBuilder", image: str) -> Iterator[None]:
+    """Where TensorFlow is missing, stands in for it with what Python and Pillow can do."""
+    from importlib.util import find_spec
+
+    from tensorflow_datasets.core.utils import lazy_imports_utils
+
+    if find_spec("tensorflow") is not None:
+        yield
+        return
+    module = vars(lazy_imports_utils.tensorflow)
+    before = dict(module)
+    module["_module"] = _Files()
+    builder._generate_examples = _encoding_arrays(builder._generate_examples, image)
+    if builder.name == "imagenet2012":
+        builder._fix_image = lambda name, file: _rgb_jpeg(file)
+    try:
+        yield
+    finally:
+        module.clear()
+        module.update(before)
+
+
+class _Files:
+    """The part of TensorFlow that opens files; the rest is said to be missing."""
+
+    io = SimpleNamespace(
+        gfile=SimpleNamespace(
+            GFile=open,
+            exists=os.path.exists,
+            glob=glob.glob,
+            isdir=os.path.isdir,
+            listdir=os.listdir,
+        )
+    )
+
+    def __getattr__(self, name: str) -> Any:
+        raise ImportError(f"tensorflow.{name} is needed", name="tensorflow")
+
+
+def _encoding_arrays(generate: Callable[..., Any], image: str) -> Callable[..., Any]:
+    """Examples whose images, where they are arrays, are handed to TFDS as PNG files."""
+
+    def generate_examples(*args: Any, **kwargs: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+        from PIL import Image
+
+        for key, example in generate(*args, **kwargs):
+            pixels = example[image]
+            if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8:
+                png = io.BytesIO()
+                grey = pixels.shape[-1] == 1
+                Image.fromarray(pixels[..., 0] if grey else pixels).save(png, "PNG")
+                png.seek(0)
+                example = example | {image: png}
+            yield key, example
+
+    return generate_examples
+
+
+def _rgb_jpeg(file: Any) -> io.BytesIO:
+    """ImageNet has 22 JPEG files in CMYK and a PNG file: these become what the others are."""
+    from PIL import Image, UnidentifiedImageError
+
+    encoded = io.BytesIO(file.read())
+    with contextlib.suppress(UnidentifiedImageError):
+        image = Image.open(encoded)
+        if image.format != "JPEG" or image.mode == "CMYK":
+            encoded = io.BytesIO()
+            image.convert("RGB").save(encoded, "JPEG", quality=95)
+    encoded.seek(0)
+    return encoded
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leaves the progress bars alone, and silences TFDS's reports and advice around them."""
+    loggers = [logging.getLogger(name) for name in ("absl", "urllib3")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+def _missing(name: str, error: ImportError) -> str:
+    if error.name == "tensorflow":
+        return _NEEDS_TENSORFLOW.format(name=name)
+    package = error.name or str(error)
+    return f"TFDS prepares {name!r} with {package}, which is not installed: pip install {package}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
