@@ -407,6 +407,18 @@ def test_what_is_no_state_dict(wrong):
         torch_io.variables_from_torch(wrong, create())
 
 
+def test_what_is_no_array():
+    model = create()
+    tensors = torch_io.variables_to_torch(normal(model), model)
+    ragged = {name: [[1.0], [1.0, 2.0]] for name in ("bn1.bias", "bn1.weight")}
+    with pytest.raises(ValueError, match="these cannot be taken:") as raised:
+        torch_io.variables_from_torch(tensors | ragged, model)
+    _, *lines = str(raised.value).split("\n  ")
+    assert [line.split(" is no dense array: ")[0] for line in lines] == ["bn1.bias", "bn1.weight"]
+    with pytest.raises(ValueError, match="variables is None; allowed: a mapping with 'params'"):
+        torch_io.variables_to_torch(None, model)
+
+
 def test_wrong_layouts_and_models():
     model = create("mobilenet-v1", width=0.25)
     with pytest.raises(ValueError, match="layout of MobileNetV1 is 'torchvision'; allowed: 'lats'"):
@@ -648,6 +660,9 @@ def test_pytorch_files_that_cannot_be_read(tmp_path):
     torch.save(torch.nn.Linear(2, 2), path)
     with pytest.raises(ValueError, match=r"write the state dict alone: torch\.save\(model"):
         torch_io.load(path, model)
+    tensors = {"bn1.bias": torch.ones(16).to_sparse(), "bn1.weight": torch.ones(16).to("meta")}
+    with pytest.raises(ValueError, match=r"bn1\.bias is no .*\n.*bn1\.weight is no dense array"):
+        torch_io.variables_from_torch(tensors, model)
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match=r"a\.pt: the state dict is a list; allowed: a mapping"):
         torch_io.load(path, model)

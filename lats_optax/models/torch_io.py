@@ -87,7 +87,7 @@ def variables_from_torch(
         holds = known and 0 <= threshold < math.inf
         check(holds, "threshold", threshold, "None, or a number of 0 or more")
     places = _places(model, channels)
-    tensors = {name: to_numpy(value) for name, value in _unwrapped(state_dict).items()}
+    tensors = _arrays(_unwrapped(state_dict))
     kernels = {name for name, place in places.items() if place.path.endswith("/kernel")}
     own = {f"{name.removesuffix('weight')}{_OWN_THRESHOLD}": name for name in kernels}
     wanted = {
@@ -147,7 +147,9 @@ def variables_to_torch(
     layouts = form_of(model).layouts
     layout = layouts[0] if layout is None else layout
     check_choice(f"layout of {type(model).__name__}", layout, layouts)
-    arrays = {path: np.asarray(array) for path, array in _flat(variables).items()}
+    known = isinstance(variables, Mapping)
+    check(known, "variables", variables, "a mapping with 'params' and 'batch_stats'")
+    arrays = _arrays(_flat(variables))
     flax_shapes = {place.path: {place.shape} for place in places.values()}
     _check_fit("the variables", arrays, flax_shapes, model)
     tensors = {
@@ -310,6 +312,18 @@ def _unwrapped(state_dict: Any) -> Mapping[str, Any]:
     if all(name.startswith("module.") for name in state_dict):
         return {name.removeprefix("module."): value for name, value in state_dict.items()}
     return state_dict
+
+
+def _arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    arrays, problems = {}, []
+    for name, value in values.items():
+        try:
+            arrays[name] = to_numpy(value)
+        except (TypeError, ValueError, RuntimeError) as error:  # ragged, sparse, eight bits
+            problems.append(f"{name} is no dense array: {error}")
+    if problems:
+        raise ValueError("\n  ".join(["these cannot be taken:", *problems]))
+    return arrays
 
 
 def _to_flax(tensor: np.ndarray, path: str) -> np.ndarray:
