@@ -20,8 +20,8 @@ ALLOWED = {
     "cli": {"core", "models", "data", "training"},
 }
 OPTIONAL = (
-    *("chex", "flax", "grain", "matplotlib", "orbax", "PIL", "sklearn", "tensorboardX"),
-    *("tensorflow", "tensorflow_datasets", "tqdm", "tyro"),
+    *("chex", "flax", "grain", "matplotlib", "orbax", "PIL", "safetensors", "sklearn"),
+    *("tensorboardX", "tensorflow", "tensorflow_datasets", "torch", "tqdm", "tyro"),
 )
 # The one module that may name each of these.
 KEPT_IN = {

@@ -242,7 +242,7 @@ def test_every_step_of_the_recorded_network(mode):
         )
         mutable = ["batch_stats", "intermediates"]
         apply = jax.jit(partial(model.apply, train=mode == "train", mutable=mutable))
-        variables = torch_weights.variables_of(run, torch_weights.RESNET)
+        variables = torch_weights.variables_of(run, model)
         images = torch_weights.images_of(run)
         logits, state = jax.device_get(apply(variables, images))
     (per_step,) = state["intermediates"]["logits_per_step"]

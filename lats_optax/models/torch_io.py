@@ -1,0 +1,354 @@
+"""Weights in and out of PyTorch: state dicts, and the files that hold them, to variables and back.
+
+Here belongs how arrays are laid out, checked and thresholded on their way. What they are called is
+in `torch_names.py`, the file formats in `torch_files.py`. Dtypes are kept and, where nothing is
+thresholded, bits.
+"""
+
+import math
+import numbers
+import os
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from lats_optax.models import torch_files
+from lats_optax.models.layers import check, check_choice
+from lats_optax.models.torch_files import to_numpy
+from lats_optax.models.torch_names import Form, form_of
+from lats_optax.prox import prox_l1
+
+Shape = tuple[int, ...]
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+# What training scripts wrap a state dict in: the published LATS and STR code, and torchvision's.
+_WRAPPERS = ("state_dict", "model")
+_COUNTER, _OWN_THRESHOLD = "num_batches_tracked", "sparseThreshold"
+
+
+def variables_from_torch(
+    state_dict: Mapping[str, Any],
+    model: nn.Module,
+    *,
+    threshold: float | None = None,
+    channels: int = 3,
+) -> dict[str, Any]:
+    """The variables of a model of the zoo, from a PyTorch state dict.
+
+    Published checkpoints of soft threshold pruning hold latent weights θ; the weights that the
+    network ran on are ``S_D(θ) = sign(θ) max(|θ| − D, 0)``. LATS has one number D, which is not in
+    the checkpoint; STR has ``D = σ(sparseThreshold)`` of each layer, which is.
+
+    Args:
+      state_dict: name -> array (a NumPy or JAX array or a tensor of PyTorch), of float16, bfloat16,
+        float32 or float64. The names may all begin with ``module.``, and the whole may be wrapped
+        as ``{"state_dict": …}`` or ``{"model": …}``. ``num_batches_tracked`` is passed over.
+      model: a `ResNet`, `CifarResNet`, `MobileNetV1`, `VGG16BN` or `SEWResNet`; its classifier may
+        be given as a linear layer or as a 1×1 convolution.
+      threshold: D ≥ 0, in the units of the weights, where they are latent ones of LATS: all
+        convolutions are thresholded, and a classifier without a bias (one with a bias is dense in
+        the published code). ``None``: weights as they are, or thresholded as their
+        ``sparseThreshold`` says.
+      channels: of the images.
+
+    Returns:
+      ``{"params": …, "batch_stats": …}``: NumPy arrays of their own, with the dtypes of
+      ``state_dict``; pruned entries are +0.0.
+
+    Raises:
+      ValueError: tensors are unknown, missing, misshapen or of another dtype (all of them are
+        named); a threshold is given and they have their own; the model has no PyTorch form.
+
+    Example:
+      >>> from lats_optax import models
+      >>> model = models.create("resnet20", num_classes=10)
+      >>> init, images = partial(model.init, train=False), jnp.zeros((1, 32, 32, 3))
+      >>> shapes = jax.eval_shape(init, jax.random.key(0), images)
+      >>> variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, leaf.dtype), shapes)
+      >>> latent = variables_to_torch(variables, model)
+      >>> latent["layer1.0.conv1.weight"].shape, latent["linear.weight"].shape
+      ((16, 16, 3, 3), (10, 64))
+      >>> sparse = variables_from_torch(latent, model, threshold=0.25)
+      >>> float(sparse["params"]["classifier"]["kernel"].max())
+      0.25
+
+    Source: Chen et al., "A Unified Framework for Soft Threshold Pruning" (ICLR 2023); Kusupati et
+    al., "Soft Threshold Weight Reparameterization for Learnable Sparsity" (ICML 2020).
+    """
+    if threshold is not None:
+        known = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)
+        holds = known and 0 <= threshold < math.inf
+        check(holds, "threshold", threshold, "None, or a number of 0 or more")
+    places = _places(model, channels)
+    tensors = _arrays(_unwrapped(state_dict))
+    kernels = {name for name, place in places.items() if place.path.endswith("/kernel")}
+    own = {f"{name.removesuffix('weight')}{_OWN_THRESHOLD}": name for name in kernels}
+    wanted = {
+        **{name: set(place.shapes.values()) for name, place in places.items()},
+        **{name: {(1, 1), (1,), ()} for name in own if name in tensors},
+    }
+    counters = set(_counters(places))
+    given = {name: tensor for name, tensor in tensors.items() if name not in counters}
+    _check_fit("the state dict", given, wanted, model)
+
+    strengths: dict[str, Any] = {
+        places[kernel].path: _sigmoid(tensors[name].item())
+        for name, kernel in own.items()
+        if name in tensors
+    }
+    if threshold is not None:
+        if strengths:
+            names = ", ".join(sorted(own.keys() & tensors.keys()))
+            allowed = f"None, since the state dict has its own: {names}"
+            check(False, "threshold", threshold, allowed)
+        paths = {place.path for place in places.values()}
+        dense = {"params/classifier/kernel"} if "params/classifier/bias" in paths else set()
+        pruned = {places[name].path for name in kernels} - dense
+        strengths = dict.fromkeys(pruned, float(threshold))
+    flat = {place.path: _to_flax(tensors[name], place.path) for name, place in places.items()}
+    sparse = _thresholded(flat, strengths)
+    return traverse_util.unflatten_dict(sparse, sep="/")  # type: ignore[no-untyped-call]
+
+
+def variables_to_torch(
+    variables: Mapping[str, Any], model: nn.Module, *, layout: str | None = None, channels: int = 3
+) -> dict[str, np.ndarray]:
+    """The PyTorch state dict of a model's variables; `variables_from_torch` is its inverse.
+
+    Args:
+      variables: ``{"params": …, "batch_stats": …}``: arrays of float16, bfloat16, float32 or
+        float64.
+      model: what they are the variables of.
+      layout: whose names and shapes. Of a `ResNet` ``"torchvision"``, the default, or ``"lats"``,
+        whose classifier is a 1×1 convolution, (classes, features, 1, 1). The others have one each:
+        a `MobileNetV1` ``"lats"``; a `VGG16BN` ``"torchvision"`` (its features; the classifier is
+        one linear layer); a `CifarResNet` ``"akamaster"`` (pytorch_resnet_cifar10); a `SEWResNet`
+        ``"spikingjelly"``.
+      channels: of the images.
+
+    Returns:
+      Name -> array of its own, with the dtype it had, and ``num_batches_tracked``, int64 zero, of
+      every normalisation: what ``load_state_dict(strict=True)`` takes once they are tensors.
+
+    Raises:
+      ValueError: arrays are unknown, missing, misshapen or of another dtype (all of them are
+        named); the model has no such layout, or no PyTorch form.
+
+    Example: see `variables_from_torch`.
+    """
+    places = _places(model, channels)
+    layouts = form_of(model).layouts
+    layout = layouts[0] if layout is None else layout
+    check_choice(f"layout of {type(model).__name__}", layout, layouts)
+    known = isinstance(variables, Mapping)
+    check(known, "variables", variables, "a mapping with 'params' and 'batch_stats'")
+    arrays = _arrays(_flat(variables))
+    flax_shapes = {place.path: {place.shape} for place in places.values()}
+    _check_fit("the variables", arrays, flax_shapes, model)
+    tensors = {
+        name: _to_torch(arrays[place.path], place.shapes[layout]) for name, place in places.items()
+    }
+    return tensors | {name: np.zeros((), np.int64) for name in _counters(places)}
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    threshold: float | None = None,
+    channels: int = 3,
+) -> dict[str, Any]:
+    """The variables of a model of the zoo, from a file that holds a PyTorch state dict.
+
+    Args:
+      path: ``.safetensors``, which takes the package safetensors; or ``.pt``, ``.pth``, ``.th`` or
+        ``.state`` (as the LATS code calls its checkpoints), which take torch, and of which tensors
+        and plain Python values are read, never code.
+      model: as in `variables_from_torch`, and so are ``threshold`` and ``channels``.
+      threshold: of latent weights.
+      channels: of the images.
+
+    Returns:
+      What ``model.apply(variables, images, train=False)`` takes.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ImportError: the package that reads it is missing.
+      ValueError: the suffix is another; the file is damaged or holds something else; as
+        `variables_from_torch`. Each message names the file.
+
+    Example: see `save`.
+    """
+    state_dict = torch_files.read(Path(path))
+    try:
+        return variables_from_torch(state_dict, model, threshold=threshold, channels=channels)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def save(
+    path: str | os.PathLike[str],
+    variables: Mapping[str, Any],
+    model: nn.Module,
+    *,
+    layout: str | None = None,
+    channels: int = 3,
+) -> None:
+    """Writes the PyTorch state dict of a model's variables; `load` is its inverse.
+
+    The file appears whole or not at all; one of that name is replaced.
+
+    Args:
+      path: as in `load`.
+      variables: as in `variables_to_torch`, and so are ``model``, ``layout`` and ``channels``.
+      model: what they are the variables of.
+      layout: whose names and shapes.
+      channels: of the images.
+
+    Raises:
+      FileNotFoundError: there is no directory to write to.
+      ImportError: the package that writes it is missing.
+      ValueError: the suffix is another; as `variables_to_torch`.
+
+    Example::
+
+      model = models.create("resnet50", num_classes=1000, classifier_bias=True)
+      torch_io.save("resnet50.safetensors", checkpoint.load_variables("runs/mine"), model)
+      variables = torch_io.load("resnet50.safetensors", model)
+    """
+    tensors = variables_to_torch(variables, model, layout=layout, channels=channels)
+    torch_files.write(Path(path), tensors)
+
+
+# --- what a model has ---------------------------------------------------------------------------
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies in the variables, its shape there, and that in each layout."""
+
+    path: str
+    shape: Shape
+    shapes: dict[str, Shape]
+
+
+def _places(model: nn.Module, channels: int) -> dict[str, _Place]:
+    """Name in the state dict -> place, of everything but the counters."""
+    form: Form = form_of(model)
+    check(channels >= 1, "channels", channels, "1 or more")
+    images = jnp.zeros((1, 32, 32, channels))
+    # A model may compute in float64, at which JAX else warns.
+    with jax.enable_x64(True):
+        shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
+    return {
+        form.name(path): _Place(
+            path, leaf.shape, {of: _torch_shape(path, leaf.shape, of) for of in form.layouts}
+        )
+        for path, leaf in _flat(shapes).items()
+    }
+
+
+def _flat(variables: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = traverse_util.flatten_dict(  # type: ignore[no-untyped-call]
+        dict(variables), sep="/"
+    )
+    return flat
+
+
+def _torch_shape(path: str, shape: Shape, layout: str) -> Shape:
+    if not path.endswith("/kernel"):
+        return shape
+    *window, inputs, outputs = shape
+    return (outputs, inputs, *(window or ([1, 1] if layout == "lats" else [])))
+
+
+def _counters(places: Iterable[str]) -> Iterable[str]:
+    ending = "running_mean"
+    return (name.removesuffix(ending) + _COUNTER for name in places if name.endswith(ending))
+
+
+def _check_fit(
+    what: str, given: Mapping[str, Any], wanted: Mapping[str, set[Shape]], model: nn.Module
+) -> None:
+    """Raises ValueError, naming each array that is too many, too few or not as it should be."""
+    problems = [f"{name} is unknown, {given[name].shape}" for name in given if name not in wanted]
+    for name, shapes in wanted.items():
+        shape = " or ".join(map(str, sorted(shapes)))
+        if name not in given:
+            problems.append(f"{name} is missing, wanted {shape}")
+        elif given[name].shape not in shapes:
+            problems.append(f"{name} is {given[name].shape}, wanted {shape}")
+        elif given[name].dtype.name not in _DTYPES:
+            problems.append(f"{name} is {given[name].dtype}, wanted {', '.join(_DTYPES)}")
+    if not problems:
+        return
+    problems.sort()  # what is called otherwise than here then stands near its place
+    form = form_of(model)
+    bias = (form.name("params/classifier/bias"), "params/classifier/bias")
+    if any((name in given) != (name in wanted) for name in bias):
+        problems.append("The model's classifier_bias says whether its classifier has a bias.")
+    if form.note:
+        problems.append(form.note)
+    raise ValueError("\n  ".join([f"{what} and {type(model).__name__} do not fit:", *problems]))
+
+
+# --- arrays -------------------------------------------------------------------------------------
+
+
+def _unwrapped(state_dict: Any) -> Mapping[str, Any]:
+    """A state dict without what training scripts and DataParallel put around it."""
+    for key in _WRAPPERS:
+        if isinstance(state_dict, Mapping) and isinstance(state_dict.get(key), Mapping):
+            state_dict = state_dict[key]
+    if not isinstance(state_dict, Mapping) or not all(isinstance(name, str) for name in state_dict):
+        kind = type(state_dict).__name__
+        raise ValueError(f"the state dict is a {kind}; allowed: a mapping from names to arrays.")
+    if all(name.startswith("module.") for name in state_dict):
+        return {name.removeprefix("module."): value for name, value in state_dict.items()}
+    return state_dict
+
+
+def _arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    arrays, problems = {}, []
+    for name, value in values.items():
+        try:
+            arrays[name] = to_numpy(value)
+        except (TypeError, ValueError, RuntimeError) as error:  # ragged, sparse, eight bits
+            problems.append(f"{name} is no dense array: {error}")
+    if problems:
+        raise ValueError("\n  ".join(["these cannot be taken:", *problems]))
+    return arrays
+
+
+def _to_flax(tensor: np.ndarray, path: str) -> np.ndarray:
+    if not path.endswith("/kernel"):
+        return tensor.copy()
+    if path == "params/classifier/kernel":
+        return tensor.reshape(tensor.shape[:2]).T.copy()
+    return tensor.transpose(2, 3, 1, 0).copy()
+
+
+def _to_torch(array: np.ndarray, shape: Shape) -> np.ndarray:
+    outputs_first = {4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim)
+    return array.transpose(outputs_first).reshape(shape).copy()
+
+
+def _thresholded(
+    flat: dict[str, np.ndarray], strengths: Mapping[str, float]
+) -> dict[str, np.ndarray]:
+    latent = {path: flat[path] for path in strengths}
+    # Compiled at once, for one by one it takes seconds; x64 keeps what is float64.
+    with jax.enable_x64(True):
+        sparse = jax.device_get(jax.jit(prox_l1)(latent, dict(strengths)))
+    return flat | {path: np.array(kernel) for path, kernel in sparse.items()}
+
+
+def _sigmoid(x: float) -> float:
+    # In the form whose exponential cannot overflow: STR begins at -12800 for some networks.
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
