@@ -4,10 +4,11 @@
     python -m benchmarks.input_pipeline --size 128 --seconds 60
 
 One thread, pinned to one core. The images are crops of scikit-learn's two photographs and noise
-with the spectrum of photographs, in JPEG files of 110 kB on average, as in ImageNet. Times are
-taken in rounds: in each round every way takes the same few images, one way after the other, and a
-ratio is the median over the rounds of (its speed / the speed of plain Pillow in the same round), so
-that a noisy machine slows all. Every way of training takes the same crops.
+with the spectrum of photographs, in JPEG files of about 110 kB, as in ImageNet. Times are the
+processor's, without what other processes took of it. They are taken in rounds: in each round every
+way takes the same few images, one way after the other, and a ratio is the median over the rounds of
+(its speed / the speed of plain Pillow in the same round), so that a noisy machine slows all. Every
+way of training takes the same crops.
 
 "plain" are the lines that one would write: torchvision's operations on Pillow images, and the
 usual ones on OpenCV's arrays. The last column is how far a training image is from plain Pillow's,
@@ -38,7 +39,7 @@ from lats_optax.data.images import (
 )
 
 WIDTH, HEIGHT = 500, 375
-QUALITY = {"photograph": 96, "noise": 92}  # 110 kB on average over equally many of both
+QUALITY = {"photograph": 96, "noise": 92}  # about 110 kB on average
 PER_ROUND = 4
 
 Way = Callable[[bytes, np.random.Generator], np.ndarray]
@@ -191,11 +192,11 @@ def measure(encoded: list[bytes], size: int, seconds: float) -> dict[str, tuple[
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             rng = np.random.default_rng(turn)
-            start = time.perf_counter()
+            start = time.process_time()
             for file in files:
                 ways[name](file, rng)
             if turn:
-                speeds[name].append(PER_ROUND / (time.perf_counter() - start))
+                speeds[name].append(PER_ROUND / (time.process_time() - start))
         turn += 1
     base = speeds["train: plain Pillow"]
     return {

@@ -1,9 +1,9 @@
-"""What the optimizer benchmark counts, at small shapes: the streams of one fused update."""
+"""What the benchmarks count and compare, at small sizes."""
 
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import optimizer_step, shapes
+from benchmarks import input_pipeline, optimizer_step, shapes
 
 SMALL = {f"layer{i}/kernel": (512, 512) for i in range(3)}
 
@@ -55,3 +55,21 @@ ENTRY %main (w: f32[64,64], g: f32[64,64], count: s32[]) -> (f32[64,64], f32[64,
 """
     # Two arrays and a scalar in, two arrays out; the schedule's own fusion is no pass.
     assert optimizer_step.fused_traffic(text) == (1, 4 * 64 * 64 * 4 + 4)
+
+
+def test_ways_through_the_input_pipeline_make_the_same_images():
+    encoded = [input_pipeline.encode(image) for image in input_pipeline.pictures(4)]
+    figures = input_pipeline.measure(encoded, 64, seconds=0)
+    assert figures["train: plain Pillow"][1] == 1
+    assert all(speed > 0 and ratio > 0 for speed, ratio in figures.values())
+    far = input_pipeline.distances(encoded, 64)
+    assert set(far) < set(figures)
+    assert far["train: ours, Pillow"] == float("inf")
+    assert far["train: plain OpenCV, INTER_LINEAR"] < far["train: ours, OpenCV (the default)"]
+
+
+def test_input_pipeline_names_wrong_arguments(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["input_pipeline", "--size", "0"])
+    with pytest.raises(SystemExit):
+        input_pipeline.main()
+    assert "--size is 0; allowed is more than 0" in capsys.readouterr().err

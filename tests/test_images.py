@@ -180,7 +180,7 @@ def test_training_with_opencv_is_nearly_the_published_one(encoded):
         assert decibels(made, published_train(encoded, 224, rng(seed))) > 40
 
 
-@pytest.mark.parametrize("size", [16, 48, 96, 160, 224, 320])
+@pytest.mark.parametrize("size", [32, 48, 96, 160, 224, 320])
 def test_opencv_resizes_as_pillow_antialiases(size):
     preprocessing = ImageNetPreprocessing(size, decoder="opencv")
     for picture in (PHOTOGRAPH, NOISE):
@@ -191,20 +191,20 @@ def test_opencv_resizes_as_pillow_antialiases(size):
             near = decibels(made, expected)
             assert near > 33
             # Neither brighter, nor of more or less contrast, nor moved.
-            assert abs(np.mean(made - expected)) < 0.5
-            assert 0.97 < made.std() / expected.std() < 1.03
+            assert abs(np.mean(made - expected)) < 1
+            assert 0.96 < made.std() / expected.std() < 1.04
             for axis in (0, 1):
                 for step in (-1, 1):
                     moved = np.roll(made, step, axis)
                     assert decibels(moved[1:-1, 1:-1], expected[1:-1, 1:-1]) < near - 3
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if "JPEG" in name and "CMYK" not in name])
+@pytest.mark.parametrize("name", FILES)
 def test_opencv_decodes_to_pillows_pixels(name):
     encoded = FILES[name]
     with images._opened(encoded) as image:
         pixels = images._decode_opencv(encoded, image)
-    if name == "JPEG with bytes after it":
+    if "JPEG" not in name or name in ("CMYK JPEG", "JPEG with bytes after it"):
         assert pixels is None  # left to Pillow
     else:
         np.testing.assert_array_equal(pixels, np.asarray(plain(encoded)))
@@ -231,15 +231,20 @@ def test_images_smaller_than_the_crop(preprocessing, shape):
 def test_crops_are_in_the_image_and_in_range():
     generator = rng()
     for width, height in [(500, 375), (375, 500), (64, 64)]:
+        touched = set()
         for _ in range(500):
             left, top, right, bottom = images.random_crop_box(width, height, generator)
             assert 0 <= left < right <= width
             assert 0 <= top < bottom <= height
             w, h = right - left, bottom - top
+            if w < width and h < height:
+                touched |= {(left == 0, "left"), (right == width, "right")}
+                touched |= {(top == 0, "top"), (bottom == height, "bottom")}
             # Width and height are rounded to whole pixels.
             assert (w - 0.5) / (h + 0.5) <= 4 / 3
             assert (w + 0.5) / (h - 0.5) >= 3 / 4
             assert (w + 0.5) * (h + 0.5) >= 0.08 * width * height
+        assert {(True, side) for side in ("left", "right", "top", "bottom")} <= touched
 
 
 def test_crops_have_the_published_distribution():

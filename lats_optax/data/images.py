@@ -3,7 +3,7 @@
 The published preprocessing is torchvision's on Pillow images. Evaluation is that, bit for bit, and
 so is training with ``decoder="pillow"``, given the crop. With OpenCV, JPEG files are decoded to the
 same pixels and cropped alike, but resized in another way: a blur of three taps that adds the
-variance of Pillow's antialiasing, then bilinear interpolation. On photographs the two are 35 dB of
+variance of Pillow's antialiasing, then bilinear interpolation. On photographs the two are 33 dB of
 peak signal-to-noise ratio apart or more, at 224 pixels 45 in the median, or about one grey level.
 
 Pillow and OpenCV are imported where they are used: importing this is free.
@@ -162,8 +162,8 @@ class ImageNetPreprocessing:
       resize: what evaluation resizes the shorter side to before it crops; ``None`` is 256/224 of
         ``size``, rounded.
       decoder: what decodes and resizes JPEG files for training. ``"auto"`` is OpenCV where it is
-        installed, at twice the speed (``benchmarks/input_pipeline.py``), or else Pillow. They
-        differ as the module's docstring says; both draw the same crops and flips.
+        installed, which is 1.4 times as fast (``benchmarks/input_pipeline.py``), or else Pillow.
+        They differ as the module's docstring says; both draw the same crops and flips.
 
     Raises:
       ValueError: an argument is out of its range, or ``decoder`` is not installed.
@@ -458,7 +458,7 @@ def _opencv() -> Any:
     try:
         import cv2
     except ImportError as error:
-        logger.info("Pillow decodes all images, at half the speed: OpenCV is missing (%s)", error)
+        logger.info("Pillow decodes all images, more slowly: OpenCV is missing (%s)", error)
         return None
     return cv2
 
@@ -484,7 +484,7 @@ def _decode_opencv(encoded: bytes, image: "Image") -> np.ndarray | None:
 
 
 def _resize_opencv(image: np.ndarray, size: int, flip: bool) -> np.ndarray:
-    """Resizes to a square, nearly as Pillow's antialiased bilinear filter in a fifth of its time.
+    """Resizes to a square, nearly as Pillow's antialiased bilinear filter does, but faster.
 
     Pillow's filter is a triangle as wide as the output pixels' distance s, of variance s²/6;
     interpolation in the input grid alone is one of variance 1/6. The taps (a, 1 − 2a, a) add 2a.
