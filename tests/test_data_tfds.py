@@ -18,6 +18,8 @@ from PIL import Image
 from lats_optax import cli, data
 from lats_optax.data import prepare as preparing
 from lats_optax.data.tfds_source import Records, open_builder
+from lats_optax.training import loop
+from lats_optax.training.config import DataConfig, TrainConfig
 from tests import small_imagenet, tiny
 
 BROKEN = {"ILSVRC2012_val_00000004.JPEG", "n01440764_0.JPEG", "n01440764_3.JPEG"}
@@ -402,6 +404,33 @@ def test_arguments_that_do_not_suit_a_data_set(imagenet, cifar, name, arguments,
     path = cifar[0] if name == "cifar10" else imagenet[0]
     with pytest.raises(ValueError, match=message):
         data.load(name, path, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("image_size", 0), ("workers", -1), ("synthetic_examples", 0), ("synthetic_classes", 0)],
+)
+def test_fields_out_of_range_are_named(field, value):
+    with pytest.raises(ValueError, match=rf"^data.{field} is {value}; allowed: .*[01] or more.$"):
+        DataConfig(**{field: value})
+
+
+def test_nothing_to_evaluate_on_is_an_error(broken, tmp_path, monkeypatch, compile_once):
+    monkeypatch.setattr(tiny.models, "create", lambda name, **given: tiny.Model(**given))
+    shard = broken / "imagenet2012/5.1.0/imagenet2012-validation.array_record-00000-of-00001"
+    shutil.copytree(broken, tmp_path / "data")
+    (tmp_path / "data" / shard.relative_to(broken)).write_bytes(b"")
+    chosen = DataConfig(
+        name="imagenet2012",
+        data_dir=str(tmp_path / "data"),
+        batch_size=8,
+        image_size=8,
+        skip_corrupt=True,
+    )
+    experiment = loop.build(TrainConfig(data=chosen, workdir=tmp_path / "run"))
+    state = experiment.parallel.replicate(loop.initial_state(experiment))
+    with pytest.raises(data.CorruptRecordError, match="every record that 'imagenet2012' is"):
+        loop.evaluate(experiment, state)
 
 
 def prepare_cli(capfd, *arguments):

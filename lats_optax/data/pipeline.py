@@ -111,7 +111,8 @@ class Dataset:
       dtype: of the images in a batch.
       skip_corrupt: whether corrupt records are left out and counted, or an error.
       threads: that compute batches, where there are no workers.
-      workers: processes that compute batches; 0: none. Sources and functions are pickled for them.
+      workers: processes that compute batches; 0: none. Sources and functions are pickled for them,
+        and a script that uses them has to begin its work under ``if __name__ == "__main__":``.
     """
 
     name: str
