@@ -36,7 +36,8 @@ with pytest.MonkeyPatch.context() as patch:
 
 
 def config(workdir, **changes):
-    return tiny.config(workdir, prune=PruneConfig(target_sparsity=0.75), epochs=2, **changes)
+    prune = PruneConfig(target_sparsity=0.75)
+    return tiny.config(workdir, prune=prune, epochs=2, average_decay=0.9, **changes)
 
 
 @pytest.mark.slow

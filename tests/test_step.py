@@ -14,6 +14,11 @@ from lats_optax.training.step import averaged, create_state, train_step
 from tests import tiny
 
 
+@pytest.fixture(autouse=True)
+def _fast(compile_once):
+    pass
+
+
 class Plain(nn.Module):
     """Without batch statistics: a mean over parts is the mean over the batch."""
 
@@ -21,8 +26,10 @@ class Plain(nn.Module):
 
     @nn.compact
     def __call__(self, images, train):
-        x = nn.relu(nn.Dense(16, dtype=self.dtype)(images.reshape(images.shape[0], -1)))
-        return nn.Dense(tiny.CLASSES, dtype=self.dtype)(x)
+        # Uniform: the default initializer takes XLA a second to compile.
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
+        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=init)
+        return dense(tiny.CLASSES)(nn.relu(dense(16)(images.reshape(images.shape[0], -1))))
 
 
 def batch_of(seed, count=12):
@@ -51,7 +58,7 @@ def run(model, steps=6, mean=lambda tree: tree, average=False, **options):
     return jax.device_get((states, metrics))
 
 
-@pytest.mark.parametrize("parts", [2, 3, 12])
+@pytest.mark.parametrize("parts", [3, 12])
 def test_parts_are_the_whole_batch_where_nothing_is_normalised(parts):
     whole, in_parts = run(Plain()), run(Plain(), accumulate=parts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, in_parts)
@@ -107,7 +114,7 @@ def test_memory_falls_with_the_parts():
     assert sizes[1] < 0.3 * sizes[0]
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.25, 0.999])
+@pytest.mark.parametrize("decay", [0.25, 0.999])
 def test_the_average_is_the_formula(decay):
     states, _ = run(tiny.Model(), average=True, average_decay=decay)
     for part in ("params", "batch_stats"):
@@ -122,13 +129,13 @@ def test_the_average_is_the_formula(decay):
 
 
 def test_an_average_does_not_change_the_run_and_costs_nothing_when_off():
-    (plain, _), (kept, _) = run(tiny.Model()), run(tiny.Model(), average=True, average_decay=0.9)
+    (plain, _), (kept, _) = run(tiny.Model()), run(tiny.Model(), average=True, average_decay=0.25)
     assert plain[-1].average == ()
     jax.tree.map(np.testing.assert_array_equal, plain[-1].params, kept[-1].params)
 
 
 def test_averaged_takes_the_averages_and_the_zeros_of_the_weights():
-    states, _ = run(tiny.Model(), average=True, average_decay=0.9)
+    states, _ = run(tiny.Model(), average=True, average_decay=0.25)
     sparse = jax.device_get(averaged(states[-1], lats_optax.prunable))
     kernel, average = (
         tree["Dense_0"]["kernel"] for tree in (states[-1].params, states[-1].average.params)
