@@ -14,6 +14,7 @@ from lats_optax import data
 from lats_optax.training import demo as demonstration
 from lats_optax.training import loop
 from lats_optax.training.demo import DemoConfig, DemoResult
+from lats_optax.training.experiment import Experiment, build
 from lats_optax.training.presets import PRESETS
 
 Ready = TypeVar("Ready")
@@ -30,7 +31,7 @@ def train(args: Sequence[str] | None = None) -> int:
       that was interrupted.
     """
 
-    def prepare() -> loop.Experiment:
+    def prepare() -> Experiment:
         parse = tyro.extras.overridable_config_cli
         named = (sys.argv[1:] if args is None else args)[:1]
         # The list of all is for choosing; what there is to know of one is in its own help.
@@ -42,7 +43,7 @@ def train(args: Sequence[str] | None = None) -> int:
             "Train a model, dense or sparse. Each preset is a run; any field of it can be given: "
             "lats-train PRESET --help lists them."
         )
-        return loop.build(_in_one_line(parse, presets, "lats-train", description, args))
+        return build(_in_one_line(parse, presets, "lats-train", description, args))
 
     return _run("lats-train", prepare, lambda experiment: _print_run(loop.fit(experiment)))
 
@@ -57,7 +58,7 @@ def demo(args: Sequence[str] | None = None) -> int:
       As `train`.
     """
 
-    def prepare() -> tuple[DemoConfig, dict[str, loop.Experiment]]:
+    def prepare() -> tuple[DemoConfig, dict[str, Experiment]]:
         config = _in_one_line(tyro.cli, DemoConfig, "lats-demo", None, args)
         return config, demonstration.build(config)
 

@@ -20,6 +20,7 @@ from lats_optax.data import prepare as preparing
 from lats_optax.data.tfds_source import Records, open_builder
 from lats_optax.training import loop
 from lats_optax.training.config import DataConfig, TrainConfig
+from lats_optax.training.experiment import build, initial_state
 from tests import small_imagenet, tiny
 
 BROKEN = {"ILSVRC2012_val_00000004.JPEG", "n01440764_0.JPEG", "n01440764_3.JPEG"}
@@ -427,8 +428,8 @@ def test_nothing_to_evaluate_on_is_an_error(broken, tmp_path, monkeypatch, compi
         image_size=8,
         skip_corrupt=True,
     )
-    experiment = loop.build(TrainConfig(data=chosen, workdir=tmp_path / "run"))
-    state = experiment.parallel.replicate(loop.initial_state(experiment))
+    experiment = build(TrainConfig(data=chosen, workdir=tmp_path / "run"))
+    state = experiment.parallel.replicate(initial_state(experiment))
     with pytest.raises(data.CorruptRecordError, match="every record that 'imagenet2012' is"):
         loop.evaluate(experiment, state)
 

@@ -10,7 +10,7 @@ import pytest
 
 import lats_optax
 from lats_optax import cli, models
-from lats_optax.training import loop
+from lats_optax.training import experiment
 from lats_optax.training.config import ModelConfig, PruneConfig, TrainConfig
 from lats_optax.training.optimizer import make_optimizer
 from lats_optax.training.presets import PRESETS
@@ -135,14 +135,14 @@ def test_the_step_of_a_preset_needs_no_data(name):
     """Shapes alone: state and metrics of the real step, at the real size."""
     classes, size, parameters, pruned = NETWORKS[name]
     config = PRESETS[name].config
-    model = loop.make_model(config, classes)
+    model = experiment.make_model(config, classes)
     optimizer = make_optimizer(config, steps_per_epoch=10)
-    step = loop.make_train_step(config, model, optimizer)
+    step = experiment.make_train_step(config, model, optimizer)
     batch = {
         "image": jax.ShapeDtypeStruct((1, 2, size, size, 3), jnp.float32),
         "label": jax.ShapeDtypeStruct((1, 2), jnp.int32),
     }
-    state = jax.eval_shape(lambda: loop.make_state(config, model, optimizer, (size, size, 3)))
+    state = jax.eval_shape(lambda: experiment.make_state(config, model, optimizer, (size, size, 3)))
     mean = lambda tree: jax.lax.pmean(tree, "replica")  # noqa: E731
     replicas = jax.vmap(
         lambda state, batch: step(state, batch, mean),
@@ -167,7 +167,7 @@ def test_published_thresholds_can_be_given(capsys):
         raise ValueError("far enough")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "build", build)
+        patch.setattr(cli, "build", build)
         for name in ("imagenet-resnet50-s-lats", "imagenet-resnet50-pgh"):
             options = ["--prune.target-sparsity", "None", "--prune.final-threshold", "0.01"]
             assert cli.train([name, *options]) == 2
@@ -204,7 +204,7 @@ def test_options_reach_the_model():
         neuron="plif",
         stem="cifar",
     )
-    model = loop.make_model(TrainConfig(model=config), num_classes=7)
+    model = experiment.make_model(TrainConfig(model=config), num_classes=7)
     assert isinstance(model, models.SEWResNet)
     assert (model.depth, model.num_classes, model.dtype) == (34, 7, jnp.bfloat16)
     assert (model.width, model.classifier_bias, model.steps) == (0.5, False, 2)
@@ -212,7 +212,7 @@ def test_options_reach_the_model():
 
 
 def test_options_that_are_not_given_are_the_models_own():
-    model = loop.make_model(TrainConfig(model=ModelConfig("sew-resnet18")), num_classes=7)
+    model = experiment.make_model(TrainConfig(model=ModelConfig("sew-resnet18")), num_classes=7)
     fields = {field.name: field.default for field in dataclasses.fields(models.SEWResNet)}
     for name in ModelConfig("sew-resnet18").__dataclass_fields__.keys() - {"name", "dtype"}:
         assert getattr(model, name) == fields[name]

@@ -49,7 +49,10 @@ def run(model, steps=6, mean=lambda tree: tree, average=False, **options):
     step = partial(
         train_step, mean=mean, apply=model.apply, transform=tx, label_smoothing=0.1, **options
     )
-    step, states = jax.jit(step), [create_state(model, tx, tiny.SHAPE, 0, average)]
+    step, states = (
+        jax.jit(step),
+        [jax.jit(lambda: create_state(model, tx, tiny.SHAPE, 0, average))()],
+    )
     metrics = []
     for index in range(steps):
         state, measured = step(states[-1], batch_of(index))

@@ -10,6 +10,7 @@ import pytest
 
 import lats_optax
 from lats_optax.thresholds import tabulate
+from lats_optax.training import experiment as experiments
 from lats_optax.training import loop
 from lats_optax.training.checkpoint import load_variables
 from lats_optax.training.config import (
@@ -90,11 +91,11 @@ def test_a_run_is_the_plain_loop(tmp_path, devices, prune):
 def test_target_sparsity_is_met_and_logged_in_one_compilation(tmp_path, monkeypatch):
     traces = []
 
-    def counted(*args, original=loop.train_step, **keywords):
+    def counted(*args, original=experiments.train_step, **keywords):
         traces.append(1)
         return original(*args, **keywords)
 
-    monkeypatch.setattr(loop, "train_step", counted)
+    monkeypatch.setattr(experiments, "train_step", counted)
     result = loop.train(tiny.config(tmp_path / "run", prune=SPARSE))
     kernels = [p for p in jax.tree.leaves(params_of(result)) if p.ndim >= 2]
     zeros, size = sum((k == 0).sum() for k in kernels), sum(k.size for k in kernels)
@@ -111,8 +112,8 @@ def test_target_sparsity_is_met_and_logged_in_one_compilation(tmp_path, monkeypa
 )
 def test_evaluation_counts_every_image_once(tmp_path, devices, batch_size):
     config = tiny.config(tmp_path, data=DataConfig(name="tiny", batch_size=batch_size))
-    experiment = loop.build(config, jax.devices()[:devices])
-    state = loop.initial_state(experiment)
+    experiment = experiments.build(config, jax.devices()[:devices])
+    state = experiments.initial_state(experiment)
     result = loop.evaluate(experiment, experiment.parallel.replicate(state))
 
     variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
@@ -347,14 +348,14 @@ def test_a_value_that_is_not_allowed_is_named(make, words):
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):
     config = tiny.config(tmp_path / "run", data=DataConfig(name="tiny", batch_size=64))
     with pytest.raises(ValueError, match="at most 53"):
-        loop.build(config)
+        experiments.build(config)
     assert not (tmp_path / "run").exists()
 
 
 def test_an_expression_that_matches_nothing_is_refused(tmp_path):
     config = tiny.config(tmp_path / "run", prune=PruneConfig(0.9, exclude=("Dens_0",)))
     with pytest.raises(ValueError, match="Dens_0"):
-        loop.build(config)
+        experiments.build(config)
 
 
 @pytest.mark.parametrize(
@@ -406,11 +407,11 @@ def test_bfloat16_trains_with_float32_parameters(tmp_path):
 def test_averaged_weights_are_evaluated_and_kept_sparse(tmp_path, monkeypatch, prune):
     traces = []
 
-    def counted(*args, original=loop.eval_step, **keywords):
+    def counted(*args, original=experiments.eval_step, **keywords):
         traces.append(1)
         return original(*args, **keywords)
 
-    monkeypatch.setattr(loop, "eval_step", counted)
+    monkeypatch.setattr(experiments, "eval_step", counted)
     config = tiny.config(tmp_path / "run", prune=prune, average_decay=0.8)
     result = loop.train(config)
     assert len(traces) == 1

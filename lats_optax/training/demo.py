@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lats_optax.training import loop, report
+from lats_optax.training import experiment, loop, report
 from lats_optax.training.config import PruneConfig, TrainConfig
+from lats_optax.training.experiment import Experiment
 from lats_optax.training.presets import PRESETS
 
 PICTURE, SUMMARY = "report.png", "summary.json"
@@ -72,7 +73,7 @@ class DemoResult:
     runs: dict[str, loop.RunResult]
 
 
-def build(config: DemoConfig) -> dict[str, loop.Experiment]:
+def build(config: DemoConfig) -> dict[str, Experiment]:
     """Finds and checks everything that the demonstration needs; writes nothing in its directory.
 
     Args:
@@ -90,10 +91,10 @@ def build(config: DemoConfig) -> dict[str, loop.Experiment]:
             f"workdir {config.workdir} is not empty: --overwrite throws away the demonstration in "
             "it, --workdir names another place."
         )
-    return {name: loop.build(run) for name, run in config.runs().items()}
+    return {name: experiment.build(run) for name, run in config.runs().items()}
 
 
-def fit(config: DemoConfig, experiments: dict[str, loop.Experiment]) -> DemoResult:
+def fit(config: DemoConfig, experiments: dict[str, Experiment]) -> DemoResult:
     """Trains both networks and writes the picture and the summary.
 
     Args:
@@ -111,7 +112,7 @@ def fit(config: DemoConfig, experiments: dict[str, loop.Experiment]) -> DemoResu
     # If this one is interrupted, nothing of an older demonstration stands beside its runs.
     for file in (summary, picture):
         file.unlink(missing_ok=True)
-    results = {name: loop.fit(experiment) for name, experiment in experiments.items()}
+    results = {name: loop.fit(ready) for name, ready in experiments.items()}
     runs = [
         report.Run(name, r.test_accuracy, r.seconds, r.sparsity, r.metrics)
         for name, r in results.items()

@@ -54,21 +54,14 @@ def create_state(
       average: whether averages are kept.
 
     Returns:
-      The state, on the default device.
+      The state. A pure function: to be compiled, or asked for shapes alone.
     """
-
-    @jax.jit
-    def create() -> TrainState:
-        image = jnp.zeros((1, *image_shape))
-        variables = model.init(jax.random.key(seed), image, train=False)
-        params = variables["params"]
-        stats = variables.get("batch_stats", {})
-        # Copies: the state is donated, and a buffer can be given away once.
-        averages = Average(*jax.tree.map(jnp.copy, (params, stats))) if average else ()
-        step = jnp.zeros((), jnp.int32)
-        return TrainState(step, params, stats, transform.init(params), averages)
-
-    return create()
+    variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
+    params = variables["params"]
+    stats = variables.get("batch_stats", {})
+    # Copies: the state is donated, and a buffer can be given away once.
+    averages = Average(*jax.tree.map(jnp.copy, (params, stats))) if average else ()
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, transform.init(params), averages)
 
 
 def train_step(

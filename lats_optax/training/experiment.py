@@ -1,0 +1,179 @@
+"""A run that is ready to begin: everything that a config names, found, checked and put together.
+
+Nothing is trained or written here. The parts are functions of their own, so that a step can be had
+without a data set, and a data set without a model.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lats_optax import data, models
+from lats_optax.training import config as configs
+from lats_optax.training import workdir
+from lats_optax.training.checkpoint import Checkpoints
+from lats_optax.training.config import TrainConfig
+from lats_optax.training.optimizer import Optimizer, make_optimizer
+from lats_optax.training.parallel import AXIS, DataParallel, join_processes
+from lats_optax.training.step import (
+    Batch,
+    Metrics,
+    Reduce,
+    TrainState,
+    create_state,
+    eval_step,
+    train_step,
+)
+
+TrainStep = Callable[[TrainState, Batch, Reduce[Any]], tuple[TrainState, Metrics]]
+EvalStep = Callable[[TrainState, Batch, Reduce[Any]], Metrics]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A run that is ready to begin: everything that a config names, found and checked.
+
+    Attributes:
+      config: what is run.
+      parallel: the devices.
+      dataset: what is trained on.
+      model: what is trained.
+      optimizer: what trains it.
+      steps_per_epoch: whole batches in the training images.
+      train_step: `(state, sharded batch) -> (state, metrics)`, which uses up the state.
+      eval_step: `(state, sharded batch) -> sums`.
+    """
+
+    config: TrainConfig
+    parallel: DataParallel
+    dataset: data.Dataset
+    model: nn.Module
+    optimizer: Optimizer
+    steps_per_epoch: int
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    eval_step: Callable[[TrainState, Batch], Metrics]
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.config.epochs * self.steps_per_epoch
+
+
+def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Experiment:
+    """Finds and checks everything that a config names; writes nothing in the work directory."""
+    workdir.check(config)
+    if config.distributed:
+        join_processes(config.coordinator, config.process_count, config.process_index)
+    parallel = DataParallel(devices)
+    parallel.host_batch_size(config.data.batch_size, config.optimizer.accumulate)
+    dataset = load_data(config)
+    steps_per_epoch = dataset.num_train // config.data.batch_size
+    if steps_per_epoch < 1:
+        raise ValueError(
+            f"data.batch_size is {config.data.batch_size}; allowed: at most {dataset.num_train}, "
+            f"the training images of {dataset.name}."
+        )
+    model = make_model(config, dataset.num_classes)
+    optimizer = make_optimizer(config, steps_per_epoch)
+    if config.resume and (config.workdir / workdir.CHECKPOINTS).is_dir():
+        with Checkpoints(config.workdir) as checkpoints:
+            if (saved := checkpoints.config()) is not None:
+                configs.check_resumable(saved, config)
+    experiment = Experiment(
+        config=config,
+        parallel=parallel,
+        dataset=dataset,
+        model=model,
+        optimizer=optimizer,
+        steps_per_epoch=steps_per_epoch,
+        train_step=parallel.train_step(make_train_step(config, model, optimizer)),
+        eval_step=parallel.eval_step(make_eval_step(model)),
+    )
+    # Expressions that match no parameter are found when the mask meets the parameters.
+    jax.eval_shape(partial(_state, experiment))
+    return experiment
+
+
+def make_model(config: TrainConfig, num_classes: int) -> nn.Module:
+    """The model that a config names; its batch statistics are averaged over the replicas.
+
+    Raises:
+      ValueError: there is no such model, it has no such option, or a value is not allowed.
+    """
+    options = config.model.options
+    if "neuron" in options:
+        options["neuron"] = models.Neuron(options["neuron"])
+    return models.create(
+        config.model.name,
+        num_classes=num_classes,
+        dtype=jnp.dtype(config.model.dtype),
+        axis_name=AXIS,
+        **options,
+    )
+
+
+def make_train_step(config: TrainConfig, model: nn.Module, optimizer: Optimizer) -> TrainStep:
+    """The training step of a config, a pure function that no data set or device is needed for.
+
+    Args:
+      config: the run.
+      model: of `make_model`.
+      optimizer: of `make_optimizer`.
+
+    Returns:
+      `(state, batch of a replica, mean over replicas) -> (state, metrics)`, for
+      `DataParallel.train_step`: see `step.train_step`.
+    """
+    return partial(
+        train_step,
+        apply=model.apply,
+        transform=optimizer.transform,
+        label_smoothing=config.label_smoothing,
+        accumulate=config.optimizer.accumulate,
+        average_decay=config.average_decay,
+    )
+
+
+def make_eval_step(model: nn.Module) -> EvalStep:
+    """The evaluation step of a model: `(state, batch of a replica, sum over replicas) -> sums`."""
+    return partial(eval_step, apply=model.apply)
+
+
+def make_state(
+    config: TrainConfig, model: nn.Module, optimizer: Optimizer, image_shape: tuple[int, ...]
+) -> TrainState:
+    """The state before the first step, a pure function: see `step.create_state`.
+
+    Args:
+      config: the run.
+      model: of `make_model`.
+      optimizer: of `make_optimizer`.
+      image_shape: (height, width, channels).
+    """
+    average = config.average_decay is not None
+    return create_state(model, optimizer.transform, image_shape, config.seed, average)
+
+
+def load_data(config: TrainConfig) -> data.Dataset:
+    """The data set that a config names, its images of the type that the model computes in."""
+    settings = dataclasses.asdict(config.data)
+    del settings["batch_size"]
+    return data.load(**settings, dtype=config.model.dtype)
+
+
+def initial_state(experiment: Experiment) -> TrainState:
+    """The state before the first step, not yet on the run's devices."""
+    # It runs once: XLA's optimizations of so many random draws take longer than they save.
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(partial(_state, experiment), compiler_options=options)()
+
+
+def _state(experiment: Experiment) -> TrainState:
+    return make_state(
+        experiment.config, experiment.model, experiment.optimizer, experiment.dataset.image_shape
+    )
