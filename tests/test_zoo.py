@@ -257,14 +257,20 @@ def test_unknown_model():
         (
             "resnet50",
             {"bias": True},
-            r"an option of 'resnet50' is 'bias'; allowed: 'classifier_bias'\.",
+            r"an option of 'resnet50' is 'bias'; allowed: 'width', 'classifier_bias'\.",
         ),
         ("vgg16-bn", {"num_classes": 0}, r"num_classes is 0; allowed: 1 or more\."),
         ("mobilenet-v1", {"num_classes": 0}, r"num_classes is 0; allowed: 1 or more\."),
         ("mobilenet-v1", {"width": 0.0}, r"width is 0\.0; allowed: 0\.03125 or more\."),
         ("mobilenet-v1", {"width": float("nan")}, r"width is nan; allowed: 0\.03125 or more\."),
         ("mobilenet-v1", {"depth": 18}, "is 'depth'; allowed: 'width', 'classifier_bias'"),
-        ("resnet50", {"depth": 18}, "is 'depth'; allowed: 'classifier_bias'"),
+        ("resnet50", {"depth": 18}, "is 'depth'; allowed: 'width', 'classifier_bias'"),
+        ("resnet50", {"width": 1 / 128}, r"width is 0\.0078125; allowed: 0\.015625 or more\."),
+        ("resnet20", {"width": float("inf")}, r"width is inf; allowed: 0\.0625 or more\."),
+        ("vgg16-bn", {"width": -1.0}, r"width is -1\.0; allowed: 0\.015625 or more\."),
+        ("digits-cnn", {"width": 0.03}, r"width is 0\.03; allowed: 0\.0357\d* or more\."),
+        ("sew-resnet18", {"stem": "small"}, "stem is 'small'; allowed: 'imagenet', 'cifar'"),
+        ("sew-resnet18", {"connection": "XOR"}, "is 'XOR'; allowed: 'ADD', 'AND', 'IAND'"),
     ],
 )
 def test_wrong_options(name, options, message):
@@ -283,6 +289,46 @@ def test_wrong_options(name, options, message):
 def test_wrong_depth(build, message):
     with pytest.raises(ValueError, match=message):
         build(num_classes=10)
+
+
+# --- options of the sizes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["digits-cnn", *SIZES])
+def test_width_multiplies_every_channel(name):
+    size = SIZES.get(name, 8)
+    whole, half = (
+        flat(shapes(models.create(name, num_classes=7, width=width), size)[1]["params"])
+        for width in (1.0, 0.5)
+    )
+    assert whole.keys() == half.keys()
+    for path, leaf in whole.items():
+        # All axes but those of the kernel's window, the image's three channels and the logits, and
+        # the single input channel of a depth-wise kernel.
+        fixed = {0, 1} if leaf.ndim == 4 else set()
+        fixed |= {2} if leaf.ndim == 4 and leaf.shape[2] in (1, 3) else set()
+        fixed |= {leaf.ndim - 1} if path.startswith("classifier/") else set()
+        expected = tuple(n if axis in fixed else n // 2 for axis, n in enumerate(leaf.shape))
+        assert half[path].shape == expected, path
+
+
+def test_small_stem_keeps_small_images_on_four_by_four_maps():
+    model = models.create("sew-resnet18", num_classes=10, stem="cifar", steps=2)
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    apply = partial(model.init_with_output, train=False, capture_intermediates=True)
+    logits, variables = jax.eval_shape(apply, KEY, images)
+    maps = {
+        path.removesuffix("/__call__"): leaf[0].shape
+        for path, leaf in flat(variables["intermediates"]).items()
+        if path.endswith("__call__")
+    }
+    assert logits.shape == (2, 10)
+    assert variables["params"]["stem"]["kernel"].shape == (3, 3, 3, 64)
+    assert maps["stem"] == (2, 32, 32, 64)
+    ends = [maps[f"stage{stage}_block2"] for stage in (1, 2, 3, 4)]
+    assert ends == [(2, 2, 32, 32, 64), (2, 2, 16, 16, 128), (2, 2, 8, 8, 256), (2, 2, 4, 4, 512)]
+    with pytest.raises(ValueError, match="height and width of at least 8"):
+        shapes(model, 4)
 
 
 # --- what weights are drawn from ----------------------------------------------------------------

@@ -1,11 +1,13 @@
-"""What several architectures are built from: convolutions, normalisation, the head, and checks.
+"""What networks are built from: their base class, convolutions, normalisation, and checks.
 
 Here belongs what is padded, normalised or initialised as PyTorch does it, so that published weights
 and settings carry over.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -99,50 +101,72 @@ def batch_norm(train: bool, dtype: DTypeLike, axis_name: str | None) -> partial[
     )
 
 
-def pool_and_classify(
-    x: Array,
-    num_classes: int,
-    *,
-    dtype: DTypeLike,
-    use_bias: bool,
-    kernel_init: Initializer,
-    bias_init: Initializer = nn.initializers.zeros,
-) -> Array:
-    """The mean over positions, then a linear layer named ``classifier``.
+class Network(nn.Module, kw_only=True):
+    """What every network of the zoo is told, and how it ends.
 
-    To be called in a compact method, whose module the layer then belongs to.
-
-    Args:
-      x: (…, height, width, channels).
+    Attributes:
       num_classes: number of logits.
-      dtype: of the computation.
-      use_bias: whether the classifier adds a bias.
-      kernel_init: what its kernel, (channels, num_classes), is drawn from.
-      bias_init: what its bias, (num_classes,), is drawn from.
+      width: multiplier of all channel counts, which are then rounded.
+      classifier_bias: whether the classifier adds a bias.
+      dtype: of the computation; parameters, batch statistics and logits are float32.
+      axis_name: mapped axis over which batch statistics are averaged, or ``None``.
 
-    Returns:
-      Logits (…, num_classes), in float32 or, where ``dtype`` is float64, in that.
+    Raises:
+      ValueError: ``num_classes`` < 1, or a width that leaves a layer without channels.
 
     Example:
       >>> import jax
-      >>> class Head(nn.Module):
+      >>> class Head(Network):
       ...     @nn.compact
       ...     def __call__(self, x):
-      ...         options = {"dtype": jnp.bfloat16, "use_bias": False}
-      ...         return pool_and_classify(x, 10, kernel_init=KAIMING_FAN_IN, **options)
+      ...         return self.classify(x, KAIMING_FAN_IN)
       >>> x = jnp.ones((2, 7, 7, 64), jnp.bfloat16)
-      >>> jax.eval_shape(Head().init_with_output, jax.random.key(0), x)[0]
+      >>> jax.eval_shape(Head(num_classes=10).init_with_output, jax.random.key(0), x)[0]
       ShapeDtypeStruct(shape=(2, 10), dtype=float32)
     """
-    logits = nn.Dense(
-        num_classes,
-        use_bias=use_bias,
-        dtype=dtype,
-        kernel_init=kernel_init,
-        bias_init=bias_init,
-        name="classifier",
-    )(x.mean(axis=(-3, -2)))
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+    num_classes: int
+    width: float = 1.0
+    classifier_bias: bool = False
+    dtype: DTypeLike = jnp.float32
+    axis_name: str | None = None
+
+    narrowest: ClassVar[int] = 64
+    """Channels of the narrowest layer at width 1."""
+
+    def __post_init__(self) -> None:
+        """Checks the attributes."""
+        check(self.num_classes >= 1, "num_classes", self.num_classes, "1 or more")
+        least = 1 / self.narrowest
+        check(least <= self.width < math.inf, "width", self.width, f"{least} or more")
+        super().__post_init__()
+
+    def channels(self, count: int) -> int:
+        """How many channels a layer has that has ``count`` at width 1."""
+        return round(count * self.width)
+
+    def classify(
+        self, x: Array, kernel_init: Initializer, bias_init: Initializer = nn.initializers.zeros
+    ) -> Array:
+        """The mean over positions, then a linear layer named ``classifier``.
+
+        Args:
+          x: (…, height, width, channels).
+          kernel_init: what the classifier's kernel, (channels, num_classes), is drawn from.
+          bias_init: what its bias, (num_classes,), is drawn from.
+
+        Returns:
+          Logits (…, num_classes), in float32 or, where ``dtype`` is float64, in that.
+        """
+        logits = nn.Dense(
+            self.num_classes,
+            use_bias=self.classifier_bias,
+            dtype=self.dtype,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            name="classifier",
+        )(x.mean(axis=(-3, -2)))
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 def check(holds: bool, argument: str, value: object, allowed: str) -> None:

@@ -3,19 +3,16 @@
 from functools import partial
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
 
 from lats_optax.models.layers import (
     KAIMING_FAN_IN,
     TORCH_DEFAULT,
     Maker,
+    Network,
     batch_norm,
-    check,
     check_images,
     convolution,
-    pool_and_classify,
 )
 
 # Features and strides of the thirteen separable convolutions, at width 1.
@@ -38,7 +35,7 @@ class SeparableConv(nn.Module):
       strides: of the depth-wise convolution.
 
     Example:
-      >>> import jax
+      >>> import jax, jax.numpy as jnp
       >>> conv = partial(convolution, dtype="float32", kernel_init=TORCH_DEFAULT)
       >>> block = SeparableConv(8, conv, batch_norm(False, "float32", None), strides=2)
       >>> jax.eval_shape(block.init_with_output, jax.random.key(0), jnp.ones((1, 6, 6, 4)))[0].shape
@@ -62,27 +59,20 @@ class SeparableConv(nn.Module):
         return nn.relu(self.norm(name="pointwise_norm")(x))
 
 
-class MobileNetV1(nn.Module):
+class MobileNetV1(Network):
     """MobileNet-V1, as the LATS code has it: relu without a ceiling, and no dropout.
 
     A 3×3 convolution with strides of 2, thirteen separable convolutions, the mean over positions
     (so that images may have any size), a classifier. Kernels are drawn as PyTorch does by default,
     uniformly on ±1/√fan_in; the classifier Kaiming-normal: fan-in, for relu.
 
-    Attributes:
-      num_classes: number of logits.
-      width: multiplier of all channel counts, α in the paper (1, 0.75, 0.5 or 0.25), which are then
-        rounded.
-      classifier_bias: whether the classifier adds a bias; the published code's does not.
-      dtype: of the computation; parameters, batch statistics and logits are float32.
-      axis_name: mapped axis over which batch statistics are averaged, or ``None``.
+    Attributes: those of `Network`; ``width`` is α in the paper (1, 0.75, 0.5 or 0.25).
 
     Raises:
-      ValueError: an attribute is not one of these, or images are not (batch, height ≥ 32,
-        width ≥ 32, channels).
+      ValueError: as `Network`; images are not (batch, height ≥ 32, width ≥ 32, channels).
 
     Example:
-      >>> import jax
+      >>> import jax, jax.numpy as jnp
       >>> model = MobileNetV1(num_classes=1000)
       >>> init = partial(model.init_with_output, train=False)
       >>> logits, variables = jax.eval_shape(init, jax.random.key(0), jnp.ones((2, 64, 64, 3)))
@@ -93,18 +83,7 @@ class MobileNetV1(nn.Module):
     Applications" (arXiv 1704.04861).
     """
 
-    num_classes: int
-    width: float = 1.0
-    classifier_bias: bool = False
-    dtype: DTypeLike = jnp.float32
-    axis_name: str | None = None
-
-    def __post_init__(self) -> None:
-        """Checks the attributes."""
-        check(self.num_classes >= 1, "num_classes", self.num_classes, "1 or more")
-        least = 1 / 32
-        check(least <= self.width < float("inf"), "width", self.width, f"{least} or more")
-        super().__post_init__()
+    narrowest = 32
 
     @nn.compact
     def __call__(self, images: Array, train: bool) -> Array:
@@ -112,15 +91,8 @@ class MobileNetV1(nn.Module):
         check_images(images, least=32)
         conv = partial(convolution, dtype=self.dtype, kernel_init=TORCH_DEFAULT)
         norm = batch_norm(train, self.dtype, self.axis_name)
-        x = conv(round(32 * self.width), (3, 3), 2, name="stem")(images)
+        x = conv(self.channels(32), (3, 3), 2, name="stem")(images)
         x = nn.relu(norm(name="stem_norm")(x))
         for index, (features, strides) in enumerate(_PLAN, 1):
-            features = round(features * self.width)
-            x = SeparableConv(features, conv, norm, strides, name=f"block{index}")(x)
-        return pool_and_classify(
-            x,
-            self.num_classes,
-            dtype=self.dtype,
-            use_bias=self.classifier_bias,
-            kernel_init=KAIMING_FAN_IN,
-        )
+            x = SeparableConv(self.channels(features), conv, norm, strides, name=f"block{index}")(x)
+        return self.classify(x, KAIMING_FAN_IN)

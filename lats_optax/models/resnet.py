@@ -11,17 +11,15 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
 
 from lats_optax.models.layers import (
     KAIMING_FAN_IN,
     Maker,
+    Network,
     batch_norm,
-    check,
     check_choice,
     check_images,
     convolution,
-    pool_and_classify,
 )
 
 
@@ -180,7 +178,7 @@ class ResidualBlock(nn.Module):
         return nn.relu(subsample_and_pad(x, self.spec) + y)
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """ResNet-18, -34, -50 or -101 for ImageNet, as the LATS code has it.
 
     A 7×7 convolution and a 3×3 maximum, both with strides of 2; four stages; the mean over
@@ -188,15 +186,11 @@ class ResNet(nn.Module):
     classifier are drawn Kaiming-normal: fan-in, for relu.
 
     Attributes:
-      depth: 18, 34, 50 or 101.
-      num_classes: number of logits.
-      classifier_bias: whether the classifier adds a bias; the published code's does not.
-      dtype: of the computation; parameters, batch statistics and logits are float32.
-      axis_name: mapped axis over which batch statistics are averaged, or ``None``.
+      depth: 18, 34, 50 or 101; the others are those of `Network`.
 
     Raises:
-      ValueError: an attribute is not one of these, or images are not (batch, height ≥ 32,
-        width ≥ 32, channels).
+      ValueError: another depth; as `Network`; images are not (batch, height ≥ 32, width ≥ 32,
+        channels).
 
     Example:
       >>> import jax
@@ -212,15 +206,10 @@ class ResNet(nn.Module):
     """
 
     depth: int
-    num_classes: int
-    classifier_bias: bool = False
-    dtype: DTypeLike = jnp.float32
-    axis_name: str | None = None
 
     def __post_init__(self) -> None:
         """Checks the attributes."""
         check_choice("depth", self.depth, PLANS)
-        check(self.num_classes >= 1, "num_classes", self.num_classes, "1 or more")
         super().__post_init__()
 
     @nn.compact
@@ -229,20 +218,14 @@ class ResNet(nn.Module):
         check_images(images, least=32)
         conv = partial(convolution, dtype=self.dtype, kernel_init=KAIMING_FAN_IN)
         norm = batch_norm(train, self.dtype, self.axis_name)
-        x = conv(64, (7, 7), 2, name="stem")(images)
+        x = conv(self.channels(64), (7, 7), 2, name="stem")(images)
         x = max_pool(nn.relu(norm(name="stem_norm")(x)))
-        for name, spec in stages(*PLANS[self.depth], width=64):
+        for name, spec in stages(*PLANS[self.depth], width=self.channels(64)):
             x = ResidualBlock(spec, conv, norm, name=name)(x)
-        return pool_and_classify(
-            x,
-            self.num_classes,
-            dtype=self.dtype,
-            use_bias=self.classifier_bias,
-            kernel_init=KAIMING_FAN_IN,
-        )
+        return self.classify(x, KAIMING_FAN_IN)
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(Network):
     """ResNet-20, -32 or -56 for images of 32×32 pixels.
 
     A 3×3 convolution; three stages of basic blocks with 16, 32 and 64 features; the mean over
@@ -251,15 +234,11 @@ class CifarResNet(nn.Module):
     zeros ("option A"). Kernels and the classifier are drawn Kaiming-normal: fan-in, for relu.
 
     Attributes:
-      depth: 20, 32 or 56.
-      num_classes: number of logits.
-      classifier_bias: whether the classifier adds a bias.
-      dtype: of the computation; parameters, batch statistics and logits are float32.
-      axis_name: mapped axis over which batch statistics are averaged, or ``None``.
+      depth: 20, 32 or 56; the others are those of `Network`.
 
     Raises:
-      ValueError: an attribute is not one of these, or images are not (batch, height ≥ 4,
-        width ≥ 4, channels).
+      ValueError: another depth; as `Network`; images are not (batch, height ≥ 4, width ≥ 4,
+        channels).
 
     Example:
       >>> import jax
@@ -274,15 +253,12 @@ class CifarResNet(nn.Module):
     """
 
     depth: int
-    num_classes: int
-    classifier_bias: bool = False
-    dtype: DTypeLike = jnp.float32
-    axis_name: str | None = None
+
+    narrowest = 16
 
     def __post_init__(self) -> None:
         """Checks the attributes."""
         check_choice("depth", self.depth, CIFAR_PLANS)
-        check(self.num_classes >= 1, "num_classes", self.num_classes, "1 or more")
         super().__post_init__()
 
     @nn.compact
@@ -291,16 +267,10 @@ class CifarResNet(nn.Module):
         check_images(images, least=4)
         conv = partial(convolution, dtype=self.dtype, kernel_init=KAIMING_FAN_IN)
         norm = batch_norm(train, self.dtype, self.axis_name)
-        x = nn.relu(norm(name="stem_norm")(conv(16, (3, 3), name="stem")(images)))
-        for name, spec in stages(basic, [CIFAR_PLANS[self.depth]] * 3, width=16):
+        x = nn.relu(norm(name="stem_norm")(conv(self.channels(16), (3, 3), name="stem")(images)))
+        for name, spec in stages(basic, [CIFAR_PLANS[self.depth]] * 3, width=self.channels(16)):
             x = ResidualBlock(spec, conv, norm, project=False, name=name)(x)
-        return pool_and_classify(
-            x,
-            self.num_classes,
-            dtype=self.dtype,
-            use_bias=self.classifier_bias,
-            kernel_init=KAIMING_FAN_IN,
-        )
+        return self.classify(x, KAIMING_FAN_IN)
 
 
 def max_pool(x: Array) -> Array:

@@ -9,18 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.nn.initializers import Initializer
-from jax.typing import DTypeLike
 
 from lats_optax.models.layers import (
     KAIMING_FAN_OUT,
     TORCH_DEFAULT,
     Maker,
+    Network,
     batch_norm,
     check,
     check_choice,
     check_images,
     convolution,
-    pool_and_classify,
 )
 from lats_optax.models.resnet import PLANS, BlockSpec, branch, max_pool, projection, stages
 from lats_optax.models.spiking import Neuron, SpikingLayer
@@ -89,7 +88,7 @@ class SEWBlock(nn.Module):
         return CONNECTIONS[self.connection](x, y)
 
 
-class SEWResNet(nn.Module):
+class SEWResNet(Network, kw_only=True):
     """SEW ResNet-18, -34 or -50 for ImageNet: an image is shown for some steps, logits averaged.
 
     The plan is `ResNet`'s. The first convolution sees real numbers, the same at every step, so it
@@ -101,18 +100,18 @@ class SEWResNet(nn.Module):
 
     Attributes:
       depth: 18, 34 or 50.
-      num_classes: number of logits.
       steps: how often the image is shown, T in the paper.
       connection: ``"ADD"``, ``"AND"`` or ``"IAND"``: see `SEWBlock`.
       neuron: what all neurons do.
-      classifier_bias: whether the classifier adds a bias; the published code's does.
-      dtype: of the computation, potentials excepted, which are float32 as are parameters, batch
-        statistics and logits.
-      axis_name: mapped axis over which batch statistics are averaged, or ``None``.
+      stem: ``"imagenet"``, a 7×7 convolution and a 3×3 maximum, both with strides of 2; or
+        ``"cifar"``, a 3×3 convolution that strides neither, so that 32×32 images end on 4×4 maps.
+      classifier_bias: the published code's classifier adds one.
+
+    The others are those of `Network`; whatever ``dtype`` is, potentials are float32.
 
     Raises:
       ValueError: an attribute is not one of these, or images are not (batch, height ≥ 32,
-        width ≥ 32, channels).
+        width ≥ 32, channels), 8 for the small stem.
 
     Example:
       >>> model = SEWResNet(depth=18, num_classes=100)
@@ -125,44 +124,38 @@ class SEWResNet(nn.Module):
     """
 
     depth: int
-    num_classes: int
     steps: int = 4
     connection: str = "ADD"
     neuron: Neuron = Neuron()
+    stem: str = "imagenet"
     classifier_bias: bool = True
-    dtype: DTypeLike = jnp.float32
-    axis_name: str | None = None
 
     def __post_init__(self) -> None:
         """Checks the attributes."""
         check_choice("depth", self.depth, [18, 34, 50])
-        check(self.num_classes >= 1, "num_classes", self.num_classes, "1 or more")
         check(self.steps >= 1, "steps", self.steps, "1 or more")
         check_choice("connection", self.connection, CONNECTIONS)
         known = isinstance(self.neuron, Neuron)
         check(known, "neuron", self.neuron, "a Neuron, such as Neuron('if')")
+        check_choice("stem", self.stem, ["imagenet", "cifar"])
         super().__post_init__()
 
     @nn.compact
     def __call__(self, images: Array, train: bool) -> Array:
         """Maps images (batch, height, width, channels) to logits (batch, num_classes)."""
-        check_images(images, least=32)
+        small = self.stem == "cifar"
+        check_images(images, least=8 if small else 32)
         conv = partial(convolution, dtype=self.dtype, kernel_init=KAIMING_FAN_OUT)
         norm = batch_norm(train, self.dtype, self.axis_name)
         spike = partial(SpikingLayer, self.neuron)
-        x = norm(name="stem_norm")(conv(64, (7, 7), 2, name="stem")(images))
-        x = jnp.broadcast_to(x, (self.steps, *x.shape))
-        x = max_pool(spike(name="stem_neuron")(x))
-        for name, spec in stages(*PLANS[self.depth], width=64):
+        width = self.channels(64)
+        kernel_size, strides = ((3, 3), 1) if small else ((7, 7), 2)
+        x = norm(name="stem_norm")(conv(width, kernel_size, strides, name="stem")(images))
+        x = spike(name="stem_neuron")(jnp.broadcast_to(x, (self.steps, *x.shape)))
+        x = x if small else max_pool(x)
+        for name, spec in stages(*PLANS[self.depth], width=width):
             x = SEWBlock(spec, conv, norm, spike, self.connection, name=name)(x)
-        logits = pool_and_classify(
-            x,
-            self.num_classes,
-            dtype=self.dtype,
-            use_bias=self.classifier_bias,
-            kernel_init=TORCH_DEFAULT,
-            bias_init=_uniform(x.shape[-1]),
-        )
+        logits = self.classify(x, TORCH_DEFAULT, _uniform(x.shape[-1]))
         self.sow("intermediates", "logits_per_step", logits)
         return logits.mean(axis=0)
 

@@ -38,6 +38,24 @@ class ModelConfig:
     """Model of the zoo."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that the layers compute in; parameters are float32 in both cases."""
+    width: float | None = None
+    """Multiplier of all channel counts; as the other options, None: the model's default."""
+    classifier_bias: bool | None = None
+    """Whether the classifier adds a bias."""
+    steps: int | None = None
+    """How often a spiking network is shown an image."""
+    connection: str | None = None
+    """How a spiking block joins its shortcut: `ADD`, `AND` or `IAND`."""
+    neuron: str | None = None
+    """Spiking neuron: `if`, integrate-and-fire; `lif`, leaky; `plif`, leaky at a trained rate."""
+    stem: str | None = None
+    """First layers of a spiking network: `imagenet`, or `cifar` for images of 32×32."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that are given, by name."""
+        given = dataclasses.asdict(self)
+        return {k: v for k, v in given.items() if k not in ("name", "dtype") and v is not None}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -155,13 +155,17 @@ def make_model(config: TrainConfig, num_classes: int) -> nn.Module:
     """The model that a config names; its batch statistics are averaged over the replicas.
 
     Raises:
-      ValueError: there is no such model.
+      ValueError: there is no such model, it has no such option, or a value is not allowed.
     """
+    options = config.model.options
+    if "neuron" in options:
+        options["neuron"] = models.Neuron(options["neuron"])
     return models.create(
         config.model.name,
         num_classes=num_classes,
         dtype=jnp.dtype(config.model.dtype),
         axis_name=AXIS,
+        **options,
     )
 
 
