@@ -61,19 +61,12 @@ class Facts(NamedTuple):
     compile_seconds: float
 
 
-def lower_step(
-    config: TrainConfig,
-    devices: Sequence[Any],
-    batch_per_chip: int,
-    image_shape: tuple[int, ...] = IMAGE_SHAPE,
-    num_classes: int = CLASSES,
-) -> Any:
+def lower_step(config: TrainConfig, devices: Sequence[Any], batch_per_chip: int) -> Any:
     """The trainer's own step for these devices, before compilation; no array is made."""
-    model, optimizer = loop.make_model(config, num_classes), _optimizer(config)
-    state = jax.eval_shape(lambda: loop.make_state(config, model, optimizer, image_shape))
+    model, optimizer, state = _parts(config)
     chips = (len(devices), batch_per_chip)
     batch = {
-        "image": jax.ShapeDtypeStruct((*chips, *image_shape), jnp.dtype(config.model.dtype)),
+        "image": jax.ShapeDtypeStruct((*chips, *IMAGE_SHAPE), jnp.dtype(config.model.dtype)),
         "label": jax.ShapeDtypeStruct(chips, jnp.int32),
     }
     step = loop.make_train_step(config, model, optimizer)
@@ -124,8 +117,7 @@ def same_program(text: str) -> str:
 
 def selection_bytes(config: TrainConfig, device: Any) -> float:
     """Bytes that one selection of the quantile reads and writes."""
-    model, optimizer = loop.make_model(config, CLASSES), _optimizer(config)
-    state = jax.eval_shape(lambda: loop.make_state(config, model, optimizer, IMAGE_SHAPE))
+    _, optimizer, state = _parts(config)
     sharding = jax.sharding.SingleDeviceSharding(device)
     pruned = jax.tree.leaves(optimizer.mask(state.params))
     leaves = [
@@ -251,8 +243,12 @@ def main() -> None:
             print_worst(rows)
 
 
-def _optimizer(config: TrainConfig) -> Any:
-    return make_optimizer(config, _steps_per_epoch(config))
+def _parts(config: TrainConfig) -> tuple[Any, Any, Any]:
+    """Model, optimizer and the shapes of their state."""
+    model = loop.make_model(config, CLASSES)
+    optimizer = make_optimizer(config, _steps_per_epoch(config))
+    state = jax.eval_shape(lambda: loop.make_state(config, model, optimizer, IMAGE_SHAPE))
+    return model, optimizer, state
 
 
 def _steps_per_epoch(config: TrainConfig) -> int:

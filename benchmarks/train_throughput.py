@@ -83,28 +83,28 @@ def config_of(options: argparse.Namespace, prune: PruneConfig) -> TrainConfig:
     )
 
 
+def image_shape(options: argparse.Namespace) -> tuple[int, int, int]:
+    """Height, width and channels of the images."""
+    return options.image_size, options.image_size, 1 if options.model.startswith("digits") else 3
+
+
 def jax_runner(options: argparse.Namespace, prune: PruneConfig) -> Runner:
     """The trainer's step, compiled, on a batch that stays on the device."""
     config = config_of(options, prune)
-    model, optimizer = (
-        loop.make_model(config, CLASSES),
-        make_optimizer(config, STEPS_PER_EPOCH),
-    )
+    model, optimizer = loop.make_model(config, CLASSES), make_optimizer(config, STEPS_PER_EPOCH)
     parallel = DataParallel(jax.devices()[:1])
     step = parallel.train_step(loop.make_train_step(config, model, optimizer))
-    channels = 1 if options.model.startswith("digits") else 3
-    shape = (options.image_size, options.image_size, channels)
     random = np.random.default_rng(0)
-    images = random.standard_normal((options.batch_size, *shape), np.float32)
+    images = random.standard_normal((options.batch_size, *image_shape(options)), np.float32)
     batch = parallel.shard(
         {
             "image": images.astype(jnp.dtype(options.dtype)),
             "label": random.integers(CLASSES, size=options.batch_size, dtype=np.int32),
         }
     )
-    state = parallel.replicate(loop.make_state(config, model, optimizer, shape))
+    state = parallel.replicate(loop.make_state(config, model, optimizer, image_shape(options)))
     start = time.perf_counter()
-    # Compiled ahead for the sake of its memory analysis; the devices' own peak is of all programs.
+    # Ahead of time, for its memory analysis: the device's own peak would be that of all programs.
     compiled = step.lower(state, batch).compile()
     took = time.perf_counter() - start
     batch = jax.device_put(batch, compiled.input_shardings[0][1])
@@ -116,7 +116,7 @@ def jax_runner(options: argparse.Namespace, prune: PruneConfig) -> Runner:
         nonlocal state
         start = time.perf_counter()
         for _ in range(steps):
-            state, _ = step(state, batch)
+            state, _ = compiled(state, batch)
         jax.block_until_ready(state)
         return time.perf_counter() - start
 
@@ -196,7 +196,7 @@ def print_table(runners: dict[str, Runner], results: dict[str, Result]) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line, with what depends on the machine filled in."""
+    """The command line, checked, with what depends on the machine filled in."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="resnet50", help="model of the zoo")
     parser.add_argument("--batch-size", type=int, default=128)
@@ -214,6 +214,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         options.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if options.torch and options.model not in TORCH_MODELS:
         parser.error(f"--torch: allowed with --model {', '.join(TORCH_MODELS)}")
+    try:
+        config = config_of(options, PRUNE["dense"])
+        model = loop.make_model(config, CLASSES)
+        optimizer = make_optimizer(config, STEPS_PER_EPOCH)
+        jax.eval_shape(lambda: loop.make_state(config, model, optimizer, image_shape(options)))
+    except ValueError as error:
+        parser.error(str(error))
     return options
 
 

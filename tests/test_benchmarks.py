@@ -1,9 +1,19 @@
-"""What the optimizer benchmark counts, at small shapes: the streams of one fused update."""
+"""The benchmarks at small sizes: what they count, against counts by hand, and that they run."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import optimizer_step, shapes
+from benchmarks import optimizer_step, shapes, tpu_compile, train_throughput
+from lats_optax.training.config import (
+    DataConfig,
+    OptimizerConfig,
+    PruneConfig,
+    TrainConfig,
+)
+from tests import tiny
 
 SMALL = {f"layer{i}/kernel": (512, 512) for i in range(3)}
 
@@ -55,3 +65,136 @@ ENTRY %main (w: f32[64,64], g: f32[64,64], count: s32[]) -> (f32[64,64], f32[64,
 """
     # Two arrays and a scalar in, two arrays out; the schedule's own fusion is no pass.
     assert optimizer_step.fused_traffic(text) == (1, 4 * 64 * 64 * 4 + 4)
+
+
+# --- tpu_compile --------------------------------------------------------------------------------
+
+
+def test_collectives_are_counted_with_what_they_return():
+    text = """
+  %sum = f32[2,64]{1,0:T(2,128)S(1)} all-reduce(%a), channel_id=1, to_apply=%add
+  %both = (f32[8]{0}, bf16[3,5]{1,0}) all-reduce(%b, %c), channel_id=2, to_apply=%add
+  %start = (f32[4]{0}, f32[32]{0}) all-gather-start(%d), channel_id=3, dimensions={0}
+  %done = f32[32]{0} all-gather-done(%start)
+  %scalar = f32[] all-reduce-scatter-like-fusion(%all-reduce.1), kind=kLoop
+  ROOT %out = pred[] collective-permute(%e), channel_id=4
+"""
+    assert tpu_compile.collectives(text) == {
+        "all-reduce": (2, 4 * 2 * 64 + 4 * 8 + 2 * 15),
+        "all-gather": (1, 4 * 32),
+        "collective-permute": (1, 1),
+    }
+
+
+@pytest.fixture
+def small_preset(monkeypatch):
+    """A config of a tiny model, which the benchmark takes for a preset of ImageNet."""
+    tiny.install(monkeypatch)
+    monkeypatch.setattr(tpu_compile, "IMAGE_SHAPE", tiny.SHAPE)
+    monkeypatch.setattr(tpu_compile, "CLASSES", tiny.CLASSES)
+    monkeypatch.setattr(tpu_compile, "TRAINING_IMAGES", 640)
+    return TrainConfig(
+        data=DataConfig(batch_size=64),
+        optimizer=OptimizerConfig(warmup_epochs=1, decay="epoch"),
+        epochs=10,
+    )
+
+
+def pruned(config, **prune):
+    return dataclasses.replace(config, prune=PruneConfig(**prune))
+
+
+@pytest.mark.parametrize(
+    ("prune", "same"),
+    [
+        ({"final_threshold": 0.3, "schedule": "epoch-lats"}, True),
+        ({"final_threshold": 0.1, "schedule": "pgh", "beta": 0.1}, True),
+        ({"final_threshold": 0.1, "weight_decay_on": "weights"}, False),
+        ({"final_threshold": 0.1, "exclude": ("Dense",)}, False),
+        ({"target_sparsity": 0.9}, False),
+        ({}, False),
+    ],
+)
+def test_steps_that_differ_in_their_table_alone_are_one_program(small_preset, prune, same):
+    def program(config):
+        lowered = tpu_compile.lower_step(config, jax.devices()[:2], 1)
+        return tpu_compile.same_program(lowered.as_text())
+
+    lats = program(pruned(small_preset, final_threshold=0.1))
+    assert (program(pruned(small_preset, **prune)) == lats) == same
+
+
+def test_row_of_a_step_that_is_told_its_sparsity(small_preset):
+    compiler = tpu_compile.Compiler(jax.devices()[:2], batch_per_chip=1)
+    schedule = compiler.row(pruned(small_preset, final_threshold=0.1), "schedule")
+    closed = compiler.row(pruned(small_preset, target_sparsity=0.9, update_every=5), "closed")
+    assert not schedule["more_collectives"]
+    assert not closed["more_collectives"]
+    assert closed["compiled_as"] == "closed"
+    # The convolution is 3·3·1·8, the classifier 4·4·8·3; eight reads of them in each fifth step.
+    weights = 4 * (3 * 3 * 1 * 8 + 4 * 4 * 8 * 3)
+    assert closed["bytes_accessed"] >= schedule["bytes_accessed"] + 8 * weights / 5
+    # A sparse step takes in theta and its count; the threshold before the step is not read.
+    dense = compiler.step(small_preset, "dense")[1]
+    assert schedule["arguments"] - dense.arguments == weights + 4
+    assert schedule["memory"] >= schedule["arguments"]
+
+
+# --- train_throughput ---------------------------------------------------------------------------
+
+
+def test_throughput_of_dense_and_sparse_steps(monkeypatch, capsys):
+    tiny.install(monkeypatch)
+    arguments = "--model tiny --image-size 4 --batch-size 4 --steps 1 --rounds 2"
+    results = train_throughput.main(arguments.split())
+    assert list(results) == ["dense", "sparse"]
+    for row in results.values():
+        assert row.images_per_second * row.milliseconds == pytest.approx(4 * 1e3)
+        assert row.low <= row.ratio <= row.high
+    assert results["dense"].ratio == 1
+    printed = capsys.readouterr().out
+    assert "PyTorch: left out, there is no tiny" in printed
+    assert printed.splitlines()[-1].startswith("sparse")
+
+
+def test_rounds_take_turns_and_the_first_does_not_count():
+    calls, durations = [], {"dense": iter([9, 2, 2, 4]), "other": iter([9, 1, 2, 1])}
+
+    def runner(name):
+        def seconds(steps):
+            calls.append(name)
+            return next(durations[name]) * steps
+
+        return train_throughput.Runner(seconds, lambda: None, "")
+
+    runners = {name: runner(name) for name in durations}
+    results = train_throughput.measure(runners, batch_size=10, steps=5, rounds=3)
+    assert calls == ["dense", "other", "other", "dense", "dense", "other", "other", "dense"]
+    # Images per second 5, 5, 2.5 and 10, 5, 10; their ratios 2, 1, 4.
+    assert results["other"] == train_throughput.Result(10, 1000, 2, 1.5, 3)
+    assert results["dense"] == train_throughput.Result(5, 2000, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "resnet5"], "model 'resnet5' is not known"),
+        (["--steps", "0"], "--steps: allowed is 1 or more"),
+        (["--rounds", "1"], "--rounds: allowed is 2 or more"),
+        (["--model", "digits-cnn", "--torch"], "--torch: allowed with --model resnet18"),
+        (["--model", "resnet18", "--image-size", "8"], "at least 32"),
+    ],
+)
+def test_throughput_of_what_is_not_allowed(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        train_throughput.parse(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_peer_in_pytorch_is_the_same_network():
+    pytest.importorskip("torch")
+    from benchmarks import torch_resnet
+
+    model = torch_resnet.resnet("resnet50")
+    assert sum(p.numel() for p in model.parameters()) == 25_556_032
