@@ -23,6 +23,7 @@ import dataclasses
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -146,6 +147,13 @@ class Compiler:
         key = same_program(lowered.as_text())
         if key not in self.known:
             self.known[key] = name, facts(lowered)
+            compiled = self.known[key][1]
+            print(
+                f"  compiled {name}: {compiled.compile_seconds:.0f} s, "
+                f"{compiled.bytes_accessed / 1e9:.2f} GB, memory {compiled.memory / 1e9:.2f} GB",
+                file=sys.stderr,
+                flush=True,
+            )
         return self.known[key]
 
     def row(self, config: TrainConfig, name: str) -> dict[str, Any]:
