@@ -1,7 +1,7 @@
 """Soft threshold pruning for optax: the public optimizer API (jax and optax alone)."""
 
 from lats_optax import prox
-from lats_optax.masks import prunable, select, support
+from lats_optax.masks import prunable, restrict, select, support
 from lats_optax.sparsity import LayerSparsity, SparsityReport, sparsity
 from lats_optax.target import ClosedLoop, TargetSparsityState, target_sparsity
 from lats_optax.thresholds import (
@@ -41,6 +41,7 @@ __all__ = [
     "prox",
     "proximal_step",
     "prunable",
+    "restrict",
     "s_lats_threshold",
     "select",
     "soft_threshold",

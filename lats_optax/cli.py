@@ -125,7 +125,9 @@ def _print_run(result: loop.RunResult) -> None:
     if not result.is_primary:
         return
     print(result.sparsity)
-    print(f"test accuracy {result.test_accuracy:.2%} after {result.seconds:.0f} s")
+    averaged = result.test_accuracy_averaged
+    more = "" if averaged is None else f", with averaged weights {averaged:.2%},"
+    print(f"test accuracy {result.test_accuracy:.2%}{more} after {result.seconds:.0f} s")
     workdir = result.config.workdir
     print(f"metrics       {workdir}/metrics.jsonl; tensorboard --logdir {workdir}")
     print(f"checkpoint    {result.checkpoint}")

@@ -114,6 +114,69 @@ def support(params: Any, mask: MaskOrFunction = prunable) -> Any:
     )
 
 
+def restrict(params: Any, support: Any) -> Any:
+    """Zero what a support excludes: ``support * w``.
+
+    What it keeps is not touched; what it excludes is +0.0 in the leaf's own type, whatever stood
+    there. An average of sparse parameters (EMA) is dense, because each entry was alive at one step
+    or another: restricted to the support of the last parameters it has exactly their zeros.
+
+    Args:
+      params: a pytree of arrays.
+      support: bools in a tree like ``params`` (or a prefix of it), as :func:`support` makes it: an
+        array of the shape of its leaf, or a scalar for the whole leaf.
+
+    Returns:
+      A pytree with the structure, shapes and dtypes of ``params``.
+
+    Raises:
+      ValueError: a support of another structure or shape, or not of bools.
+
+    Example:
+      >>> import jax.numpy as jnp, lats_optax
+      >>> params = {"kernel": jnp.array([[0.0, 2.0]]), "bias": jnp.zeros(1)}
+      >>> average = {"kernel": jnp.array([[0.1, 1.9]]), "bias": jnp.array([0.3])}
+      >>> restrict(average, lats_optax.support(params))
+      {'bias': Array([0.3], dtype=float32), 'kernel': Array([[0. , 1.9]], dtype=float32)}
+    """
+    return jax.tree.map(
+        lambda alive, leaf: jnp.where(alive, leaf, jnp.zeros_like(leaf)),
+        spread_support(support, params),
+        params,
+    )
+
+
+def spread_support(support: Any, params: Any) -> Any:
+    """A support in exactly the structure of the parameters, as new arrays.
+
+    Args:
+      support: what :func:`restrict` takes.
+      params: a pytree of arrays.
+
+    Returns:
+      A pytree of bool arrays, of the shape of their leaf or scalar.
+
+    Raises:
+      ValueError: as :func:`restrict`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> spread_support(True, {"kernel": jnp.ones((1, 2))})
+      {'kernel': Array(True, dtype=bool)}
+    """
+
+    def copy(path: str, kept: Any, leaf: jax.Array) -> jax.Array:
+        kept = jnp.array(kept)
+        if kept.dtype != bool or kept.shape not in ((), jnp.shape(leaf)):
+            raise ValueError(
+                f"support: at {path} it is {kept.dtype}{list(kept.shape)}; allowed is "
+                f"bool{list(jnp.shape(leaf))} or a bool scalar"
+            )
+        return kept
+
+    return jax.tree.map(copy, paths(params), spread("support", support, params), params)
+
+
 def paths(params: Any) -> Any:
     """The path of every leaf, such as ``Dense_0/kernel``, in a tree of the same structure.
 

@@ -72,7 +72,9 @@ def target_sparsity(
 
     Args:
       target: the sparsity to reach, the fraction of zeros among the pruned weights, in [0, 1).
-      learning_rate: the optimizer's own, a number or an optax schedule ``count -> eta``.
+      learning_rate: the optimizer's own, a number or an optax schedule ``count -> eta``. Only its
+        proportions count: increments of another threshold schedule, ``d(t + 1) - d(t)``, in its
+        place give a threshold that rises along that schedule's curve.
       steps: number of optimizer steps of the whole run.
       update_every: the quantile is selected anew every so many steps, and always at the last one.
         Default: a two-hundredth of the run, between 1 and 1000 steps. Each selection reads the

@@ -274,18 +274,7 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
     def init(params: Any) -> KeepSupportState:
         if not jax.tree.leaves(params):
             return KeepSupportState(jax.tree.map(lambda leaf: leaf, params))
-
-        def copy(path: str, kept: Any, leaf: jax.Array) -> jax.Array:
-            kept = jnp.array(kept)
-            if kept.dtype != bool or kept.shape not in ((), leaf.shape):
-                raise ValueError(
-                    f"support: at {path} it is {kept.dtype}{list(kept.shape)}; allowed is "
-                    f"bool{list(leaf.shape)} or a bool scalar"
-                )
-            return kept
-
-        full = masks.spread("support", support, params)
-        return KeepSupportState(jax.tree.map(copy, masks.paths(params), full, params))
+        return KeepSupportState(masks.spread_support(support, params))
 
     def update(
         updates: Any, state: KeepSupportState, params: Any = None, **extra_args: Any

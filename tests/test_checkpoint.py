@@ -53,9 +53,10 @@ def assert_equal_runs(a, b):
 
 
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, monkeypatch):
-    straight = loop.train(tiny.config(tmp_path / "straight", prune=SPARSE, log_every=1))
+    watched = {"prune": SPARSE, "log_every": 1, "average_decay": 0.9}
+    straight = loop.train(tiny.config(tmp_path / "straight", **watched))
 
-    config = tiny.config(tmp_path / "stopped", prune=SPARSE, log_every=1)
+    config = tiny.config(tmp_path / "stopped", **watched)
     with monkeypatch.context() as context:
         at_step(context, 16, die)
         with pytest.raises(KilledError):
@@ -63,7 +64,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, monkeypatch):
     assert read_metrics(config.workdir / "metrics.jsonl")[-1]["step"] == 15
     resumed = loop.train(dataclasses.replace(config, resume=True))
 
-    # The state is parameters, latent weights, threshold, momentum and counts.
+    # The state is parameters and their average, latent weights, threshold, momentum and counts.
     assert_equal_runs(straight, resumed)
     assert float(optax.tree.get(resumed.state.opt_state, "threshold")) > 0
     steps = [r["step"] for r in resumed.metrics if r["split"] == "train"]

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from lats_optax import masks, prunable, select, support
+from lats_optax import masks, prunable, restrict, select, support
 
 PARAMS = {
     "head": {"bias": jnp.zeros(2), "kernel": jnp.ones((4, 2))},
@@ -188,3 +188,41 @@ def test_support_follows_a_layer_through_masks():
     alive = support(params, select("a"))
     assert alive["a"].tolist() == [[False, True]]
     assert alive["b"].tolist() is True
+
+
+# --- restrict -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_restrict_keeps_what_is_alive_and_zeros_the_rest(dtype, compiled):
+    params = {"kernel": jnp.array([[3, -4, 5, -6]], dtype), "bias": jnp.array([7, 0], dtype)}
+    alive = {"kernel": jnp.array([[True, False, False, True]]), "bias": True}
+    kept = (jax.jit(restrict) if compiled else restrict)(params, alive)
+    assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype(dtype)}
+    assert kept["kernel"].tolist() == [[3, 0, 0, -6]]
+    assert kept["bias"].tolist() == [7, 0]
+
+
+def test_restrict_gives_positive_zeros_whatever_stood_there():
+    excluded = jnp.array([-1.0, -0.0, jnp.nan, jnp.inf, -jnp.inf, 1e-45])
+    kept = np.asarray(restrict(excluded, jnp.zeros(6, bool)))
+    assert (kept == 0).all()
+    assert not np.signbit(kept).any()
+    # What is kept is not looked at.
+    assert np.isnan(restrict(excluded, jnp.ones(6, bool))[2])
+
+
+def test_restrict_takes_prefixes_and_names_what_does_not_fit():
+    params = {"a": {"b": jnp.ones(2), "c": jnp.ones(3)}, "d": jnp.ones(2)}
+    kept = restrict(params, {"a": False, "d": jnp.array([True, False])})
+    assert jax.tree.map(lambda leaf: leaf.tolist(), kept) == {
+        "a": {"b": [0, 0], "c": [0, 0, 0]},
+        "d": [1, 0],
+    }
+    with pytest.raises(ValueError, match=r"^support: its structure"):
+        restrict(params, {"a": True})
+    with pytest.raises(ValueError, match=r"^support: at d it is bool\[3\]; allowed is bool\[2\]"):
+        restrict(params, {"a": True, "d": jnp.ones(3, bool)})
+    with pytest.raises(ValueError, match=r"^support: at d it is float32\[2\]; allowed is bool"):
+        restrict(params, {"a": True, "d": jnp.ones(2)})

@@ -8,7 +8,10 @@ import numpy as np
 import optax
 import pytest
 
+import lats_optax
+from lats_optax.thresholds import tabulate
 from lats_optax.training import loop
+from lats_optax.training.checkpoint import load_variables
 from lats_optax.training.config import (
     DataConfig,
     ModelConfig,
@@ -19,7 +22,7 @@ from lats_optax.training.config import (
     to_json,
 )
 from lats_optax.training.logging import MetricsLog, read_metrics
-from lats_optax.training.optimizer import cosine, make_optimizer
+from lats_optax.training.optimizer import cosine, increments, make_optimizer, schedule_to
 from lats_optax.training.parallel import AXIS, DataParallel
 from lats_optax.training.presets import PRESETS
 from lats_optax.training.step import cross_entropy
@@ -151,10 +154,57 @@ def test_learning_rate_is_the_formula(decay, warmup):
         assert float(schedule(step)) == pytest.approx(0.4 * rate, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "beta"),
-    [("lats", None), ("s-lats", None), ("epoch-lats", None), ("pgh", 0.5), ("constant", None)],
-)
+RISING = [("lats", None), ("s-lats", None), ("epoch-lats", None), ("pgh", 0.01)]
+
+
+@pytest.mark.parametrize(("schedule", "beta"), RISING)
+def test_a_named_sparsity_follows_the_curve_of_every_schedule(schedule, beta):
+    """Weights that stand still: the curve itself. Weights that move: the target, exactly."""
+    sgd = OptimizerConfig(learning_rate=0.1, momentum=0.0, warmup_epochs=1, decay="epoch")
+    how = {"schedule": schedule, "beta": beta}
+    target = TrainConfig(optimizer=sgd, prune=PruneConfig(0.8, **how, update_every=1), epochs=4)
+    tx = make_optimizer(target, steps_per_epoch=5).transform
+    weights = jax.random.normal(jax.random.key(0), (20, 50))
+    quantile = float(jnp.sort(jnp.abs(weights).ravel())[799])
+    # Whose thresholds are the published ones: tests/test_thresholds.py.
+    open_loop = TrainConfig(
+        optimizer=sgd, prune=PruneConfig(final_threshold=quantile, **how), epochs=4
+    )
+    reference = make_optimizer(open_loop, steps_per_epoch=5).transform
+    update, update_reference = jax.jit(tx.update), jax.jit(reference.update)
+
+    def threshold(state):
+        return float(optax.tree.get(state, "threshold"))
+
+    state, expected, params = tx.init(weights), reference.init(weights), weights
+    for _ in range(20):
+        _, state = update(jnp.zeros_like(weights), state, weights)
+        _, expected = update_reference(jnp.zeros_like(weights), expected, weights)
+        assert threshold(state) == pytest.approx(threshold(expected), abs=1e-6)
+    assert threshold(state) == quantile
+
+    state = tx.init(weights)
+    for step in range(20):
+        gradient = params - jax.random.normal(jax.random.key(step), weights.shape)
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    assert int((params == 0).sum()) == 800
+
+
+@pytest.mark.parametrize(("schedule", "beta"), [*RISING[1:], ("pgh", 1e-4)])
+def test_long_curves_are_followed_to_their_end(schedule, beta):
+    """As many steps as on ImageNet: the last increments are lost in rounding, the end is not."""
+    prune = PruneConfig(0.9, schedule=schedule, beta=beta)
+    rises = schedule_to(TrainConfig(prune=prune, epochs=100), None, 5004, 1.0)
+    weights = tabulate(increments(rises), 500_400)
+    left = np.cumsum(weights[::-1])[::-1]
+    gains = np.divide(weights, left, out=np.zeros_like(weights), where=left > 0)
+    assert (weights >= 0).all()
+    distance = np.cumprod(1 - gains[:-1])
+    np.testing.assert_allclose(1 - distance, rises.table[1:-1], atol=1e-9)
+
+
+@pytest.mark.parametrize(("schedule", "beta"), [*RISING[:3], ("pgh", 0.5), ("constant", None)])
 def test_every_schedule_ends_at_the_final_threshold(schedule, beta):
     prune = PruneConfig(final_threshold=0.02, schedule=schedule, beta=beta)
     tx = make_optimizer(TrainConfig(prune=prune, epochs=2), steps_per_epoch=3).transform
@@ -252,10 +302,16 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
         (lambda: OptimizerConfig(momentum=1.0), ["optimizer.momentum", "1.0", "< 1"]),
         (lambda: OptimizerConfig(weight_decay=-1.0), ["optimizer.weight_decay", "-1.0"]),
         (lambda: OptimizerConfig(warmup_epochs=-1), ["optimizer.warmup_epochs", "-1"]),
+        (lambda: OptimizerConfig(accumulate=0), ["optimizer.accumulate", "0", "1 or more"]),
+        (lambda: TrainConfig(average_decay=1.0), ["average_decay", "1.0", "< 1"]),
+        (lambda: TrainConfig(average_decay=float("nan")), ["average_decay", "nan"]),
         (lambda: PruneConfig(target_sparsity=1.0), ["prune.target_sparsity", "1.0", "< 1"]),
         (lambda: PruneConfig(target_sparsity=-0.1), ["prune.target_sparsity", "-0.1"]),
         (lambda: PruneConfig(0.9, 0.1), ["prune.target_sparsity", "prune.final_threshold", "one"]),
-        (lambda: PruneConfig(0.9, schedule="pgh"), ["prune.schedule", "'pgh'", "target_sparsity"]),
+        (lambda: PruneConfig(0.9, schedule="constant"), ["prune.schedule", "target_sparsity"]),
+        (lambda: PruneConfig(0.9, schedule="pgh"), ["prune.beta", "None", "above 0"]),
+        (lambda: PruneConfig(0.9, beta=0.5), ["prune.beta", "0.5", "pgh"]),
+        (lambda: PruneConfig(beta=0.5, schedule="pgh"), ["prune.beta", "0.5", "sparse run"]),
         (lambda: PruneConfig(0.9, update_every=0), ["prune.update_every", "0", "1 or more"]),
         (lambda: PruneConfig(update_every=2), ["prune.update_every", "2", "target_sparsity"]),
         (lambda: PruneConfig(final_threshold=-1.0), ["prune.final_threshold", "-1.0"]),
@@ -275,6 +331,10 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
             ["optimizer.warmup_epochs", "5", "epochs"],
         ),
         (lambda: DataParallel(jax.devices()[:8]).host_batch_size(12), ["batch_size", "12", "8"]),
+        (
+            lambda: DataParallel(jax.devices()[:2]).host_batch_size(8, accumulate=3),
+            ["batch_size", "8", "2 devices", "optimizer.accumulate 3", "multiple of 6"],
+        ),
     ],
 )
 def test_a_value_that_is_not_allowed_is_named(make, words):
@@ -304,6 +364,9 @@ def test_an_expression_that_matches_nothing_is_refused(tmp_path):
         ({"epochs": 4}, "epochs is 4 and was 3"),
         ({"prune": SPARSE}, "prune.target_sparsity is 0.75 and was None"),
         ({"model": ModelConfig(dtype="bfloat16")}, "model.dtype is 'bfloat16'"),
+        ({"model": ModelConfig(width=0.5)}, "model.width is 0.5 and was None"),
+        ({"average_decay": 0.9}, "average_decay is 0.9 and was None"),
+        ({"optimizer": OptimizerConfig(accumulate=2)}, "optimizer.accumulate is 2 and was 1"),
     ],
 )
 def test_resuming_something_else_is_refused(tmp_path, change, word):
@@ -320,10 +383,112 @@ def test_resuming_elsewhere_or_watched_differently_is_allowed(tmp_path):
 
 
 def test_bfloat16_trains_with_float32_parameters(tmp_path):
-    config = tiny.config(tmp_path / "run", model=ModelConfig(dtype="bfloat16"), epochs=1)
+    config = tiny.config(
+        tmp_path / "run",
+        model=ModelConfig(dtype="bfloat16"),
+        optimizer=OptimizerConfig(learning_rate=0.05, accumulate=2),
+        prune=SPARSE,
+        average_decay=0.9,
+    )
+    result = loop.train(config, jax.devices()[:2])
+    state = jax.device_get(result.state)
+    for leaf in jax.tree.leaves((state.params, state.average)):
+        assert leaf.dtype == np.float32
+    assert result.sparsity.zeros == round(0.75 * result.sparsity.size)
+    losses = [record["loss"] for record in result.metrics if record["split"] == "train"]
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
+
+
+# Averaged weights
+
+
+@pytest.mark.parametrize("prune", [SPARSE, PruneConfig()], ids=["sparse", "dense"])
+def test_averaged_weights_are_evaluated_and_kept_sparse(tmp_path, monkeypatch, prune):
+    traces = []
+
+    def counted(*args, original=loop.eval_step, **keywords):
+        traces.append(1)
+        return original(*args, **keywords)
+
+    monkeypatch.setattr(loop, "eval_step", counted)
+    config = tiny.config(tmp_path / "run", prune=prune, average_decay=0.8)
     result = loop.train(config)
-    assert all(p.dtype == np.float32 for p in jax.tree.leaves(params_of(result)))
-    assert np.isfinite(result.metrics[-1]["loss"])
+    assert len(traces) == 1
+
+    plain, kept = load_variables(config.workdir), load_variables(config.workdir, averaged=True)
+    average = jax.device_get(result.state.average)
+    jax.tree.map(np.testing.assert_array_equal, kept["batch_stats"], average.batch_stats)
+    for layer in ("Conv_0", "Dense_0"):
+        weights, averages = plain["params"][layer]["kernel"], kept["params"][layer]["kernel"]
+        np.testing.assert_array_equal(weights == 0, averages == 0)
+        assert not np.signbit(averages[averages == 0]).any()
+        alive = weights != 0
+        np.testing.assert_array_equal(averages[alive], average.params[layer]["kernel"][alive])
+    np.testing.assert_array_equal(
+        kept["params"]["Dense_0"]["bias"], average.params["Dense_0"]["bias"]
+    )
+    assert lats_optax.sparsity(kept["params"]).zeros == lats_optax.sparsity(plain["params"]).zeros
+    # The average itself is dense: without `restrict` its zeros would be lost.
+    assert not lats_optax.sparsity(average.params).zeros
+
+    examples = tiny.dataset().sources["test"]
+    images, labels = (np.stack([e[key] for e in examples]) for key in ("image", "label"))
+    found = np.argmax(tiny.Model().apply(kept, images, train=False), axis=1)
+    assert result.test_accuracy_averaged == pytest.approx(np.mean(found == labels))
+    records = [r for r in result.metrics if r["split"] == "test_average"]
+    assert [r["epoch"] for r in records] == [1, 2, 3]
+    assert records[-1]["accuracy"] == result.test_accuracy_averaged
+
+
+def test_a_run_without_an_average_has_none_to_load(tmp_path):
+    result = loop.train(tiny.config(tmp_path / "run", epochs=1))
+    assert result.state.average == ()
+    assert result.test_accuracy_averaged is None
+    with pytest.raises(ValueError, match=r"averaged is True; allowed .* average_decay"):
+        load_variables(tmp_path / "run", averaged=True)
+
+
+# Accumulated gradients
+
+
+def test_parts_of_a_batch_are_one_step(tmp_path):
+    """Two devices and two parts each, against a loop by hand over the two global parts."""
+    optimizer = OptimizerConfig(learning_rate=0.05, weight_decay=1e-3, accumulate=2)
+    config = tiny.config(tmp_path / "run", prune=SPARSE, optimizer=optimizer)
+    result = loop.train(config, jax.devices()[:2])
+
+    dataset, model = tiny.dataset(), tiny.Model()
+    tx = make_optimizer(config, steps_per_epoch=6).transform
+    variables = model.init(jax.random.key(0), jnp.zeros((1, *tiny.SHAPE)), train=False)
+    params, stats = variables["params"], variables["batch_stats"]
+    opt_state = tx.init(params)
+
+    @jax.jit
+    def gradient(params, stats, image, label):
+        def loss_fn(params):
+            variables = {"params": params, "batch_stats": stats}
+            logits, new = model.apply(variables, image, mutable=["batch_stats"])
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+            return losses.mean(), new["batch_stats"]
+
+        return jax.grad(loss_fn, has_aux=True)(params)
+
+    update = jax.jit(tx.update)
+    for _, batch in zip(range(18), dataset.train_batches(8, seed=0)):
+        # Device 0 has images 0 to 3 and device 1 the others; each takes its first two first.
+        grads = []
+        for rows in ([0, 1, 4, 5], [2, 3, 6, 7]):
+            part = batch["image"][rows], batch["label"][rows]
+            grad, stats = gradient(params, stats, *part)
+            grads.append(grad)
+        mean = jax.tree.map(lambda a, b: (a + b) / 2, *grads)
+        updates, opt_state = update(mean, opt_state, params)
+        params = optax.apply_updates(params, updates)
+
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5)  # noqa: E731
+    jax.tree.map(close, params_of(result), params)
+    jax.tree.map(close, jax.device_get(result.state.batch_stats), stats)
 
 
 def test_replicas_see_their_own_part_of_the_batch():

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
+from lats_optax.training import config as configs
+from lats_optax.training import step
+from lats_optax.training.optimizer import pruned_mask
 from lats_optax.training.step import TrainState
 from lats_optax.training.workdir import CHECKPOINTS
 
@@ -91,17 +94,20 @@ class Checkpoints:
         return Checkpoint(restored.state, restored.run["data_state"])
 
 
-def load_variables(workdir: Path | str) -> dict[str, Any]:
+def load_variables(workdir: Path | str, averaged: bool = False) -> dict[str, Any]:
     """The weights in a run's last checkpoint, as `model.apply` takes them.
 
     Args:
       workdir: directory of the run.
+      averaged: whether to load the averaged weights. Those of a sparse run are zero where its
+        weights are.
 
     Returns:
       `params` and `batch_stats`.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
+      ValueError: averaged weights are asked for, and the run has kept none.
     """
     directory = Path(workdir) / CHECKPOINTS
     if not directory.is_dir():
@@ -109,6 +115,16 @@ def load_variables(workdir: Path | str) -> dict[str, Any]:
     with Checkpoints(Path(workdir)) as checkpoints:
         if checkpoints.latest_step is None:
             raise FileNotFoundError(f"there is no checkpoint in {directory}.")
-        items = ocp.args.Composite(state=ocp.args.StandardRestore())
-        state = checkpoints._manager.restore(checkpoints.latest_step, args=items).state
-    return {"params": state["params"], "batch_stats": state["batch_stats"] or {}}
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(), run=ocp.args.JsonRestore())
+        restored = checkpoints._manager.restore(checkpoints.latest_step, args=items)
+    state = TrainState(**restored.state)
+    if averaged:
+        if not state.average:
+            raise ValueError(
+                f"averaged is True; allowed for {workdir}: False, because that run has no "
+                "average_decay."
+            )
+        prune = configs.prune_from_json(restored.run["config"])
+        mask = pruned_mask(prune) if prune.enabled else None
+        state = step.averaged(state._replace(average=step.Average(**state.average)), mask)
+    return {"params": state.params, "batch_stats": state.batch_stats or {}}

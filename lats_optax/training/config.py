@@ -72,6 +72,8 @@ class OptimizerConfig:
     """Epochs over which the learning rate rises linearly to its peak."""
     decay: Literal["step", "epoch"] = "step"
     """Whether the learning rate moves at every step or once an epoch."""
+    accumulate: int = 1
+    """Parts of each device's images that go through the model one after another, to save memory."""
 
     def __post_init__(self) -> None:
         positive = self.learning_rate > 0 and math.isfinite(self.learning_rate)
@@ -80,6 +82,7 @@ class OptimizerConfig:
         not_negative = self.weight_decay >= 0 and math.isfinite(self.weight_decay)
         _check(not_negative, "optimizer.weight_decay", self.weight_decay, "0 or more")
         _check(self.warmup_epochs >= 0, "optimizer.warmup_epochs", self.warmup_epochs, "0 or more")
+        _check(self.accumulate >= 1, "optimizer.accumulate", self.accumulate, "1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +94,7 @@ class PruneConfig:
     final_threshold: float | None = None
     """Threshold at the end of training, instead of a sparsity."""
     schedule: Literal["lats", "s-lats", "epoch-lats", "pgh", "constant"] = "lats"
-    """How the threshold gets to final_threshold; `lats` is exact for the run's learning rate."""
+    """How the threshold rises to its end; `lats` is exact for the run's learning rate."""
     beta: float | None = None
     """Base of the pgh schedule: the L1 penalty is proportional to beta**x, x from 0 to 1."""
     update_every: int | None = None
@@ -122,16 +125,16 @@ class PruneConfig:
             )
         if target is not None:
             _check(0 <= target < 1, "prune.target_sparsity", target, "0 <= target_sparsity < 1")
-            lats = self.schedule == "lats"
-            _check(lats, "prune.schedule", self.schedule, "'lats' with a target_sparsity")
+            rises = self.schedule != "constant"
+            with_target = "with a target_sparsity, all but 'constant'"
+            _check(rises, "prune.schedule", self.schedule, with_target)
         if final is not None:
             _check(final >= 0 and math.isfinite(final), "prune.final_threshold", final, "0 or more")
-        if final is not None and self.schedule == "pgh":
+        if self.enabled and self.schedule == "pgh":
             usable = beta is not None and beta > 0 and math.isfinite(beta)
             _check(usable, "prune.beta", beta, "with schedule pgh, a number above 0")
         else:
-            pgh = "a number only for a final_threshold with schedule pgh"
-            _check(beta is None, "prune.beta", beta, pgh)
+            _check(beta is None, "prune.beta", beta, "None, but for schedule pgh of a sparse run")
         if target is None:
             _check(every is None, "prune.update_every", every, "None without a target_sparsity")
         else:
@@ -161,6 +164,8 @@ class TrainConfig:
     prune: PruneConfig = PruneConfig()
     label_smoothing: float = 0.0
     """Mass that the training loss's target spreads evenly over all classes."""
+    average_decay: float | None = None
+    """Decay of an average of the weights over the steps (EMA), evaluated as well; None: none."""
     epochs: int = 20
     """Passes over the training images."""
     seed: int = 0
@@ -189,6 +194,9 @@ class TrainConfig:
             self.label_smoothing,
             "0 <= label_smoothing < 1",
         )
+        decay = self.average_decay
+        allowed = "None, or 0 <= average_decay < 1"
+        _check(decay is None or 0 <= decay < 1, "average_decay", decay, allowed)
         for field in ("epochs", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
             _check(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
         _check(0 <= self.seed < 2**32, "seed", self.seed, "0 <= seed < 2**32")
@@ -225,6 +233,19 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
     """
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return plain
+
+
+def prune_from_json(config: dict[str, Any]) -> PruneConfig:
+    """What was pruned, in a config that `to_json` made.
+
+    >>> prune_from_json(to_json(TrainConfig(prune=PruneConfig(0.9, exclude=("stem",))))).exclude
+    ('stem',)
+    """
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in config["prune"].items()
+    }
+    return PruneConfig(**fields)
 
 
 def check_resumable(saved: dict[str, Any], config: TrainConfig) -> None:

@@ -32,6 +32,7 @@ from lats_optax.training.step import (
     Metrics,
     Reduce,
     TrainState,
+    averaged,
     create_state,
     eval_step,
     train_step,
@@ -82,6 +83,7 @@ class RunResult:
     Attributes:
       config: what was run.
       test_accuracy: fraction of the test images that are classified correctly, at the end.
+      test_accuracy_averaged: that of the averaged weights; None where there are none.
       seconds: how long it took, compilation included; after a resume, since the resume.
       state: the last training state, on the run's devices.
       sparsity: the zeros of the weights that are pruned; in a dense run, that would be.
@@ -98,6 +100,7 @@ class RunResult:
     checkpoint: Path
     metrics: list[Record]
     is_primary: bool = True
+    test_accuracy_averaged: float | None = None
 
 
 def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> RunResult:
@@ -122,7 +125,7 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
     if config.distributed:
         join_processes()
     parallel = DataParallel(devices)
-    parallel.host_batch_size(config.data.batch_size)
+    parallel.host_batch_size(config.data.batch_size, config.optimizer.accumulate)
     dataset = data.load(config.data.name, config.data.data_dir)
     steps_per_epoch = dataset.num_train // config.data.batch_size
     if steps_per_epoch < 1:
@@ -186,6 +189,8 @@ def make_train_step(config: TrainConfig, model: nn.Module, optimizer: Optimizer)
         apply=model.apply,
         transform=optimizer.transform,
         label_smoothing=config.label_smoothing,
+        accumulate=config.optimizer.accumulate,
+        average_decay=config.average_decay,
     )
 
 
@@ -205,7 +210,8 @@ def make_state(
       optimizer: of `make_optimizer`.
       image_shape: (height, width, channels).
     """
-    return create_state(model, optimizer.transform, image_shape, config.seed)
+    average = config.average_decay is not None
+    return create_state(model, optimizer.transform, image_shape, config.seed, average)
 
 
 def initial_state(experiment: Experiment) -> TrainState:
@@ -250,7 +256,7 @@ def fit(experiment: Experiment) -> RunResult:
             MetricsLog(config.workdir, step, experiment.total_steps, parallel.is_primary) as log,
             Interruption(enabled=parallel.process_count == 1) as interruption,
         ):
-            test: dict[str, float] = {}
+            test: dict[str, dict[str, float]] = {}
             window: list[Metrics] = []
             window_started = time.perf_counter()
             while step < experiment.total_steps:
@@ -270,8 +276,9 @@ def fit(experiment: Experiment) -> RunResult:
                     progress = _progress(experiment, state, step)
                     log.write({"split": "train"} | progress | means | {"images_per_second": rate})
                     if evaluation_due:
-                        test = evaluate(experiment, state)
-                        log.write({"split": "test"} | progress | test)
+                        test = evaluate_all(experiment, state)
+                        for split, measured in test.items():
+                            log.write({"split": split} | progress | measured)
                     if checkpoint_due:
                         _check_finite(state, step, config, checkpoints)
                         checkpoints.save(state, batches.get_state(), configs.to_json(config))
@@ -282,10 +289,11 @@ def fit(experiment: Experiment) -> RunResult:
                     window, window_started = [], time.perf_counter()
 
     # The last step is followed by an evaluation, but a run may be resumed when it is over.
-    test = test or evaluate(experiment, state)
+    test = test or evaluate_all(experiment, state)
     return RunResult(
         config=config,
-        test_accuracy=test["accuracy"],
+        test_accuracy=test["test"]["accuracy"],
+        test_accuracy_averaged=test.get("test_average", {}).get("accuracy"),
         seconds=time.perf_counter() - started,
         state=state,
         sparsity=lats_optax.sparsity(state.params, experiment.optimizer.mask),
@@ -293,6 +301,15 @@ def fit(experiment: Experiment) -> RunResult:
         metrics=log.records,
         is_primary=parallel.is_primary,
     )
+
+
+def evaluate_all(experiment: Experiment, state: TrainState) -> dict[str, dict[str, float]]:
+    """What `evaluate` gives: `test` for the weights, `test_average` for those averaged, if any."""
+    found = {"test": evaluate(experiment, state)}
+    if experiment.config.average_decay is not None:
+        mask = experiment.optimizer.mask if experiment.config.prune.enabled else None
+        found["test_average"] = evaluate(experiment, averaged(state, mask))
+    return found
 
 
 def evaluate(experiment: Experiment, state: TrainState) -> dict[str, float]:

@@ -43,7 +43,7 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> Optimizer:
         optax.add_decayed_weights(config.optimizer.weight_decay),
         optax.sgd(learning_rate, momentum=config.optimizer.momentum or None),
     )
-    mask = _mask(config.prune)
+    mask = pruned_mask(config.prune)
     if not config.prune.enabled:
         return Optimizer(sgd, learning_rate, sums, mask)
     threshold = _threshold(config, learning_rate, steps_per_epoch)
@@ -84,7 +84,8 @@ def cosine(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
     return schedule
 
 
-def _mask(prune: PruneConfig) -> Callable[[Any], Any]:
+def pruned_mask(prune: PruneConfig) -> Callable[[Any], Any]:
+    """From parameters to a tree of bools: the leaves that are pruned, or would be."""
     if prune.include or prune.exclude:
         return lats_optax.select(prune.include or None, prune.exclude)
     return lats_optax.prunable
@@ -92,14 +93,34 @@ def _mask(prune: PruneConfig) -> Callable[[Any], Any]:
 
 def _threshold(config: TrainConfig, learning_rate: optax.Schedule, steps_per_epoch: int) -> Any:
     prune = config.prune
+    if prune.target_sparsity is None:
+        assert prune.final_threshold is not None
+        return schedule_to(config, learning_rate, steps_per_epoch, prune.final_threshold)
+    if prune.schedule == "lats":
+        weights = learning_rate
+    else:
+        weights = increments(schedule_to(config, learning_rate, steps_per_epoch, 1.0))
+    return lats_optax.target_sparsity(
+        prune.target_sparsity,
+        weights,
+        config.epochs * steps_per_epoch,
+        update_every=prune.update_every,
+    )
+
+
+def increments(threshold: lats_optax.ThresholdSchedule) -> optax.Schedule:
+    """What `target_sparsity` takes for a learning rate to follow the curve of a threshold."""
+    # The closed forms end on differences of numbers near 1, of which rounding may make less than 0.
+    increments = np.maximum(threshold.increments, 0.0)
+    return lambda count: jnp.asarray(increments)[count]
+
+
+def schedule_to(
+    config: TrainConfig, learning_rate: optax.Schedule, steps_per_epoch: int, final: float
+) -> Any:
+    """The threshold of `prune.schedule` that ends at `final`."""
     steps = config.epochs * steps_per_epoch
-    if prune.target_sparsity is not None:
-        return lats_optax.target_sparsity(
-            prune.target_sparsity, learning_rate, steps, update_every=prune.update_every
-        )
-    assert prune.final_threshold is not None
-    final = prune.final_threshold
-    match prune.schedule:
+    match config.prune.schedule:
         case "lats":
             return lats_optax.lats_threshold(learning_rate, steps, final)
         case "s-lats":
@@ -107,7 +128,7 @@ def _threshold(config: TrainConfig, learning_rate: optax.Schedule, steps_per_epo
         case "epoch-lats":
             return lats_optax.epoch_lats_threshold(config.epochs, steps_per_epoch, final)
         case "pgh":
-            assert prune.beta is not None
-            return lats_optax.pgh_threshold(steps, final, prune.beta)
+            assert config.prune.beta is not None
+            return lats_optax.pgh_threshold(steps, final, config.prune.beta)
         case "constant":
             return final

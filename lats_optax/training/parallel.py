@@ -54,16 +54,23 @@ class DataParallel:
         """Whether this is the process that writes logs."""
         return self.process_index == 0
 
-    def host_batch_size(self, batch_size: int) -> int:
+    def host_batch_size(self, batch_size: int, accumulate: int = 1) -> int:
         """The part that this process has of a batch of `batch_size` examples.
 
+        Args:
+          batch_size: examples over all devices of all processes.
+          accumulate: equal parts that each device divides its own into.
+
         Raises:
-          ValueError: the batch does not divide over the devices.
+          ValueError: the batch does not divide over the devices and the parts.
         """
-        if batch_size % len(self.devices):
+        count = len(self.devices)
+        if batch_size % (count * accumulate):
+            devices = "device" if count == 1 else "devices"
+            parts = f" with optimizer.accumulate {accumulate}" if accumulate > 1 else ""
             raise ValueError(
-                f"data.batch_size is {batch_size}; allowed on {len(self.devices)} devices: a "
-                f"multiple of {len(self.devices)}."
+                f"data.batch_size is {batch_size}; allowed on {count} {devices}{parts}: a multiple "
+                f"of {count * accumulate}."
             )
         return batch_size // len(self.devices) * len(self.local_devices)
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+import lats_optax
+
 Tree = TypeVar("Tree")
 Reduce = Callable[[Tree], Tree]
 Batch = Mapping[str, Any]
@@ -24,6 +26,15 @@ class TrainState(NamedTuple):
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
+    average: Any = ()
+    """An `Average`; `()` where none is kept."""
+
+
+class Average(NamedTuple):
+    """Exponential moving averages over the steps so far; those of sparse weights are dense."""
+
+    params: Any
+    batch_stats: Any
 
 
 def create_state(
@@ -31,6 +42,7 @@ def create_state(
     transform: optax.GradientTransformation,
     image_shape: tuple[int, ...],
     seed: int,
+    average: bool = False,
 ) -> TrainState:
     """The state before the first step.
 
@@ -39,6 +51,7 @@ def create_state(
       transform: what will update the parameters.
       image_shape: (height, width, channels).
       seed: of the initial parameters.
+      average: whether averages are kept.
 
     Returns:
       The state, on the default device.
@@ -50,7 +63,10 @@ def create_state(
         variables = model.init(jax.random.key(seed), image, train=False)
         params = variables["params"]
         stats = variables.get("batch_stats", {})
-        return TrainState(jnp.zeros((), jnp.int32), params, stats, transform.init(params))
+        # Copies: the state is donated, and a buffer can be given away once.
+        averages = Average(*jax.tree.map(jnp.copy, (params, stats))) if average else ()
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step, params, stats, transform.init(params), averages)
 
     return create()
 
@@ -63,8 +79,18 @@ def train_step(
     apply: Callable[..., Any],
     transform: optax.GradientTransformation,
     label_smoothing: float,
+    accumulate: int = 1,
+    average_decay: float | None = None,
 ) -> tuple[TrainState, Metrics]:
     """A step of the optimizer on the mean gradient of all replicas.
+
+    With `accumulate` a replica's images go through the model in so many parts, one after another,
+    and the gradients of all are averaged before the one step of the optimizer: what is pruned, and
+    when, stays as it is. Batch normalization sees one part at a time, and its running statistics
+    move once a part. Gradients and metrics are averaged over replicas once.
+
+    With `average_decay` a the averages move after step t (from 0) as
+    average ← d · average + (1 − d) · new, d = min(a, (1 + t) / (10 + t)).
 
     Args:
       state: the state before the step, equal on all replicas.
@@ -73,27 +99,75 @@ def train_step(
       apply: of a Flax module; its running statistics, if any, are in `batch_stats`.
       transform: the optimizer.
       label_smoothing: mass spread evenly over all classes.
+      accumulate: parts of the batch, a divisor of n.
+      average_decay: a, in [0, 1); None where the state has no averages.
 
     Returns:
       The state after the step, and the batch's mean `loss` and `accuracy` before it.
     """
 
-    def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+    def loss_fn(params: Any, stats: Any, part: Batch) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         logits, updated = apply(
-            {"params": params, "batch_stats": state.batch_stats},
-            batch["image"],
+            {"params": params, "batch_stats": stats},
+            part["image"],
             train=True,
             mutable=["batch_stats"],
         )
-        losses = cross_entropy(logits, batch["label"], label_smoothing)
-        return jnp.mean(losses), (logits, updated)
+        loss = jnp.mean(cross_entropy(logits, part["label"], label_smoothing))
+        accuracy = jnp.mean(_correct(logits, part["label"]))
+        return loss, (accuracy, updated.get("batch_stats", stats))
 
-    (loss, (logits, updated)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    def gradient(stats: Any, part: Batch) -> tuple[Any, tuple[Any, Metrics]]:
+        differentiate = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (accuracy, stats)), grads = differentiate(state.params, stats, part)
+        return stats, (grads, {"loss": loss, "accuracy": accuracy})
+
+    if accumulate == 1:
+        stats, (grads, metrics) = gradient(state.batch_stats, batch)
+    else:
+        stats, (grads, metrics) = _mean_over_parts(gradient, state.batch_stats, batch, accumulate)
     updates, opt_state = transform.update(mean(grads), state.opt_state, state.params)
-    metrics = mean({"loss": loss, "accuracy": jnp.mean(_correct(logits, batch["label"]))})
-    stats = mean(updated.get("batch_stats", state.batch_stats))
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, stats, opt_state), metrics
+    metrics, stats = mean(metrics), mean(stats)
+    average = state.average
+    if average_decay is not None:
+        new_weight = jnp.maximum(1 - average_decay, 9 / (10 + state.step))
+        average = optax.incremental_update(Average(params, stats), average, new_weight)
+    return TrainState(state.step + 1, params, stats, opt_state, average), metrics
+
+
+def _mean_over_parts(
+    function: Callable[[Any, Batch], tuple[Any, Any]], carry: Any, batch: Batch, parts: int
+) -> tuple[Any, Any]:
+    """Runs `(carry, part) -> (carry, tree)` over equal parts: the last carry, the mean tree.
+
+    A loop whose memory is that of one part and one tree.
+    """
+    cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), dict(batch))
+    shapes = jax.eval_shape(function, carry, jax.tree.map(lambda x: x[0], cut))[1]
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def add(carried: tuple[Any, Any], part: Batch) -> tuple[tuple[Any, Any], None]:
+        carry, total = carried
+        carry, tree = function(carry, part)
+        return (carry, jax.tree.map(jnp.add, total, tree)), None
+
+    (carry, total), _ = jax.lax.scan(add, (carry, nothing), cut)
+    return carry, jax.tree.map(lambda leaf: leaf / parts, total)
+
+
+def averaged(state: TrainState, mask: Callable[[Any], Any] | None) -> TrainState:
+    """The state with its averages for weights, zero where the weights are.
+
+    Args:
+      state: one that has averages.
+      mask: what is pruned; None: nothing, and the averages are taken as they are.
+    """
+    average: Average = state.average
+    params = average.params
+    if mask is not None:
+        params = lats_optax.restrict(params, lats_optax.support(state.params, mask))
+    return state._replace(params=params, batch_stats=average.batch_stats)
 
 
 def eval_step(
