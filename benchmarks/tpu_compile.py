@@ -20,12 +20,14 @@ the contents of a table of thresholds are compiled once.
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import re
 import sys
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -217,16 +219,24 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--json", type=Path, help="a file to append the rows to, one a line")
     options = parser.parse_args()
+    if options.batch_per_chip < 1:
+        parser.error("--batch-per-chip: allowed is 1 or more")
+    if importlib.util.find_spec("libtpu") is None:
+        parser.error("the TPU compiler is not installed here: pip install 'jax[tpu]'")
 
     # The CPU runs what little runs; the TPU's library is asked for its compiler alone.
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
     for topology in options.topologies:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        try:
+            devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        except jax.errors.JaxRuntimeError as error:
+            parser.error(f"--topologies: {topology}: {_first_line(error)}")
         print(
             f"{topology}: {len(devices)} × {devices[0].device_kind}, {options.batch_per_chip} "
-            f"images a chip, {options.dtype}; jax {jax.__version__}, {_libtpu()}"
+            f"images a chip, {options.dtype}; jax {jax.__version__}, libtpu {version('libtpu')}"
         )
         print(f"{'preset':<34} {'GFLOP':>6} {'GB':>7} {'ratio':>6} {'memory':>7}  collectives")
         compiler, rows = Compiler(devices, options.batch_per_chip), []
@@ -272,12 +282,6 @@ def _size(result: str) -> int:
             size *= int(axis)
         total += size
     return total
-
-
-def _libtpu() -> str:
-    from importlib.metadata import version
-
-    return f"libtpu {version('libtpu')}"
 
 
 def _first_line(error: Exception) -> str:
