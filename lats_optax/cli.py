@@ -30,7 +30,12 @@ def train(args: Sequence[str] | None = None) -> int:
 
     def prepare() -> loop.Experiment:
         parse = tyro.extras.overridable_config_cli
-        presets = {name: (preset.description, preset.config) for name, preset in PRESETS.items()}
+        named = (sys.argv[1:] if args is None else args)[:1]
+        # The list of all is for choosing; what there is to know of one is in its own help.
+        presets = {
+            name: (preset.description if [name] == list(named) else preset.summary, preset.config)
+            for name, preset in PRESETS.items()
+        }
         description = (
             "Train a model, dense or sparse. Each preset is a run; any field of it can be given: "
             "lats-train PRESET --help lists them."

@@ -24,7 +24,6 @@ from lats_optax.training.config import (
 from lats_optax.training.logging import MetricsLog, read_metrics
 from lats_optax.training.optimizer import cosine, increments, make_optimizer, schedule_to
 from lats_optax.training.parallel import AXIS, DataParallel
-from lats_optax.training.presets import PRESETS
 from lats_optax.training.step import cross_entropy
 from tests import tiny
 
@@ -514,9 +513,3 @@ def test_metrics_go_on_after_a_broken_line(tmp_path):
     assert [r["step"] for r in read_metrics(file)] == [1, 2]
     assert read_metrics(file)[1]["accuracy"] == 0.25
     assert any(tmp_path.glob("events.out.tfevents.*"))
-
-
-def test_presets_construct(tmp_path):
-    for name, preset in PRESETS.items():
-        assert preset.config.workdir.name == name
-        assert f"lats-train {name}" in preset.description
