@@ -2,6 +2,7 @@
 
     python -m benchmarks.tpu_compile                          all presets; v5e:2x4 and a pod
     python -m benchmarks.tpu_compile --presets imagenet-resnet50-lats --topologies v5e:16x16
+    python -m benchmarks.tpu_compile --json programs.json     goes on where it was interrupted
 
 Needs jax[tpu], whose compiler runs on any Linux machine. Each preset's step, exactly as the trainer
 makes it, is compared with the dense step of the same settings; figures are a chip's:
@@ -11,20 +12,19 @@ makes it, is compared with the dense step of the same settings; figures are a ch
     memory        arguments + temporaries + outputs − outputs in the place of arguments, in GB
     collectives   how many there are in the compiled program, and the MB that they return
 
-XLA counts both sides of a conditional and the body of a loop once. A preset that names its sparsity
-selects a quantile every some steps, in a conditional: its GB are those of the same step with a
-schedule in the place of the selection, plus eight reads of the weights divided by that number of
-steps; memory and collectives are of the real program. Steps whose programs differ in nothing but
-the contents of a table of thresholds are compiled once.
+A preset that names its sparsity selects a quantile of the weights every some steps: a loop of eight
+reads of them, in a conditional. XLA counts a loop's body once, in every step; of that one read is
+taken away here, and eight divided by the number of steps are added. Steps whose programs differ in
+nothing but the contents of a table of thresholds are compiled once.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -33,10 +33,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.experimental import topologies
 
 from benchmarks.optimizer_step import SELECTION_PASSES, bytes_accessed
-from lats_optax.target import default_update_every, kth_smallest
+from lats_optax.target import default_update_every
 from lats_optax.training import loop
 from lats_optax.training.config import PruneConfig, TrainConfig
 from lats_optax.training.optimizer import make_optimizer
@@ -60,8 +61,28 @@ class Facts(NamedTuple):
     arguments: int
     temporaries: int
     memory: int
-    collectives: dict[str, tuple[int, int]]
+    collectives: dict[str, list[int]]
     compile_seconds: float
+
+
+class Row(NamedTuple):
+    """A line of the table.
+
+    Attributes:
+      preset: its name.
+      facts: of its own program.
+      bytes_accessed: in one step, the mean over many.
+      ratio: of these to those of the dense step.
+      more_collectives: whether its collectives are not those of the dense step.
+      same_as: the step that was compiled, which may be another one that is the same program.
+    """
+
+    preset: str
+    facts: Facts
+    bytes_accessed: float
+    ratio: float
+    more_collectives: bool
+    same_as: str
 
 
 def lower_step(config: TrainConfig, devices: Sequence[Any], batch_per_chip: int) -> Any:
@@ -96,16 +117,16 @@ def facts(lowered: Any) -> Facts:
     )
 
 
-def collectives(text: str) -> dict[str, tuple[int, int]]:
+def collectives(text: str) -> dict[str, list[int]]:
     """Kind -> how many there are in a compiled program, and the bytes that they return.
 
     One in a loop counts once. Of an asynchronous pair the second half counts, which returns what
     the whole does.
     """
-    found: dict[str, tuple[int, int]] = {}
+    found: dict[str, list[int]] = {}
     for result, kind in re.findall(rf" = (\S.*?) ({KINDS})(?:-done)?\(", text):
-        count, size = found.get(kind, (0, 0))
-        found[kind] = count + 1, size + _size(result)
+        count, size = found.get(kind, [0, 0])
+        found[kind] = [count + 1, size + _size(result)]
     return found
 
 
@@ -118,92 +139,82 @@ def same_program(text: str) -> str:
     return re.sub(r'dense<"0x[0-9A-F]*"> : (tensor<\d+xf32>)', r"dense<...> : \1", text)
 
 
-def selection_bytes(config: TrainConfig, device: Any) -> float:
-    """Bytes that one selection of the quantile reads and writes."""
-    _, optimizer, state = _parts(config)
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    pruned = jax.tree.leaves(optimizer.mask(state.params))
-    leaves = [
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        for leaf, chosen in zip(jax.tree.leaves(state.params), pruned)
-        if chosen
-    ]
-    assert config.prune.target_sparsity is not None
-    rank = round(config.prune.target_sparsity * sum(leaf.size for leaf in leaves))
-    select = jax.jit(lambda leaves: kth_smallest(leaves, rank)).lower(leaves)
-    return SELECTION_PASSES * bytes_accessed(select.compile())
-
-
 class Compiler:
-    """Compiles the steps of configs for one topology, no program twice."""
+    """Compiles the steps of configs for one topology, no program twice.
 
-    def __init__(self, devices: Sequence[Any], batch_per_chip: int):
+    Args:
+      devices: of the topology.
+      batch_per_chip: images.
+      store: a file of programs compiled before, one a line; new ones are appended. None: no file.
+    """
+
+    def __init__(self, devices: Sequence[Any], batch_per_chip: int, store: Path | None = None):
         self.devices = devices
         self.batch_per_chip = batch_per_chip
+        self.store = store
         self.known: dict[str, tuple[str, Facts]] = {}
-        self.selections: dict[str, float] = {}
+        if store is not None and store.exists():
+            for line in store.read_text().splitlines():
+                saved = json.loads(line)
+                self.known[saved["key"]] = saved["name"], Facts(**saved["facts"])
 
     def step(self, config: TrainConfig, name: str) -> tuple[str, Facts]:
-        """The facts of a step, and the name of the first one that compiled to the same."""
+        """The facts of a step, and the name of the first one that was the same program."""
         lowered = lower_step(config, self.devices, self.batch_per_chip)
-        key = same_program(lowered.as_text())
+        key = self._key(same_program(lowered.as_text()))
         if key not in self.known:
             self.known[key] = name, facts(lowered)
-            compiled = self.known[key][1]
-            print(
-                f"  compiled {name}: {compiled.compile_seconds:.0f} s, "
-                f"{compiled.bytes_accessed / 1e9:.2f} GB, memory {compiled.memory / 1e9:.2f} GB",
-                file=sys.stderr,
-                flush=True,
-            )
+            if self.store is not None:
+                saved = {"key": key, "name": name, "facts": self.known[key][1]._asdict()}
+                with self.store.open("a") as file:
+                    print(json.dumps(saved), file=file)
         return self.known[key]
 
-    def row(self, config: TrainConfig, name: str) -> dict[str, Any]:
-        """A row of the table: a step's facts, and the ratio to the dense step."""
-        twin = dataclasses.replace(config, prune=PruneConfig())
-        base = self.step(twin, f"{name}, dense")[1]
+    def row(self, config: TrainConfig, name: str) -> Row:
+        """A step's facts beside those of the dense step."""
+        dense = dataclasses.replace(config, prune=PruneConfig())
+        base = self.step(dense, name if dense == config else f"{name}, dense")[1]
         same, own = self.step(config, name)
         moved = own.bytes_accessed
         if config.prune.target_sparsity is not None:
-            prune = dataclasses.replace(
-                config.prune, target_sparsity=None, final_threshold=0.1, update_every=None
-            )
-            scheduled = dataclasses.replace(config, prune=prune)
+            weights = latent_bytes(config)
             steps = config.epochs * _steps_per_epoch(config)
             every = config.prune.update_every or default_update_every(steps)
-            if config.model.name not in self.selections:
-                self.selections[config.model.name] = selection_bytes(config, self.devices[0])
-            selection = self.selections[config.model.name] / every
-            moved = self.step(scheduled, f"{name}, schedule")[1].bytes_accessed + selection
-        return own._asdict() | {
-            "preset": name,
-            "bytes_accessed": moved,
-            "ratio": moved / base.bytes_accessed,
-            "more_collectives": own.collectives != base.collectives,
-            "compiled_as": same,
-        }
+            moved += SELECTION_PASSES * weights / every - weights
+        more = own.collectives != base.collectives
+        return Row(name, own, moved, moved / base.bytes_accessed, more, same)
+
+    def _key(self, text: str) -> str:
+        kind = f"{self.devices[0].device_kind} {len(self.devices)} {jax.__version__} {_libtpu()}"
+        return hashlib.sha256(f"{kind}\n{text}".encode()).hexdigest()
 
 
-def print_row(row: dict[str, Any]) -> None:
+def latent_bytes(config: TrainConfig) -> int:
+    """The size of the latent weights: what a selection reads several times."""
+    latent = optax.tree.get(_parts(config)[2].opt_state, "latent")
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(latent))
+
+
+def print_row(row: Row) -> None:
     """Prints a row as soon as it is known: a compilation takes minutes."""
-    kinds = row["collectives"].items()
+    kinds = row.facts.collectives.items()
     found = ", ".join(f"{count} {kind} ({size / 1e6:.1f} MB)" for kind, (count, size) in kinds)
-    compiled = f"{row['compile_seconds']:.0f} s"
-    if row["compiled_as"] != row["preset"]:
-        compiled = f"same program as {row['compiled_as']}"
+    compiled = f"{row.facts.compile_seconds:.0f} s"
+    if row.same_as != row.preset:
+        compiled = f"the program of {row.same_as}"
     print(
-        f"{row['preset']:<34} {row['flops'] / 1e9:6.0f} {row['bytes_accessed'] / 1e9:7.2f} "
-        f"{row['ratio']:6.3f} {row['memory'] / 1e9:7.2f}  {found or 'none'}; {compiled}",
+        f"{row.preset:<30} {row.facts.flops / 1e9:6.0f} {row.bytes_accessed / 1e9:7.2f} "
+        f"{row.ratio:6.3f} {row.facts.memory / 1e9:7.2f}  {found or 'none'}; {compiled}",
         flush=True,
     )
 
 
-def print_worst(rows: list[dict[str, Any]]) -> None:
+def print_worst(rows: list[Row]) -> None:
     """Prints what all rows stay within."""
-    more = [row["preset"] for row in rows if row["more_collectives"]]
+    more = [row.preset for row in rows if row.more_collectives]
     print(
-        f"at most: ratio {max(row['ratio'] for row in rows):.3f}, "
-        f"memory {max(row['memory'] for row in rows) / 1e9:.2f} GB; "
+        f"at most: ratio {max(row.ratio for row in rows):.3f}, "
+        f"memory {max(row.facts.memory for row in rows) / 1e9:.2f} GB; "
         f"collectives that the dense step has not: {', '.join(more) or 'none'}",
         flush=True,
     )
@@ -217,7 +228,9 @@ def main() -> None:
     parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES, help="as JAX names them")
     parser.add_argument("--batch-per-chip", type=int, default=128)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--json", type=Path, help="a file to append the rows to, one a line")
+    parser.add_argument(
+        "--json", type=Path, help="file of compiled programs: added to, and not compiled again"
+    )
     options = parser.parse_args()
     if options.batch_per_chip < 1:
         parser.error("--batch-per-chip: allowed is 1 or more")
@@ -236,10 +249,10 @@ def main() -> None:
             parser.error(f"--topologies: {topology}: {_first_line(error)}")
         print(
             f"{topology}: {len(devices)} × {devices[0].device_kind}, {options.batch_per_chip} "
-            f"images a chip, {options.dtype}; jax {jax.__version__}, libtpu {version('libtpu')}"
+            f"images a chip, {options.dtype}; jax {jax.__version__}, {_libtpu()}"
         )
-        print(f"{'preset':<34} {'GFLOP':>6} {'GB':>7} {'ratio':>6} {'memory':>7}  collectives")
-        compiler, rows = Compiler(devices, options.batch_per_chip), []
+        print(f"{'preset':<30} {'GFLOP':>6} {'GB':>7} {'ratio':>6} {'memory':>7}  collectives")
+        compiler, rows = Compiler(devices, options.batch_per_chip, options.json), []
         for name in options.presets:
             config = PRESETS[name].config
             model = dataclasses.replace(config.model, dtype=options.dtype)
@@ -249,14 +262,10 @@ def main() -> None:
                 # The compiler's own word on a program that is too large for a chip.
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-                print(f"{name:<34} does not fit: {_first_line(error)}", flush=True)
+                print(f"{name:<30} does not fit: {_first_line(error)}", flush=True)
                 continue
             print_row(row)
             rows.append(row)
-            if options.json:
-                with options.json.open("a") as file:
-                    settings = {"topology": topology, "dtype": options.dtype}
-                    print(json.dumps(settings | row), file=file)
         if rows:
             print_worst(rows)
 
@@ -271,6 +280,11 @@ def _parts(config: TrainConfig) -> tuple[Any, Any, Any]:
 
 def _steps_per_epoch(config: TrainConfig) -> int:
     return TRAINING_IMAGES // config.data.batch_size
+
+
+def _libtpu() -> str:
+    installed = importlib.util.find_spec("libtpu") is not None
+    return f"libtpu {version('libtpu')}" if installed else "no libtpu"
 
 
 def _size(result: str) -> int:

@@ -80,9 +80,9 @@ def test_collectives_are_counted_with_what_they_return():
   ROOT %out = pred[] collective-permute(%e), channel_id=4
 """
     assert tpu_compile.collectives(text) == {
-        "all-reduce": (2, 4 * 2 * 64 + 4 * 8 + 2 * 15),
-        "all-gather": (1, 4 * 32),
-        "collective-permute": (1, 1),
+        "all-reduce": [2, 4 * 2 * 64 + 4 * 8 + 2 * 15],
+        "all-gather": [1, 4 * 32],
+        "collective-permute": [1, 1],
     }
 
 
@@ -124,20 +124,26 @@ def test_steps_that_differ_in_their_table_alone_are_one_program(small_preset, pr
     assert (program(pruned(small_preset, **prune)) == lats) == same
 
 
-def test_row_of_a_step_that_is_told_its_sparsity(small_preset):
-    compiler = tpu_compile.Compiler(jax.devices()[:2], batch_per_chip=1)
-    schedule = compiler.row(pruned(small_preset, final_threshold=0.1), "schedule")
-    closed = compiler.row(pruned(small_preset, target_sparsity=0.9, update_every=5), "closed")
-    assert not schedule["more_collectives"]
-    assert not closed["more_collectives"]
-    assert closed["compiled_as"] == "closed"
-    # The convolution is 3·3·1·8, the classifier 4·4·8·3; eight reads of them in each fifth step.
+def test_row_of_a_step_that_is_told_its_sparsity(small_preset, tmp_path):
+    def compiler():
+        return tpu_compile.Compiler(
+            jax.devices()[:2], batch_per_chip=1, store=tmp_path / "programs"
+        )
+
+    first = compiler()
+    dense = first.row(small_preset, "dense")
+    named = first.row(pruned(small_preset, target_sparsity=0.9, update_every=5), "named")
+    assert (dense.ratio, dense.same_as, named.same_as) == (1, "dense", "named")
+    assert not named.more_collectives
+    # The convolution is 3·3·1·8, the classifier 4·4·8·3. In each fifth step eight reads of them.
     weights = 4 * (3 * 3 * 1 * 8 + 4 * 4 * 8 * 3)
-    assert closed["bytes_accessed"] >= schedule["bytes_accessed"] + 8 * weights / 5
-    # A sparse step takes in theta and its count; the threshold before the step is not read.
-    dense = compiler.step(small_preset, "dense")[1]
-    assert schedule["arguments"] - dense.arguments == weights + 4
-    assert schedule["memory"] >= schedule["arguments"]
+    assert named.bytes_accessed - named.facts.bytes_accessed == pytest.approx(weights * (8 / 5 - 1))
+    # Beside theta the state has a count, a threshold and the loop's three numbers.
+    assert named.facts.arguments - dense.facts.arguments == weights + 5 * 4
+    assert named.facts.memory >= named.facts.arguments
+
+    again = compiler().row(pruned(small_preset, target_sparsity=0.9, update_every=5), "again")
+    assert again == named._replace(preset="again")
 
 
 # --- train_throughput ---------------------------------------------------------------------------
