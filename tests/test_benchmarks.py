@@ -187,6 +187,7 @@ def test_rounds_take_turns_and_the_first_does_not_count():
         (["--model", "resnet5"], "model 'resnet5' is not known"),
         (["--steps", "0"], "--steps: allowed is 1 or more"),
         (["--rounds", "1"], "--rounds: allowed is 2 or more"),
+        (["--rounds", "9", "--steps", "101"], "--steps: allowed with 9 rounds is 100 or less"),
         (["--model", "digits-cnn", "--torch"], "--torch: allowed with --model resnet18"),
         (["--model", "resnet18", "--image-size", "8"], "at least 32"),
     ],
