@@ -7,15 +7,17 @@
 Needs jax[tpu], whose compiler runs on any Linux machine. Each preset's step, exactly as the trainer
 makes it, is compared with the dense step of the same settings; figures are a chip's:
 
-    GFLOP, GB     XLA's count of the operations and of the bytes read and written in one step
-    ratio         GB over those of the dense step
-    memory        arguments + temporaries + outputs − outputs in the place of arguments, in GB
-    collectives   how many there are in the compiled program, and the MB that they return
+    GFLOP        operations in one step, as XLA counts them
+    GB, ratio    bytes that one step moves between the chip's memory (HBM) and its cores, and
+                 these over those of the dense step
+    XLA          the same ratio of XLA's own count, which counts what is fetched ahead into the
+                 cores' memory (VMEM) three times, and one of a selection's eight reads in each step
+    memory       arguments + temporaries + outputs − outputs in the place of arguments, in GB
+    collectives  how many there are in the compiled program, and the MB that they return
 
-A preset that names its sparsity selects a quantile of the weights every some steps: a loop of eight
-reads of them, in a conditional. XLA counts a loop's body once, in every step; of that one read is
-taken away here, and eight divided by the number of steps are added. Steps whose programs differ in
-nothing but the contents of a table of thresholds are compiled once.
+A preset that names its sparsity selects a quantile of the weights every some steps, in eight reads
+of them; GB hold the mean over these steps. Steps whose programs differ in nothing but the contents
+of a table of thresholds are compiled once.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import time
@@ -50,6 +53,11 @@ KINDS = (
     "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
     "|ragged-all-to-all"
 )
+# What moves nothing, or has been counted where it began.
+STILL = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "conditional", "after-all"),
+    *("copy-done", "slice-done", "all-reduce-done", "partition-id", "replica-id"),
+}
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
@@ -57,7 +65,8 @@ class Facts(NamedTuple):
     """What the compiler says of one program, for one chip; sizes in bytes."""
 
     flops: float
-    bytes_accessed: float
+    xla_bytes: float
+    bytes: float
     arguments: int
     temporaries: int
     memory: int
@@ -71,16 +80,18 @@ class Row(NamedTuple):
     Attributes:
       preset: its name.
       facts: of its own program.
-      bytes_accessed: in one step, the mean over many.
+      bytes: in one step, the mean over many.
       ratio: of these to those of the dense step.
+      xla_ratio: the same of XLA's count of the two programs.
       more_collectives: whether its collectives are not those of the dense step.
       same_as: the step that was compiled, which may be another one that is the same program.
     """
 
     preset: str
     facts: Facts
-    bytes_accessed: float
+    bytes: float
     ratio: float
+    xla_ratio: float
     more_collectives: bool
     same_as: str
 
@@ -102,17 +113,18 @@ def facts(lowered: Any) -> Facts:
     start = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     return Facts(
         flops=compiled.cost_analysis()["flops"],
-        bytes_accessed=bytes_accessed(compiled),
+        xla_bytes=bytes_accessed(compiled),
+        bytes=moved_bytes(text),
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         memory=memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes,
-        collectives=collectives(compiled.as_text()),
+        collectives=collectives(text),
         compile_seconds=seconds,
     )
 
@@ -128,6 +140,32 @@ def collectives(text: str) -> dict[str, list[int]]:
         count, size = found.get(kind, [0, 0])
         found[kind] = [count + 1, size + _size(result)]
     return found
+
+
+def moved_bytes(text: str) -> float:
+    """Bytes that a compiled program moves to and from memory outside the cores.
+
+    Operands and results of all that runs in every step, so not of a conditional's branches; those
+    in a memory space other than the chip's own, S(1), do not count.
+    """
+    entry = text[text.index("\nENTRY ") :]
+    outside: dict[str, list[float]] = {}
+    total = 0.0
+    for line in entry.splitlines():
+        found = re.match(r"\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(?:,|$)", line)
+        if not found or "ConcatBitcast" in line:
+            continue
+        name, result, operation, operands = found.groups()
+        outside[name] = [0.0 if space else size for size, space in _arrays(result)]
+        read = [outside.get(operand, [0.0]) for operand in re.findall(r"%([\w.-]+)", operands)]
+        if operation == "copy-start":  # of which the result names both ends
+            total += sum(outside[name][:2])
+        elif operation == "slice-start":  # reads of its operand no more than it returns
+            size = _arrays(result)[1][0]
+            total += outside[name][1] + (size if read[0][0] else 0.0)
+        elif operation not in STILL:
+            total += sum(outside[name]) + sum(map(sum, read))
+    return total
 
 
 def same_program(text: str) -> str:
@@ -175,14 +213,20 @@ class Compiler:
         dense = dataclasses.replace(config, prune=PruneConfig())
         base = self.step(dense, name if dense == config else f"{name}, dense")[1]
         same, own = self.step(config, name)
-        moved = own.bytes_accessed
+        moved = own.bytes
         if config.prune.target_sparsity is not None:
-            weights = latent_bytes(config)
             steps = config.epochs * _steps_per_epoch(config)
             every = config.prune.update_every or default_update_every(steps)
-            moved += SELECTION_PASSES * weights / every - weights
-        more = own.collectives != base.collectives
-        return Row(name, own, moved, moved / base.bytes_accessed, more, same)
+            moved += SELECTION_PASSES * latent_bytes(config) / every
+        return Row(
+            preset=name,
+            facts=own,
+            bytes=moved,
+            ratio=moved / base.bytes,
+            xla_ratio=own.xla_bytes / base.xla_bytes,
+            more_collectives=own.collectives != base.collectives,
+            same_as=same,
+        )
 
     def _key(self, text: str) -> str:
         kind = f"{self.devices[0].device_kind} {len(self.devices)} {jax.__version__} {_libtpu()}"
@@ -203,8 +247,8 @@ def print_row(row: Row) -> None:
     if row.same_as != row.preset:
         compiled = f"the program of {row.same_as}"
     print(
-        f"{row.preset:<30} {row.facts.flops / 1e9:6.0f} {row.bytes_accessed / 1e9:7.2f} "
-        f"{row.ratio:6.3f} {row.facts.memory / 1e9:7.2f}  {found or 'none'}; {compiled}",
+        f"{row.preset:<30} {row.facts.flops / 1e9:6.0f} {row.bytes / 1e9:6.2f} {row.ratio:6.3f} "
+        f"{row.xla_ratio:6.3f} {row.facts.memory / 1e9:7.2f}  {found or 'none'}; {compiled}",
         flush=True,
     )
 
@@ -251,7 +295,10 @@ def main() -> None:
             f"{topology}: {len(devices)} × {devices[0].device_kind}, {options.batch_per_chip} "
             f"images a chip, {options.dtype}; jax {jax.__version__}, {_libtpu()}"
         )
-        print(f"{'preset':<30} {'GFLOP':>6} {'GB':>7} {'ratio':>6} {'memory':>7}  collectives")
+        print(
+            f"{'preset':<30} {'GFLOP':>6} {'GB':>6} {'ratio':>6} {'XLA':>6} "
+            f"{'memory':>7}  collectives"
+        )
         compiler, rows = Compiler(devices, options.batch_per_chip, options.json), []
         for name in options.presets:
             config = PRESETS[name].config
@@ -289,13 +336,16 @@ def _libtpu() -> str:
 
 def _size(result: str) -> int:
     """Bytes of an array or a tuple of them, as the text of a program names its type."""
-    total = 0
-    for dtype, axes in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result):
-        size = BYTES[dtype]
-        for axis in filter(None, axes.split(",")):
-            size *= int(axis)
-        total += size
-    return total
+    return sum(size for size, _ in _arrays(result))
+
+
+def _arrays(result: str) -> list[tuple[int, bool]]:
+    """For each array of a type, its bytes and whether it is in a memory space of its own."""
+    arrays = []
+    for dtype, axes, layout in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?", result):
+        size = BYTES[dtype] * math.prod(int(axis) for axis in axes.split(",") if axis)
+        arrays.append((size, "S(" in layout))
+    return arrays
 
 
 def _first_line(error: Exception) -> str:

@@ -86,6 +86,29 @@ def test_collectives_are_counted_with_what_they_return():
     }
 
 
+def test_moved_bytes_are_those_of_the_chips_memory():
+    text = """HloModule step
+
+%branch (p: f32[64]) -> f32[64] {
+  ROOT %inside = f32[64]{0} fusion(%p), kind=kLoop
+}
+
+ENTRY %main (w: f32[64], g: bf16[8,8]) -> f32[64] {
+  %w = f32[64]{0} parameter(0)
+  %g = bf16[8,8]{1,0} parameter(1)
+  %copy = (f32[64]{0:T(8)S(1)}, f32[64]{0}, u32[]{:S(2)}) copy-start(%w)
+  %near = f32[64]{0:T(8)S(1)} copy-done(%copy)
+  %slice = ((bf16[8,8]{1,0}), bf16[2,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%g), slice={[0:2]}
+  %part = bf16[2,8]{1,0:S(1)} slice-done(%slice)
+  %made = (f32[64]{0}, f32[4]{0:S(1)}) fusion(%near, %part, %g), kind=kLoop, calls=%x
+  %one = f32[64]{0} get-tuple-element(%made), index=0
+  ROOT %out = f32[64]{0} conditional(%c, %one, %one), true_computation=%branch
+}
+"""
+    # w is fetched, then two rows of g; the fusion reads g itself and writes its first result.
+    assert tpu_compile.moved_bytes(text) == 4 * 64 + 2 * 16 + 2 * 64 + 4 * 64
+
+
 @pytest.fixture
 def small_preset(monkeypatch):
     """A config of a tiny model, which the benchmark takes for a preset of ImageNet."""
@@ -137,7 +160,8 @@ def test_row_of_a_step_that_is_told_its_sparsity(small_preset, tmp_path):
     assert not named.more_collectives
     # The convolution is 3·3·1·8, the classifier 4·4·8·3. In each fifth step eight reads of them.
     weights = 4 * (3 * 3 * 1 * 8 + 4 * 4 * 8 * 3)
-    assert named.bytes_accessed - named.facts.bytes_accessed == pytest.approx(weights * (8 / 5 - 1))
+    assert named.bytes - named.facts.bytes == pytest.approx(weights * 8 / 5)
+    assert named.ratio == pytest.approx(named.bytes / dense.bytes)
     # Beside theta the state has a count, a threshold and the loop's three numbers.
     assert named.facts.arguments - dense.facts.arguments == weights + 5 * 4
     assert named.facts.memory >= named.facts.arguments
