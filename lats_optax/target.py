@@ -104,7 +104,7 @@ def target_sparsity(
     target = float(target)
     steps = check_steps(steps)
     if update_every is None:
-        update_every = min(max(steps // 200, 1), 1000)
+        update_every = default_update_every(steps)
     update_every = check_steps(update_every, "update_every")
     gains, reaches = _gains_and_reaches(learning_rates(learning_rate, steps))
 
@@ -145,6 +145,15 @@ def target_sparsity(
         return after, TargetSparsityState(quantile, first, aim)
 
     return ClosedLoop(init, update)
+
+
+def default_update_every(steps: int) -> int:
+    """Steps between two selections in a run of ``steps``: a two-hundredth of it, in 1 … 1000.
+
+    >>> default_update_every(50), default_update_every(10_000), default_update_every(500_400)
+    (1, 50, 1000)
+    """
+    return min(max(steps // 200, 1), 1000)
 
 
 def kth_smallest(

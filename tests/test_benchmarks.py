@@ -1,9 +1,19 @@
-"""What the benchmarks count and compare, at small sizes."""
+"""The benchmarks at small sizes: what they count, against counts by hand, and that they run."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import input_pipeline, optimizer_step, shapes
+from benchmarks import input_pipeline, optimizer_step, shapes, tpu_compile, train_throughput
+from lats_optax.training.config import (
+    DataConfig,
+    OptimizerConfig,
+    PruneConfig,
+    TrainConfig,
+)
+from tests import tiny
 
 SMALL = {f"layer{i}/kernel": (512, 512) for i in range(3)}
 
@@ -73,3 +83,167 @@ def test_input_pipeline_names_wrong_arguments(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         input_pipeline.main()
     assert "--size is 0; allowed is more than 0" in capsys.readouterr().err
+
+
+# --- tpu_compile --------------------------------------------------------------------------------
+
+
+def test_collectives_are_counted_with_what_they_return():
+    text = """
+  %sum = f32[2,64]{1,0:T(2,128)S(1)} all-reduce(%a), channel_id=1, to_apply=%add
+  %both = (f32[8]{0}, bf16[3,5]{1,0}) all-reduce(%b, %c), channel_id=2, to_apply=%add
+  %start = (f32[4]{0}, f32[32]{0}) all-gather-start(%d), channel_id=3, dimensions={0}
+  %done = f32[32]{0} all-gather-done(%start)
+  %scalar = f32[] all-reduce-scatter-like-fusion(%all-reduce.1), kind=kLoop
+  ROOT %out = pred[] collective-permute(%e), channel_id=4
+"""
+    assert tpu_compile.collectives(text) == {
+        "all-reduce": [2, 4 * 2 * 64 + 4 * 8 + 2 * 15],
+        "all-gather": [1, 4 * 32],
+        "collective-permute": [1, 1],
+    }
+
+
+def test_moved_bytes_are_those_of_the_chips_memory():
+    text = """HloModule step
+
+%branch (p: f32[64]) -> f32[64] {
+  ROOT %inside = f32[64]{0} fusion(%p), kind=kLoop
+}
+
+ENTRY %main (w: f32[64], g: bf16[8,8]) -> f32[64] {
+  %w = f32[64]{0} parameter(0)
+  %g = bf16[8,8]{1,0} parameter(1)
+  %copy = (f32[64]{0:T(8)S(1)}, f32[64]{0}, u32[]{:S(2)}) copy-start(%w)
+  %near = f32[64]{0:T(8)S(1)} copy-done(%copy)
+  %slice = ((bf16[8,8]{1,0}), bf16[2,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%g), slice={[0:2]}
+  %part = bf16[2,8]{1,0:S(1)} slice-done(%slice)
+  %made = (f32[64]{0}, f32[4]{0:S(1)}) fusion(%near, %part, %g), kind=kLoop, calls=%x
+  %one = f32[64]{0} get-tuple-element(%made), index=0
+  ROOT %out = f32[64]{0} conditional(%c, %one, %one), true_computation=%branch
+}
+"""
+    # w is fetched, then two rows of g; the fusion reads g itself and writes its first result.
+    assert tpu_compile.moved_bytes(text) == 4 * 64 + 2 * 16 + 2 * 64 + 4 * 64
+
+
+@pytest.fixture
+def small_preset(monkeypatch):
+    """A config of a tiny model, which the benchmark takes for a preset of ImageNet."""
+    tiny.install(monkeypatch)
+    monkeypatch.setattr(tpu_compile, "IMAGE_SHAPE", tiny.SHAPE)
+    monkeypatch.setattr(tpu_compile, "CLASSES", tiny.CLASSES)
+    monkeypatch.setattr(tpu_compile, "TRAINING_IMAGES", 640)
+    return TrainConfig(
+        data=DataConfig(batch_size=64),
+        optimizer=OptimizerConfig(warmup_epochs=1, decay="epoch"),
+        epochs=10,
+    )
+
+
+def pruned(config, **prune):
+    return dataclasses.replace(config, prune=PruneConfig(**prune))
+
+
+@pytest.mark.parametrize(
+    ("prune", "same"),
+    [
+        ({"final_threshold": 0.3, "schedule": "epoch-lats"}, True),
+        ({"final_threshold": 0.1, "schedule": "pgh", "beta": 0.1}, True),
+        ({"final_threshold": 0.1, "weight_decay_on": "weights"}, False),
+        ({"final_threshold": 0.1, "exclude": ("Dense",)}, False),
+        ({"target_sparsity": 0.9}, False),
+        ({}, False),
+    ],
+)
+def test_steps_that_differ_in_their_table_alone_are_one_program(small_preset, prune, same):
+    def program(config):
+        lowered = tpu_compile.lower_step(config, jax.devices()[:2], 1)
+        return tpu_compile.same_program(lowered.as_text())
+
+    lats = program(pruned(small_preset, final_threshold=0.1))
+    assert (program(pruned(small_preset, **prune)) == lats) == same
+
+
+def test_row_of_a_step_that_is_told_its_sparsity(small_preset, tmp_path):
+    def compiler():
+        return tpu_compile.Compiler(
+            jax.devices()[:2], batch_per_chip=1, store=tmp_path / "programs"
+        )
+
+    first = compiler()
+    dense = first.row(small_preset, "dense")
+    named = first.row(pruned(small_preset, target_sparsity=0.9, update_every=5), "named")
+    assert (dense.ratio, dense.same_as, named.same_as) == (1, "dense", "named")
+    assert not named.more_collectives
+    # The convolution is 3·3·1·8, the classifier 4·4·8·3. In each fifth step eight reads of them.
+    weights = 4 * (3 * 3 * 1 * 8 + 4 * 4 * 8 * 3)
+    assert named.bytes - named.facts.bytes == pytest.approx(weights * 8 / 5)
+    assert named.ratio == pytest.approx(named.bytes / dense.bytes)
+    # Beside theta the state has a count, a threshold and the loop's three numbers.
+    assert named.facts.arguments - dense.facts.arguments == weights + 5 * 4
+    assert named.facts.memory >= named.facts.arguments
+
+    again = compiler().row(pruned(small_preset, target_sparsity=0.9, update_every=5), "again")
+    assert again == named._replace(preset="again")
+
+
+# --- train_throughput ---------------------------------------------------------------------------
+
+
+def test_throughput_of_dense_and_sparse_steps(monkeypatch, capsys):
+    tiny.install(monkeypatch)
+    arguments = "--model tiny --image-size 4 --batch-size 4 --steps 1 --rounds 2"
+    results = train_throughput.main(arguments.split())
+    assert list(results) == ["dense", "sparse"]
+    for row in results.values():
+        assert row.images_per_second * row.milliseconds == pytest.approx(4 * 1e3)
+        assert row.low <= row.ratio <= row.high
+    assert results["dense"].ratio == 1
+    printed = capsys.readouterr().out
+    assert "PyTorch: left out, there is no tiny" in printed
+    assert printed.splitlines()[-1].startswith("sparse")
+
+
+def test_rounds_take_turns_and_the_first_does_not_count():
+    calls, durations = [], {"dense": iter([9, 2, 2, 4]), "other": iter([9, 1, 2, 1])}
+
+    def runner(name):
+        def seconds(steps):
+            calls.append(name)
+            return next(durations[name]) * steps
+
+        return train_throughput.Runner(seconds, lambda: None, "")
+
+    runners = {name: runner(name) for name in durations}
+    results = train_throughput.measure(runners, batch_size=10, steps=5, rounds=3)
+    assert calls == ["dense", "other", "other", "dense", "dense", "other", "other", "dense"]
+    # Images per second 5, 5, 2.5 and 10, 5, 10; their ratios 2, 1, 4.
+    assert results["other"] == train_throughput.Result(10, 1000, 2, 1.5, 3)
+    assert results["dense"] == train_throughput.Result(5, 2000, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "resnet5"], "model 'resnet5' is not known"),
+        (["--steps", "0"], "--steps: allowed is 1 or more"),
+        (["--rounds", "1"], "--rounds: allowed is 2 or more"),
+        (["--rounds", "9", "--steps", "101"], "--steps: allowed with 9 rounds is 100 or less"),
+        (["--model", "digits-cnn", "--torch"], "--torch: allowed with --model resnet18"),
+        (["--model", "resnet18", "--image-size", "8"], "at least 32"),
+    ],
+)
+def test_throughput_of_what_is_not_allowed(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        train_throughput.parse(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_peer_in_pytorch_is_the_same_network():
+    pytest.importorskip("torch")
+    from benchmarks import torch_resnet
+
+    model = torch_resnet.resnet("resnet50")
+    assert sum(p.numel() for p in model.parameters()) == 25_556_032
