@@ -97,10 +97,8 @@ def image_shape(options: argparse.Namespace) -> tuple[int, int, int]:
 def jax_runner(options: argparse.Namespace, prune: PruneConfig) -> Runner:
     """The trainer's step, compiled, on a batch that stays on the device."""
     config = config_of(options, prune)
-    model, optimizer = (
-        experiment.make_model(config, CLASSES),
-        make_optimizer(config, STEPS_PER_EPOCH),
-    )
+    model = experiment.make_model(config, CLASSES)
+    optimizer = make_optimizer(config, STEPS_PER_EPOCH)
     parallel = DataParallel(jax.devices()[:1])
     step = parallel.train_step(experiment.make_train_step(config, model, optimizer))
     random = np.random.default_rng(0)
@@ -111,9 +109,7 @@ def jax_runner(options: argparse.Namespace, prune: PruneConfig) -> Runner:
             "label": random.integers(CLASSES, size=options.batch_size, dtype=np.int32),
         }
     )
-    state = parallel.replicate(
-        experiment.make_state(config, model, optimizer, image_shape(options))
-    )
+    state = parallel.replicate(experiment.new_state(config, model, optimizer, image_shape(options)))
     start = time.perf_counter()
     # Ahead of time, for its memory analysis: the device's own peak would be that of all programs.
     compiled = step.lower(state, batch).compile()

@@ -95,7 +95,7 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
         eval_step=parallel.eval_step(make_eval_step(model)),
     )
     # Expressions that match no parameter are found when the mask meets the parameters.
-    jax.eval_shape(partial(_state, experiment))
+    jax.eval_shape(partial(make_state, config, model, optimizer, dataset.image_shape))
     return experiment
 
 
@@ -166,14 +166,18 @@ def load_data(config: TrainConfig) -> data.Dataset:
     return data.load(**settings, dtype=config.model.dtype)
 
 
-def initial_state(experiment: Experiment) -> TrainState:
-    """The state before the first step, not yet on the run's devices."""
+def new_state(
+    config: TrainConfig, model: nn.Module, optimizer: Optimizer, image_shape: tuple[int, ...]
+) -> TrainState:
+    """`make_state`, compiled and computed on the default device."""
     # It runs once: XLA's optimizations of so many random draws take longer than they save.
     options = {"xla_backend_optimization_level": 0}
-    return jax.jit(partial(_state, experiment), compiler_options=options)()
+    make = partial(make_state, config, model, optimizer, image_shape)
+    return jax.jit(make, compiler_options=options)()
 
 
-def _state(experiment: Experiment) -> TrainState:
-    return make_state(
+def initial_state(experiment: Experiment) -> TrainState:
+    """The state before the first step, not yet on the run's devices."""
+    return new_state(
         experiment.config, experiment.model, experiment.optimizer, experiment.dataset.image_shape
     )
