@@ -36,6 +36,14 @@ def _tiny(monkeypatch, compile_once):
     tiny.install(monkeypatch)
 
 
+def by_hand(config):
+    """What a loop written out begins with."""
+    model, tx = tiny.Model(), make_optimizer(config, steps_per_epoch=6).transform
+    variables = model.init(jax.random.key(0), jnp.zeros((1, *tiny.SHAPE)), train=False)
+    params, stats = variables["params"], variables["batch_stats"]
+    return tiny.dataset(), model, tx, params, stats, tx.init(params)
+
+
 def params_of(result):
     return jax.device_get(result.state.params)
 
@@ -51,11 +59,7 @@ def test_a_run_is_the_plain_loop(tmp_path, devices, prune):
     result = loop.train(config, jax.devices()[:devices])
 
     # The oracle: one device, no axis, optax's own loss.
-    dataset, model = tiny.dataset(), tiny.Model()
-    tx = make_optimizer(config, steps_per_epoch=6).transform
-    variables = model.init(jax.random.key(0), jnp.zeros((1, *tiny.SHAPE)), train=False)
-    params, stats = variables["params"], variables["batch_stats"]
-    opt_state = tx.init(params)
+    dataset, model, tx, params, stats, opt_state = by_hand(config)
 
     @jax.jit
     def step(params, stats, opt_state, batch):
@@ -458,11 +462,7 @@ def test_parts_of_a_batch_are_one_step(tmp_path):
     config = tiny.config(tmp_path / "run", prune=SPARSE, optimizer=optimizer)
     result = loop.train(config, jax.devices()[:2])
 
-    dataset, model = tiny.dataset(), tiny.Model()
-    tx = make_optimizer(config, steps_per_epoch=6).transform
-    variables = model.init(jax.random.key(0), jnp.zeros((1, *tiny.SHAPE)), train=False)
-    params, stats = variables["params"], variables["batch_stats"]
-    opt_state = tx.init(params)
+    dataset, model, tx, params, stats, opt_state = by_hand(config)
 
     @jax.jit
     def gradient(params, stats, image, label):
