@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from lats_optax.thresholds import ScalarOrSchedule, check_steps, is_number, learning_rates
 
@@ -130,16 +129,9 @@ def target_sparsity(
         # At least one weight survives: a target below 1 never means none at all.
         rank = min(round(target * size), size - 1)
         due = ((count % update_every == 0) | (count == steps - 1)) & (count < steps)
-        # Row by row, as the state keeps them: else the layout that a GPU's convolutions prefer for
-        # their gradients spreads through the conditional, and all weights are transposed in each
-        # step, selection or not.
-        rows = [
-            with_layout_constraint(leaf, Layout(major_to_minor=tuple(range(leaf.ndim))))  # type: ignore[no-untyped-call]
-            for leaf in latent
-        ]
         quantile = lax.cond(
             due,
-            lambda: kth_smallest(rows, rank, magnitude, dtype=threshold.dtype),
+            lambda: kth_smallest(latent, rank, magnitude, dtype=threshold.dtype),
             lambda: state.quantile,
         )
         first = jnp.where(count == 0, quantile, state.first)
