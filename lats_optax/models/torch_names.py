@@ -107,7 +107,7 @@ def form_of(model: nn.Module) -> Form:
       ValueError: published PyTorch code has no such architecture.
 
     Example:
-      >>> form_of(MobileNetV1(10)).layouts
+      >>> form_of(MobileNetV1(num_classes=10)).layouts
       ('lats',)
     """
     if type(model) not in _FORMS:
