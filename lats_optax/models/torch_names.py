@@ -78,7 +78,8 @@ class Form(NamedTuple):
     def name(self, path: str) -> str:
         """The name of an array in a state dict, from its path in the variables.
 
-        >>> form_of(ResNet(18, 10)).name("batch_stats/stage2_block1/shortcut_norm/mean")
+        >>> form = form_of(ResNet(depth=18, num_classes=10))
+        >>> form.name("batch_stats/stage2_block1/shortcut_norm/mean")
         'layer2.0.downsample.1.running_mean'
         """
         layer, _, leaf = path.partition("/")[2].rpartition("/")
