@@ -97,7 +97,7 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
                 configs.check_resumable(saved, config)
     frozen_step = None
     if optimizer.frozen is not None:
-        frozen_step = parallel.train_step(make_frozen_step(config, model, optimizer))
+        frozen_step = parallel.train_step(make_train_step(config, model, optimizer, frozen=True))
     experiment = Experiment(
         config=config,
         parallel=parallel,
@@ -132,35 +132,30 @@ def make_model(config: TrainConfig, num_classes: int) -> nn.Module:
     )
 
 
-def make_train_step(config: TrainConfig, model: nn.Module, optimizer: Optimizer) -> TrainStep:
+def make_train_step(
+    config: TrainConfig, model: nn.Module, optimizer: Optimizer, *, frozen: bool = False
+) -> TrainStep:
     """The training step of a config, a pure function that no data set or device is needed for.
 
     Args:
       config: the run.
       model: of `make_model`.
       optimizer: of `make_optimizer`.
+      frozen: whether it is the one on a fixed support, after a search.
 
     Returns:
       `(state, batch of a replica, mean over replicas) -> (state, metrics)`, for
       `DataParallel.train_step`: see `step.train_step`.
     """
+    begins_anew = frozen and config.prune.mode == "at-initialization"
     return partial(
         train_step,
         apply=model.apply,
-        transform=optimizer.transform,
+        transform=optimizer.frozen if frozen else optimizer.transform,
         label_smoothing=config.label_smoothing,
         accumulate=config.optimizer.accumulate,
         average_decay=config.average_decay,
-    )
-
-
-def make_frozen_step(config: TrainConfig, model: nn.Module, optimizer: Optimizer) -> TrainStep:
-    """The step that follows a search, as `make_train_step`."""
-    begins_anew = config.prune.mode == "at-initialization"
-    return partial(
-        make_train_step(config, model, optimizer),
-        transform=optimizer.frozen,
-        average_since=optimizer.search_steps if begins_anew else 0,
+        average_since=(optimizer.search_steps or 0) if begins_anew else 0,
     )
 
 
