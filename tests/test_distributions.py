@@ -209,5 +209,5 @@ def test_kth_smallest_of_each_is_a_sort_of_each():
             for array, rank in zip(arrays, ranks)
         ]
         np.testing.assert_array_equal(got, np.asarray(expected, np.float32))
-    with pytest.raises(ValueError, match="^rank: 8"):
+    with pytest.raises(ValueError, match=r"^rank: 8"):
         kth_smallest_of_each([jnp.ones(7)], [8])

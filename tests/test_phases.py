@@ -1,4 +1,4 @@
-"""Early pruning in two transforms, and pruning at initialization: against NumPy and one transform."""
+"""Early pruning and pruning at initialization, against NumPy and against one transform for all."""
 
 import itertools
 
