@@ -280,7 +280,9 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
     def init(params: Any) -> KeepSupportState:
         if not jax.tree.leaves(params):
             return KeepSupportState(jax.tree.map(lambda leaf: leaf, params))
-        kept = support(params) if callable(support) else support
+        # A tree of bools may be callable too, such as an Equinox module.
+        leaves = jax.tree.leaves(support)
+        kept = support(params) if leaves and all(map(callable, leaves)) else support
         return KeepSupportState(masks.spread_support(kept, params))
 
     def update(
