@@ -71,6 +71,7 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
         "proximal_step": optax.chain(
             sgd, lats_optax.proximal_step(lambda count: 1e-5 * rate(count))
         ),
+        "frozen support": optax.chain(sgd, lats_optax.keep_support(lats_optax.support)),
         "soft_threshold, schedule": optax.chain(sgd, lats_optax.soft_threshold(scheduled)),
         "soft_threshold, closed loop": optax.chain(sgd, lats_optax.soft_threshold(closed)),
     }

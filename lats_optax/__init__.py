@@ -1,7 +1,9 @@
 """Soft threshold pruning for optax: the public optimizer API (jax and optax alone)."""
 
 from lats_optax import prox
+from lats_optax.distributions import Distribution, erdos_renyi, per_layer, uniform
 from lats_optax.masks import prunable, restrict, select, support
+from lats_optax.phases import freeze, prune_at_initialization
 from lats_optax.sparsity import LayerSparsity, SparsityReport, sparsity
 from lats_optax.target import ClosedLoop, TargetSparsityState, target_sparsity
 from lats_optax.thresholds import (
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ClosedLoop",
+    "Distribution",
     "KeepSupportState",
     "LayerSparsity",
     "ProximalStepState",
@@ -34,13 +37,17 @@ __all__ = [
     "TargetSparsityState",
     "ThresholdSchedule",
     "epoch_lats_threshold",
+    "erdos_renyi",
+    "freeze",
     "keep_support",
     "l1_from_threshold",
     "lats_threshold",
+    "per_layer",
     "pgh_threshold",
     "prox",
     "proximal_step",
     "prunable",
+    "prune_at_initialization",
     "restrict",
     "s_lats_threshold",
     "select",
@@ -49,4 +56,5 @@ __all__ = [
     "support",
     "target_sparsity",
     "threshold_from_l1",
+    "uniform",
 ]

@@ -63,8 +63,8 @@ def select(
       >>> select(exclude="^head/")(params)
       {'head': {'kernel': False}, 'stem': {'kernel': True}}
     """
-    included = None if include is None else _compile("include", include)
-    excluded = _compile("exclude", exclude)
+    included = None if include is None else compile_expressions("include", include)
+    excluded = compile_expressions("exclude", exclude)
 
     def mask(params: Any) -> Mask:
         names = paths(params)
@@ -276,7 +276,8 @@ def is_dense(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def _compile(argument: str, patterns: str | Iterable[str]) -> list[re.Pattern[str]]:
+def compile_expressions(argument: str, patterns: str | Iterable[str]) -> list[re.Pattern[str]]:
+    """Regular expressions, compiled, or a ValueError that names the argument."""
     try:
         return [re.compile(p) for p in ([patterns] if isinstance(patterns, str) else patterns)]
     except re.error as error:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lats_optax import masks
+from lats_optax.distributions import check_sparsity
 from lats_optax.thresholds import ScalarOrSchedule, check_steps, is_number, learning_rates
 
 Magnitude = Callable[[jax.Array], jax.Array]
@@ -27,17 +29,18 @@ class ClosedLoop(NamedTuple):
       init: ``init(latent, magnitude) -> (threshold, state)``: the threshold before the first step.
       update: ``update(count, threshold, state, latent, magnitude) -> (threshold, state)``: the
         threshold after ``count + 1`` steps, given the one after ``count`` (int32 scalar) and the
-        list of latent arrays after the step.
+        latent weights after the step.
+
+    The latent weights are a tree like the parameters in which `optax.MaskedNode` stands for the
+    leaves that are not pruned. A threshold is a scalar, or a vector with an entry for each leaf.
     """
 
-    init: Callable[[Sequence[jax.Array], Magnitude], tuple[jax.Array, Any]]
-    update: Callable[
-        [jax.Array, jax.Array, Any, Sequence[jax.Array], Magnitude], tuple[jax.Array, Any]
-    ]
+    init: Callable[[Any, Magnitude], tuple[jax.Array, Any]]
+    update: Callable[[jax.Array, jax.Array, Any, Any, Magnitude], tuple[jax.Array, Any]]
 
 
 class TargetSparsityState(NamedTuple):
-    """What the loop remembers: float scalars in the units of the threshold.
+    """What the loop remembers, in the shape and the units of the threshold.
 
     Attributes:
       quantile: the latest quantile of the latent magnitudes.
@@ -51,7 +54,7 @@ class TargetSparsityState(NamedTuple):
 
 
 def target_sparsity(
-    target: float,
+    target: float | Any,
     learning_rate: ScalarOrSchedule,
     steps: int,
     *,
@@ -68,10 +71,14 @@ def target_sparsity(
     implied L1 coefficient is constant, and where q stands still this is
     :func:`lats_optax.lats_threshold` with q as the final threshold. At the last step a is q and rho
     is 1, so the last threshold *is* the quantile: ``round(target * N)`` of the N pruned weights are
-    zero, more only where magnitudes tie. After ``steps`` steps the threshold stands still.
+    zero, more only where magnitudes tie; with a target for each layer, that many of each. After
+    ``steps`` steps the threshold stands still.
 
     Args:
-      target: the sparsity to reach, the fraction of zeros among the pruned weights, in [0, 1).
+      target: the sparsity to reach, the fraction of zeros among the pruned weights, in [0, 1). Or
+        one for each layer, each of which then has a threshold of its own: a tree like the
+        parameters (or a prefix of it), or a function that makes one from the pruned weights, such
+        as ``lats_optax.erdos_renyi(0.9)`` or ``lats_optax.per_layer({"^stem": 0.5, "": 0.9})``.
       learning_rate: the optimizer's own, a number or an optax schedule ``count -> eta``. Only its
         proportions count: increments of another threshold schedule, ``d(t + 1) - d(t)``, in its
         place give a threshold that rises along that schedule's curve.
@@ -85,7 +92,8 @@ def target_sparsity(
 
     Raises:
       ValueError: ``target`` outside [0, 1); ``steps`` or ``update_every`` < 1; a learning rate
-        that is negative or not finite somewhere, or zero throughout.
+        that is negative or not finite somewhere, or zero throughout. From ``init`` of the
+        transform, a tree of targets of another structure, or with one outside [0, 1).
 
     Example:
       >>> import jax.numpy as jnp, optax, lats_optax
@@ -99,20 +107,17 @@ def target_sparsity(
       >>> (params["kernel"] != 0).tolist()
       [[False, True], [False, False]]
     """
-    if not (is_number(target) and 0 <= target < 1):
-        raise ValueError(f"target: {target!r} is not allowed; allowed are numbers in [0, 1)")
-    target = float(target)
+    target = _checked(target)
     steps = check_steps(steps)
     if update_every is None:
         update_every = default_update_every(steps)
     update_every = check_steps(update_every, "update_every")
     gains, reaches = _gains_and_reaches(learning_rates(learning_rate, steps))
 
-    def init(
-        latent: Sequence[jax.Array], magnitude: Magnitude
-    ) -> tuple[jax.Array, TargetSparsityState]:
-        del latent, magnitude
-        zero = jnp.zeros((), jnp.result_type(float))
+    def init(latent: Any, magnitude: Magnitude) -> tuple[jax.Array, TargetSparsityState]:
+        del magnitude
+        ranks = _ranks(target, latent)
+        zero = jnp.zeros(np.shape(ranks), jnp.result_type(float))
         # Copies: the state is donated, and a buffer can be given away once.
         return zero, TargetSparsityState(zero.copy(), zero.copy(), zero.copy())
 
@@ -120,18 +125,18 @@ def target_sparsity(
         count: jax.Array,
         threshold: jax.Array,
         state: TargetSparsityState,
-        latent: Sequence[jax.Array],
+        latent: Any,
         magnitude: Magnitude,
     ) -> tuple[jax.Array, TargetSparsityState]:
-        size = sum(leaf.size for leaf in latent)
-        if not size:
+        leaves = jax.tree.leaves(latent)
+        if not sum(leaf.size for leaf in leaves):
             return threshold, state
-        # At least one weight survives: a target below 1 never means none at all.
-        rank = min(round(target * size), size - 1)
+        ranks = _ranks(target, latent)
+        select = kth_smallest if np.ndim(ranks) == 0 else kth_smallest_of_each
         due = ((count % update_every == 0) | (count == steps - 1)) & (count < steps)
         quantile = lax.cond(
             due,
-            lambda: kth_smallest(latent, rank, magnitude, dtype=threshold.dtype),
+            lambda: select(leaves, ranks, magnitude, dtype=threshold.dtype),
             lambda: state.quantile,
         )
         first = jnp.where(count == 0, quantile, state.first)
@@ -188,28 +193,73 @@ def kth_smallest(
       >>> kth_smallest([jnp.array([3.0, -1.0]), jnp.array([[2.0]])], 2)
       Array(2., dtype=float32)
     """
-    size = sum(array.size for array in arrays)
-    if size >= 2**32:
-        raise ValueError(f"arrays: {size} entries are too many to count in 32 bits")
-    if not 0 <= rank <= size:
-        raise ValueError(f"rank: {rank} is not allowed; allowed are 0 … {size}")
     if rank == 0:
+        _check_rank(arrays, rank)
         return jnp.zeros((), dtype)
+    return _select([arrays], [rank], magnitude, dtype)[0]
+
+
+def kth_smallest_of_each(
+    arrays: Sequence[jax.Array],
+    ranks: Sequence[int],
+    magnitude: Magnitude = jnp.abs,
+    *,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """The ``ranks[i]``-th smallest magnitude of each array by itself, in one loop over them all.
+
+    Args:
+      arrays: real arrays of any shapes, fewer than 2**32 entries each.
+      ranks: one for each array, as in :func:`kth_smallest`.
+      magnitude: as in :func:`kth_smallest`.
+      dtype: as in :func:`kth_smallest`.
+
+    Returns:
+      An array of type ``dtype`` and shape (number of arrays,).
+
+    Raises:
+      ValueError: as :func:`kth_smallest`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> kth_smallest_of_each([jnp.array([3.0, -1.0]), jnp.array([[2.0]])], [2, 1])
+      Array([3., 2.], dtype=float32)
+    """
+    return _select([[array] for array in arrays], ranks, magnitude, dtype)
+
+
+def _select(
+    groups: Sequence[Sequence[jax.Array]], ranks: Sequence[int], magnitude: Magnitude, dtype: Any
+) -> jax.Array:
+    for arrays, rank in zip(groups, ranks):
+        _check_rank(arrays, rank)
     pattern = np.dtype(f"int{jnp.dtype(dtype).itemsize * 8}")
     bits = pattern.itemsize * 8 - 1  # all but the sign
     passes = -(-bits // _DIGIT_BITS)
     digits = jnp.arange(1, 2**_DIGIT_BITS, dtype=pattern)
+    wanted = np.asarray(ranks, np.uint32)[:, None]
 
     def one_digit(index: int | jax.Array, found: jax.Array) -> jax.Array:
         # The last digit has fewer bits left; its surplus candidates lie above the answer.
         shift = jnp.maximum(bits - _DIGIT_BITS * (index + 1), 0).astype(pattern)
         # Without the barrier XLA hoists the magnitudes out of the loop, as a copy of all weights.
-        leaves, found = _barrier((list(arrays), found))
-        below = _count_below(leaves, found + (digits << shift), magnitude, dtype)
-        return found + (jnp.sum(below < np.uint32(rank), dtype=pattern) << shift)
+        leaves, found = _barrier(([list(arrays) for arrays in groups], found))
+        pivots = found[:, None] + (digits << shift)[None, :]
+        below = jnp.stack(
+            [_count_below(arrays, row, magnitude, dtype) for arrays, row in zip(leaves, pivots)]
+        )
+        return found + (jnp.sum(below < wanted, axis=1, dtype=pattern) << shift)
 
-    found = lax.fori_loop(0, passes, one_digit, jnp.zeros((), pattern))
+    found = lax.fori_loop(0, passes, one_digit, jnp.zeros(len(groups), pattern))
     return lax.bitcast_convert_type(found, dtype)
+
+
+def _check_rank(arrays: Sequence[jax.Array], rank: int) -> None:
+    size = sum(array.size for array in arrays)
+    if size >= 2**32:
+        raise ValueError(f"arrays: {size} entries are too many to count in 32 bits")
+    if not 0 <= rank <= size:
+        raise ValueError(f"rank: {rank} is not allowed; allowed are 0 … {size}")
 
 
 def _count_below(
@@ -231,6 +281,34 @@ def _count_below(
         )
         total += jnp.stack(counts).astype(jnp.uint32)
     return total
+
+
+def _checked(target: Any) -> Any:
+    """A target as far as it can be checked before there are parameters."""
+    given = jax.tree.leaves(target)
+    if given and all(map(callable, given)):
+        return target
+    for value in given or [target]:
+        check_sparsity("target", value)
+    return float(target) if is_number(target) else target
+
+
+def _ranks(target: Any, latent: Any) -> Any:
+    """How many weights shall be zero: of all together, or, as a list, of each layer.
+
+    At least one weight survives: a target below 1 never means none at all.
+    """
+    sizes = [leaf.size for leaf in jax.tree.leaves(latent)]
+    if isinstance(target, float):
+        return max(min(round(target * sum(sizes)), sum(sizes) - 1), 0)
+    given = jax.tree.leaves(target)
+    tree = target(latent) if given and all(map(callable, given)) else target
+    targets = jax.tree.leaves(masks.spread("target", tree, latent)) if sizes else []
+    names = jax.tree.leaves(masks.paths(latent))
+    return [
+        max(min(round(check_sparsity(f"target of {name}", value) * size), size - 1), 0)
+        for name, value, size in zip(names, targets, sizes)
+    ]
 
 
 def _barrier(values: Any) -> Any:

@@ -26,7 +26,8 @@ class SoftThresholdState(NamedTuple):
 
     Attributes:
       count: int32 scalar, the number of steps taken.
-      threshold: float scalar, the current d, in the units of the weights.
+      threshold: the current d, in the units of the weights: a float scalar; or, where a closed
+        loop gives each layer its own, float [layers], in the order of ``jax.tree.leaves(latent)``.
       latent: the latent weights theta, a tree like the parameters in which `optax.MaskedNode`
         stands for the leaves that are not pruned.
       control: the state of a closed-loop threshold, else ``()``.
@@ -127,18 +128,19 @@ def soft_threshold(
     inner = None if inner is None else optax.with_extra_args_support(inner)
 
     def init(params: Any) -> SoftThresholdState:
-        pruned = _pruned(params, mask)
-        leaves = [leaf for leaf, chosen in _pairs(params, pruned) if chosen]
-        first, control_state = control.init(leaves, magnitude)
+        pruned = jax.tree.map(
+            lambda chosen, leaf: leaf if chosen else optax.MaskedNode(),
+            _pruned(params, mask),
+            params,
+        )
+        first, control_state = control.init(pruned, magnitude)
 
-        def latent_of(chosen: bool, leaf: jax.Array) -> Any:
-            if not chosen:
-                return optax.MaskedNode()
+        def latent_of(leaf: jax.Array, d: jax.Array) -> jax.Array:
             dtype = leaf.dtype if latent_dtype is None else latent_dtype
             wide = leaf.astype(prox.at_least_float32(dtype))
-            return prox.lift(operator)(wide, first.astype(wide.dtype)).astype(dtype)
+            return prox.lift(operator)(wide, d.astype(wide.dtype)).astype(dtype)
 
-        latent = jax.tree.map(latent_of, pruned, params)
+        latent = _map_pruned(latent_of, pruned, spread_threshold(first, pruned))
         inner_state = () if inner is None else inner.init(_where_latent(latent, params))
         return SoftThresholdState(
             jnp.zeros((), jnp.int32), first, latent, control_state, inner_state
@@ -153,7 +155,9 @@ def soft_threshold(
             # Entering the frozen phase theta becomes w, and d becomes 0: w = S_d(theta) holds on.
             frozen = state.count >= freeze_after
             latent = _map_pruned(
-                lambda theta: jnp.where(frozen, operator(theta, state.threshold), theta), latent
+                lambda theta, d: jnp.where(frozen, operator(theta, d), theta),
+                latent,
+                spread_threshold(state.threshold, latent),
             )
         inner_state = state.inner_state
         if inner is not None:
@@ -162,15 +166,16 @@ def soft_threshold(
             )
         moved = _map_pruned(lambda theta, u: _move(theta, u, frozen), latent, updates)
         after, control_state = control.update(
-            state.count, state.threshold, state.control, jax.tree.leaves(moved), magnitude
+            state.count, state.threshold, state.control, moved, magnitude
         )
         if frozen is not None:
             after = jnp.where(frozen, 0.0, after)
         new_updates = jax.tree.map(
-            lambda theta, u, w: (
-                u if is_dense(theta) else _living_difference(operator(theta, after), w, u)
+            lambda theta, d, u, w: (
+                u if is_dense(theta) else _living_difference(operator(theta, d), w, u)
             ),
             moved,
+            spread_threshold(after, moved),
             updates,
             params,
             is_leaf=is_dense,
@@ -252,7 +257,8 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
     Args:
       support: bools in a tree like the parameters (or a prefix of it), as
         :func:`lats_optax.support` makes it: an array of the shape of its leaf, or a scalar for the
-        whole leaf.
+        whole leaf. Or a function that makes it from the parameters that ``init`` is given:
+        ``keep_support(lats_optax.support)`` keeps the zeros that they have.
 
     Returns:
       A gradient transformation with state :class:`KeepSupportState`. Its ``update`` needs
@@ -274,7 +280,10 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
     def init(params: Any) -> KeepSupportState:
         if not jax.tree.leaves(params):
             return KeepSupportState(jax.tree.map(lambda leaf: leaf, params))
-        return KeepSupportState(masks.spread_support(support, params))
+        # A tree of bools may be callable too, such as an Equinox module.
+        leaves = jax.tree.leaves(support)
+        kept = support(params) if leaves and all(map(callable, leaves)) else support
+        return KeepSupportState(masks.spread_support(kept, params))
 
     def update(
         updates: Any, state: KeepSupportState, params: Any = None, **extra_args: Any
@@ -358,6 +367,26 @@ def _map_pruned(function: Callable[..., Any], latent: Any, *rest: Any) -> Any:
         *rest,
         is_leaf=is_dense,
     )
+
+
+def spread_threshold(threshold: jax.Array, latent: Any) -> Any:
+    """The threshold of each pruned leaf, in a tree like the latent weights.
+
+    Args:
+      threshold: of :class:`SoftThresholdState`: a scalar, or one for each pruned leaf.
+      latent: the latent weights of that state.
+
+    Returns:
+      A pytree of scalars, with `optax.MaskedNode` where ``latent`` has it.
+
+    Example:
+      >>> spread_threshold(jnp.array([0.5, 2.0]), {"a": jnp.ones(3), "b": jnp.ones(4)})
+      {'a': Array(0.5, dtype=float32), 'b': Array(2., dtype=float32)}
+    """
+    if jnp.ndim(threshold) == 0:
+        return _map_pruned(lambda theta: threshold, latent)
+    each = iter(range(len(threshold)))
+    return _map_pruned(lambda theta: threshold[next(each)], latent)
 
 
 def _where_latent(latent: Any, params: Any) -> Any:

@@ -83,6 +83,9 @@ class Case:
             "target": lats_optax.target_sparsity(
                 TARGET, cosine, STEPS, update_every=self.update_every
             ),
+            "layers": lats_optax.target_sparsity(
+                lats_optax.per_layer({"conv": 0.5, "": TARGET}), cosine, STEPS
+            ),
         }[self.threshold]
 
     def bare(self, inner: Any = None, params: Any = None) -> Any:
@@ -142,6 +145,7 @@ FEW = [
     Case(threshold="target", inner=True),
     Case(threshold="target", update_every=4, **_MIXED),
     Case(threshold="lats", operator="group", freeze_after=3),
+    Case(threshold="layers", freeze_after=4),
     Case("proximal_step", threshold="float"),
     Case("keep_support", threshold="none"),
 ]

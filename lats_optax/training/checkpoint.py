@@ -83,10 +83,8 @@ class Checkpoints:
         config: dict[str, Any] = self._manager.restore(self.latest_step, args=items).run["config"]
         return config
 
-    def restore(self, like: TrainState) -> Checkpoint | None:
-        """The last checkpoint, None where there is none; `like` has its tree, shapes and dtypes."""
-        if self.latest_step is None:
-            return None
+    def restore(self, like: TrainState) -> Checkpoint:
+        """The last checkpoint, of which there is one; `like` has its tree, shapes and dtypes."""
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(jax.device_get(like)), run=ocp.args.JsonRestore()
         )

@@ -123,6 +123,14 @@ class PruneConfig:
     """Regular expressions on parameter paths: what stays dense."""
     weight_decay_on: Literal["latent", "weights"] = "latent"
     """Weights that weight decay acts on: the latent ones, as in the paper's code, or the pruned."""
+    mode: Literal["during-training", "early", "at-initialization"] = "during-training"
+    """When: to the end; early, with the zeros frozen after a search; or by a search beforehand."""
+    search_epochs: int | None = None
+    """Epochs of the search: the first of the run if early, before its own if at-initialization."""
+    distribution: Literal["global", "uniform", "er", "erk"] = "global"
+    """Layers share target_sparsity freely, equally, or by Erdős–Rényi or Erdős–Rényi-kernel."""
+    layer_sparsity: tuple[tuple[str, float], ...] = ()
+    """With distribution uniform, EXPRESSION SPARSITY ...: layers with a target of their own."""
 
     @property
     def enabled(self) -> bool:
@@ -161,6 +169,29 @@ class PruneConfig:
             dense = "none without prune.target_sparsity or prune.final_threshold"
             _check(not self.include, "prune.include", self.include, dense)
             _check(not self.exclude, "prune.exclude", self.exclude, dense)
+        self._check_search()
+        self._check_layers()
+
+    def _check_search(self) -> None:
+        mode, epochs = self.mode, self.search_epochs
+        if mode == "during-training":
+            allowed = "None, but for the modes early and at-initialization"
+            _check(epochs is None, "prune.search_epochs", epochs, allowed)
+            return
+        allowed = "during-training without prune.target_sparsity or prune.final_threshold"
+        _check(self.enabled, "prune.mode", mode, allowed)
+        enough = epochs is not None and epochs >= 1
+        _check(enough, "prune.search_epochs", epochs, f"with mode {mode}, 1 or more")
+
+    def _check_layers(self) -> None:
+        if self.target_sparsity is None:
+            allowed = "global without prune.target_sparsity"
+            _check(self.distribution == "global", "prune.distribution", self.distribution, allowed)
+        layers = self.layer_sparsity
+        if self.distribution != "uniform":
+            _check(not layers, "prune.layer_sparsity", layers, "none without distribution uniform")
+        for _, value in layers:
+            _check(0 <= value < 1, "prune.layer_sparsity", value, "0 <= sparsity < 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +216,7 @@ class TrainConfig:
     average_decay: float | None = None
     """Decay of an average of the weights over the steps (EMA), evaluated as well; None: none."""
     epochs: int = 20
-    """Passes over the training images."""
+    """Passes over the training images, those of a search at initialization not counted."""
     seed: int = 0
     """Seed of the initial parameters and of the order of the images."""
     workdir: Path = Path("runs/digits")
@@ -231,9 +262,22 @@ class TrainConfig:
             warmup,
             f"less than epochs, {self.epochs}",
         )
+        search = self.prune.search_epochs
+        _check(
+            self.prune.mode != "early" or search is None or search < self.epochs,
+            "prune.search_epochs",
+            search,
+            f"with mode early, less than epochs, {self.epochs}",
+        )
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite are both True; allowed: one of the two.")
         self._check_processes()
+
+    @property
+    def total_epochs(self) -> int:
+        """Passes over the training images, those of a search at initialization included."""
+        before = self.prune.mode == "at-initialization"
+        return self.epochs + ((self.prune.search_epochs or 0) if before else 0)
 
     def _check_processes(self) -> None:
         address, count, index = self.coordinator, self.process_count, self.process_index
@@ -290,11 +334,11 @@ def prune_from_json(config: dict[str, Any]) -> PruneConfig:
     >>> prune_from_json(to_json(TrainConfig(prune=PruneConfig(0.9, exclude=("stem",))))).exclude
     ('stem',)
     """
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in config["prune"].items()
-    }
-    return PruneConfig(**fields)
+
+    def frozen(value: Any) -> Any:
+        return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+    return PruneConfig(**{name: frozen(value) for name, value in config["prune"].items()})
 
 
 def check_resumable(saved: dict[str, Any], config: TrainConfig) -> None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+import lats_optax
 from lats_optax import data, models
 from lats_optax.training import config as configs
 from lats_optax.training import workdir
@@ -46,6 +47,7 @@ class Experiment:
       optimizer: what trains it.
       steps_per_epoch: whole batches in the training images.
       train_step: `(state, sharded batch) -> (state, metrics)`, which uses up the state.
+      frozen_step: the same on a fixed support, after a search; None in a run without one.
       eval_step: `(state, sharded batch) -> sums`.
     """
 
@@ -56,12 +58,21 @@ class Experiment:
     optimizer: Optimizer
     steps_per_epoch: int
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    frozen_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]] | None
     eval_step: Callable[[TrainState, Batch], Metrics]
 
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
-        return self.config.epochs * self.steps_per_epoch
+        return self.config.total_epochs * self.steps_per_epoch
+
+    def step_after(self, step: int) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+        """What takes the next step when `step` of them are done."""
+        search_steps = self.optimizer.search_steps
+        if search_steps is None or step < search_steps:
+            return self.train_step
+        assert self.frozen_step is not None
+        return self.frozen_step
 
 
 def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Experiment:
@@ -84,6 +95,9 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
         with Checkpoints(config.workdir) as checkpoints:
             if (saved := checkpoints.config()) is not None:
                 configs.check_resumable(saved, config)
+    frozen_step = None
+    if optimizer.frozen is not None:
+        frozen_step = parallel.train_step(make_train_step(config, model, optimizer, frozen=True))
     experiment = Experiment(
         config=config,
         parallel=parallel,
@@ -92,6 +106,7 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
         optimizer=optimizer,
         steps_per_epoch=steps_per_epoch,
         train_step=parallel.train_step(make_train_step(config, model, optimizer)),
+        frozen_step=frozen_step,
         eval_step=parallel.eval_step(make_eval_step(model)),
     )
     # Expressions that match no parameter are found when the mask meets the parameters.
@@ -117,25 +132,30 @@ def make_model(config: TrainConfig, num_classes: int) -> nn.Module:
     )
 
 
-def make_train_step(config: TrainConfig, model: nn.Module, optimizer: Optimizer) -> TrainStep:
+def make_train_step(
+    config: TrainConfig, model: nn.Module, optimizer: Optimizer, *, frozen: bool = False
+) -> TrainStep:
     """The training step of a config, a pure function that no data set or device is needed for.
 
     Args:
       config: the run.
       model: of `make_model`.
       optimizer: of `make_optimizer`.
+      frozen: whether it is the one on a fixed support, after a search.
 
     Returns:
       `(state, batch of a replica, mean over replicas) -> (state, metrics)`, for
       `DataParallel.train_step`: see `step.train_step`.
     """
+    begins_anew = frozen and config.prune.mode == "at-initialization"
     return partial(
         train_step,
         apply=model.apply,
-        transform=optimizer.transform,
+        transform=optimizer.frozen if frozen else optimizer.transform,
         label_smoothing=config.label_smoothing,
         accumulate=config.optimizer.accumulate,
         average_decay=config.average_decay,
+        average_since=(optimizer.search_steps or 0) if begins_anew else 0,
     )
 
 
@@ -181,3 +201,29 @@ def initial_state(experiment: Experiment) -> TrainState:
     return new_state(
         experiment.config, experiment.model, experiment.optimizer, experiment.dataset.image_shape
     )
+
+
+def fix_support(experiment: Experiment, state: TrainState) -> TrainState:
+    """The state with which training goes on when the search is over.
+
+    Early pruning goes on from where the search is. Pruning at initialization goes back to the
+    initial state, of whose weights those remain that the search has left alive.
+
+    Args:
+      experiment: a run with a search.
+      state: after the last step of the search.
+
+    Returns:
+      The state for `experiment.frozen_step`, not yet on the run's devices.
+    """
+    config, optimizer = experiment.config, experiment.optimizer
+    assert optimizer.frozen is not None
+    if config.prune.mode == "early":
+        opt_state = lats_optax.freeze(state.opt_state, optimizer.frozen, state.params)
+        return state._replace(opt_state=opt_state)
+    first = initial_state(experiment)
+    # From the found weights, not from the restricted ones: initial weights may be zero.
+    opt_state = optimizer.frozen.init(state.params)
+    params = lats_optax.restrict(first.params, lats_optax.support(state.params, optimizer.mask))
+    average = first.average._replace(params=jax.tree.map(jnp.copy, params)) if first.average else ()
+    return first._replace(step=state.step, params=params, opt_state=opt_state, average=average)

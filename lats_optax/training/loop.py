@@ -23,7 +23,7 @@ from lats_optax.training import config as configs
 from lats_optax.training import workdir
 from lats_optax.training.checkpoint import Checkpoints
 from lats_optax.training.config import TrainConfig
-from lats_optax.training.experiment import Experiment, build, initial_state
+from lats_optax.training.experiment import Experiment, build, fix_support, initial_state
 from lats_optax.training.interruption import Interruption
 from lats_optax.training.logging import MetricsLog, Record
 from lats_optax.training.parallel import DataParallel, ahead
@@ -104,7 +104,11 @@ def fit(experiment: Experiment) -> RunResult:
     state, step, skipped_before = initial_state(experiment), 0, 0
 
     with Checkpoints(config.workdir, config.keep_checkpoints) as checkpoints:
-        if config.resume and (saved := checkpoints.restore(like=state)) is not None:
+        search_steps = experiment.optimizer.search_steps
+        if config.resume and (latest := checkpoints.latest_step) is not None:
+            if search_steps is not None and latest > search_steps:
+                state = fix_support(experiment, state)
+            saved = checkpoints.restore(like=state)
             state, step = saved.state, int(saved.state.step)
             batches.set_state(saved.data_state)
             skipped_before = saved.data_state["skipped"]
@@ -120,7 +124,9 @@ def fit(experiment: Experiment) -> RunResult:
             window_started = time.perf_counter()
             remaining = experiment.total_steps - step
             for sent in itertools.islice(ahead(_send(batches, parallel)), remaining):
-                state, metrics = experiment.train_step(state, sent.batch)
+                if step == search_steps:
+                    state = parallel.replicate(fix_support(experiment, state))
+                state, metrics = experiment.step_after(step)(state, sent.batch)
                 step += 1
                 # Left on the device: fetching them here would wait for every step.
                 window.append(metrics)
@@ -269,7 +275,10 @@ def _progress(experiment: Experiment, state: TrainState, step: int) -> dict[str,
         "learning_rate_sum": float(experiment.optimizer.learning_rate_sums[step]),
     }
     if experiment.config.prune.enabled:
-        progress["threshold"] = float(optax.tree.get(state.opt_state, "threshold"))
+        threshold = optax.tree.get(state.opt_state, "threshold")
+        # Of layers with a threshold of their own, the mean; of a frozen support, none.
+        if threshold is not None:
+            progress["threshold"] = float(np.mean(jax.device_get(threshold)))
         report = lats_optax.sparsity(state.params, experiment.optimizer.mask)
         progress["sparsity"] = float(report.sparsity)
     return progress

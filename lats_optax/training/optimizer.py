@@ -13,12 +13,24 @@ from lats_optax.training.config import PruneConfig, TrainConfig
 
 
 class Optimizer(NamedTuple):
-    """What updates the parameters, and what a log wants to know of it."""
+    """What updates the parameters, and what a log wants to know of it.
+
+    Attributes:
+      transform: what a run begins with.
+      learning_rate: `step -> rate`, over the whole run.
+      learning_rate_sums: the sums of that rate over the first 0, 1, … steps.
+      mask: the weights that are (or, in a dense run, would be) pruned.
+      search_steps: how many steps `transform` takes; None: all of them.
+      frozen: what goes on after these on a fixed support, the zeros of the parameters that its
+        `init` is given; None where `search_steps` is.
+    """
 
     transform: optax.GradientTransformation
     learning_rate: optax.Schedule
     learning_rate_sums: np.ndarray
     mask: Callable[[Any], Any]
+    search_steps: int | None = None
+    frozen: optax.GradientTransformation | None = None
 
 
 def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> Optimizer:
@@ -28,30 +40,51 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> Optimizer:
       config: the run.
       steps_per_epoch: optimizer steps that make an epoch.
 
-    Returns:
-      The transform, its learning rate `step -> rate`, the sums of that rate over the first 0, 1, …
-      steps, and the mask of the weights that are (or, in a dense run, would be) pruned.
-
     >>> optimizer = make_optimizer(TrainConfig(epochs=2), steps_per_epoch=10)
     >>> [round(float(optimizer.learning_rate(step)), 3) for step in (0, 10, 20)]
     [0.3, 0.15, 0.0]
     """
-    learning_rate = cosine(config, steps_per_epoch)
-    rates = tabulate(learning_rate, config.epochs * steps_per_epoch)
+    prune, mask = config.prune, pruned_mask(config.prune)
+    training_rate = searching_rate = learning_rate = cosine(config, steps_per_epoch)
+    search_steps = None
+    if prune.search_epochs is not None:
+        search_steps = prune.search_epochs * steps_per_epoch
+    if prune.mode == "at-initialization":
+        assert prune.search_epochs is not None
+        searching_rate = hurried(training_rate, config.epochs, prune.search_epochs)
+        learning_rate = optax.join_schedules([searching_rate, training_rate], [search_steps])
+    rates = tabulate(learning_rate, config.total_epochs * steps_per_epoch)
     sums = np.concatenate([[0.0], np.cumsum(rates)])
-    sgd = optax.chain(
-        optax.add_decayed_weights(config.optimizer.weight_decay),
-        optax.sgd(learning_rate, momentum=config.optimizer.momentum or None),
-    )
-    mask = pruned_mask(config.prune)
-    if not config.prune.enabled:
-        return Optimizer(sgd, learning_rate, sums, mask)
-    threshold = _threshold(config, learning_rate, steps_per_epoch)
-    if config.prune.weight_decay_on == "latent":
+    if not prune.enabled:
+        return Optimizer(_sgd(config, training_rate), learning_rate, sums, mask)
+    threshold = _threshold(config, searching_rate, steps_per_epoch)
+    sgd = _sgd(config, searching_rate)
+    if prune.weight_decay_on == "latent":
         transform = lats_optax.soft_threshold(threshold, inner=sgd, mask=mask)
     else:
         transform = optax.chain(sgd, lats_optax.soft_threshold(threshold, mask=mask))
-    return Optimizer(transform, learning_rate, sums, mask)
+    frozen = None
+    if search_steps is not None:
+        keep = lats_optax.keep_support(lambda params: lats_optax.support(params, mask))
+        frozen = optax.chain(_sgd(config, training_rate), keep)
+    return Optimizer(transform, learning_rate, sums, mask, search_steps, frozen)
+
+
+def _sgd(config: TrainConfig, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.add_decayed_weights(config.optimizer.weight_decay),
+        optax.sgd(learning_rate, momentum=config.optimizer.momentum or None),
+    )
+
+
+def hurried(schedule: optax.Schedule, epochs: int, search_epochs: int) -> optax.Schedule:
+    """A schedule of a whole run, passed through in the epochs of a search.
+
+    >>> quick = hurried(lambda count: count / 100, epochs=10, search_epochs=1)
+    >>> [float(quick(step)) for step in range(3)]
+    [0.0, 0.1, 0.2]
+    """
+    return lambda count: schedule(jnp.asarray(count) * epochs // search_epochs)
 
 
 def cosine(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
@@ -101,11 +134,31 @@ def _threshold(config: TrainConfig, learning_rate: optax.Schedule, steps_per_epo
     else:
         weights = increments(schedule_to(config, learning_rate, steps_per_epoch, 1.0))
     return lats_optax.target_sparsity(
-        prune.target_sparsity,
+        _target(prune),
         weights,
-        config.epochs * steps_per_epoch,
+        threshold_epochs(config) * steps_per_epoch,
         update_every=prune.update_every,
     )
+
+
+def _target(prune: PruneConfig) -> Any:
+    """What `target_sparsity` is to reach: one sparsity for all weights, or one for each layer."""
+    target = prune.target_sparsity
+    assert target is not None
+    match prune.distribution:
+        case "global":
+            return target
+        case "uniform" if prune.layer_sparsity:
+            return lats_optax.per_layer(dict(prune.layer_sparsity) | {"": target})
+        case "uniform":
+            return lats_optax.uniform(target)
+        case kind:
+            return lats_optax.erdos_renyi(target, kernel=kind == "erk")
+
+
+def threshold_epochs(config: TrainConfig) -> int:
+    """Epochs over which the threshold rises: those of the search, or all."""
+    return config.prune.search_epochs or config.epochs
 
 
 def increments(threshold: lats_optax.ThresholdSchedule) -> optax.Schedule:
@@ -119,16 +172,21 @@ def schedule_to(
     config: TrainConfig, learning_rate: optax.Schedule, steps_per_epoch: int, final: float
 ) -> Any:
     """The threshold of `prune.schedule` that ends at `final`."""
-    steps = config.epochs * steps_per_epoch
+    epochs = threshold_epochs(config)
+    steps = epochs * steps_per_epoch
     match config.prune.schedule:
         case "lats":
             return lats_optax.lats_threshold(learning_rate, steps, final)
         case "s-lats":
             return lats_optax.s_lats_threshold(steps, final)
         case "epoch-lats":
-            return lats_optax.epoch_lats_threshold(config.epochs, steps_per_epoch, final)
+            return lats_optax.epoch_lats_threshold(epochs, steps_per_epoch, final)
         case "pgh":
-            assert config.prune.beta is not None
-            return lats_optax.pgh_threshold(steps, final, config.prune.beta)
+            beta = config.prune.beta
+            assert beta is not None
+            if config.prune.mode == "early":
+                # The closed form is for a learning rate that ends with the search.
+                return lats_optax.lats_threshold(learning_rate, steps, final, l1=lambda x: beta**x)
+            return lats_optax.pgh_threshold(steps, final, beta)
         case "constant":
             return final

@@ -74,6 +74,7 @@ def train_step(
     label_smoothing: float,
     accumulate: int = 1,
     average_decay: float | None = None,
+    average_since: int = 0,
 ) -> tuple[TrainState, Metrics]:
     """A step of the optimizer on the mean gradient of all replicas.
 
@@ -94,6 +95,7 @@ def train_step(
       label_smoothing: mass spread evenly over all classes.
       accumulate: parts of the batch, a divisor of n.
       average_decay: a, in [0, 1); None where the state has no averages.
+      average_since: the step at which the averages began, and from which t is counted.
 
     Returns:
       The state after the step, and the batch's mean `loss` and `accuracy` before it.
@@ -124,7 +126,7 @@ def train_step(
     metrics, stats = mean(metrics), mean(stats)
     average = state.average
     if average_decay is not None:
-        new_weight = jnp.maximum(1 - average_decay, 9 / (10 + state.step))
+        new_weight = jnp.maximum(1 - average_decay, 9 / (10 + state.step - average_since))
         average = optax.incremental_update(Average(params, stats), average, new_weight)
     return TrainState(state.step + 1, params, stats, opt_state, average), metrics
 
