@@ -2,6 +2,7 @@
 
 from lats_optax import prox
 from lats_optax.masks import prunable, restrict, select, support
+from lats_optax.operations import OperationsReport, ParameterOperations, count_operations
 from lats_optax.sparsity import LayerSparsity, SparsityReport, sparsity
 from lats_optax.target import ClosedLoop, TargetSparsityState, target_sparsity
 from lats_optax.thresholds import (
@@ -28,11 +29,14 @@ __all__ = [
     "ClosedLoop",
     "KeepSupportState",
     "LayerSparsity",
+    "OperationsReport",
+    "ParameterOperations",
     "ProximalStepState",
     "SoftThresholdState",
     "SparsityReport",
     "TargetSparsityState",
     "ThresholdSchedule",
+    "count_operations",
     "epoch_lats_threshold",
     "keep_support",
     "l1_from_threshold",
