@@ -1,6 +1,8 @@
 """Soft threshold pruning for optax: the public optimizer API (jax and optax alone)."""
 
 from lats_optax import prox
+from lats_optax.files import load_sparse, read_metadata, save_sparse
+from lats_optax.finalize import finalize
 from lats_optax.masks import prunable, restrict, select, support
 from lats_optax.operations import OperationsReport, ParameterOperations, count_operations
 from lats_optax.sparsity import LayerSparsity, SparsityReport, sparsity
@@ -38,15 +40,19 @@ __all__ = [
     "ThresholdSchedule",
     "count_operations",
     "epoch_lats_threshold",
+    "finalize",
     "keep_support",
     "l1_from_threshold",
     "lats_threshold",
+    "load_sparse",
     "pgh_threshold",
     "prox",
     "proximal_step",
     "prunable",
+    "read_metadata",
     "restrict",
     "s_lats_threshold",
+    "save_sparse",
     "select",
     "soft_threshold",
     "sparsity",
