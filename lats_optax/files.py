@@ -140,18 +140,18 @@ def load_sparse(path: str | os.PathLike[str]) -> Any:
     """
     tensors, texts = _read(Path(path))
     try:
-        layout = json.loads(texts["lats_optax"])
+        layout = _parse(texts["lats_optax"])
         if not isinstance(layout, dict) or layout.keys() != {"version", "tree"}:
             raise _DamagedError("its layout is not a version and a tree")
         if layout["version"] != _VERSION:
-            raise _DamagedError(f"its version is {layout['version']!r}; known is {_VERSION}")
+            raise _DamagedError(
+                f"its version is {str(layout['version'])[:40]}; known is {_VERSION}"
+            )
         params = _decode(layout["tree"], "", tensors)
         if tensors:
             raise _DamagedError(f"{', '.join(sorted(tensors))}: in no place of the tree")
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: its layout cannot be read: {error}") from error
     except _DamagedError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged: {str(error)[:300]}") from error
     return params
 
 
@@ -222,7 +222,7 @@ def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
     end = 8 + int.from_bytes(data[:8], "little")
-    texts = json.loads(bytes(data[8:end])).get("__metadata__", {})
+    texts = json.loads(bytes(data[8:end])).get("__metadata__") or {}
     if "lats_optax" not in texts or data.count(_DIGEST, 8, end) != 1:
         raise ValueError(
             f"{path} is a safetensors file, but not one of save_sparse; "
@@ -236,7 +236,14 @@ def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
     try:
         return {name: _tensor(name, tensor) for name, tensor in found}, texts
     except _DamagedError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged: {str(error)[:300]}") from error
+
+
+def _parse(layout: str) -> Any:
+    try:
+        return json.loads(layout)
+    except (ValueError, RecursionError) as error:
+        raise _DamagedError(f"its layout cannot be read: {error}") from error
 
 
 def _tensor(name: str, tensor: Mapping[str, Any]) -> np.ndarray:
@@ -273,8 +280,8 @@ def _encode(node: Any, name: str, tensors: Tensors) -> Any:
         return {kind: [_encode(v, _join(name, i), tensors) for i, v in enumerate(node)]}
     if not isinstance(node, np.ndarray | np.generic | jax.Array):
         raise ValueError(
-            f"params: {_at(name)} is a {type(node).__qualname__}; allowed are dicts, lists, tuples, "
-            "None and arrays"
+            f"params: {_at(name)} is a {type(node).__qualname__}; allowed are dicts, lists, "
+            "tuples, None and arrays"
         )
     if node.dtype not in _DTYPES.values():
         allowed = ", ".join(dtype.name for dtype in _DTYPES.values())
