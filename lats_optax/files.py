@@ -283,9 +283,9 @@ def _encode(node: Any, name: str, tensors: Tensors) -> Any:
             f"params: {_at(name)} is a {type(node).__qualname__}; allowed are dicts, lists, "
             "tuples, None and arrays"
         )
-    if node.dtype not in _DTYPES.values():
-        allowed = ", ".join(dtype.name for dtype in _DTYPES.values())
-        raise ValueError(f"params: {_at(name)} is {node.dtype}; allowed: {allowed}")
+    allowed = [dtype.name for dtype in _DTYPES.values()]
+    if node.dtype.name not in allowed:
+        raise ValueError(f"params: {_at(name)} is {node.dtype}; allowed: {', '.join(allowed)}")
     form, stored = _smallest(_at(name), np.asarray(jax.device_get(node), order="C"))
     if taken := tensors.keys() & stored.keys() | stored.keys() & {"__metadata__"}:
         raise ValueError(f"params: the name {min(taken)} is taken; rename one of the two")

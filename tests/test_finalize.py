@@ -59,7 +59,7 @@ TRANSFORMS = {
     "closed loop": (optax.chain(SGD, soft_threshold(target_sparsity(0.6, 0.1, 6))), None),
     "frozen": (optax.chain(SGD, grows(freeze_after=3)), None),
     "at the freeze": (optax.chain(SGD, grows(freeze_after=6)), None),
-    "a layer": (optax.chain(SGD, grows(mask=select("first"))), None),
+    "a layer": (optax.chain(SGD, grows(mask=select("first/kernel"))), None),
     "MultiSteps": (optax.MultiSteps(optax.chain(SGD, grows()), 2), None),
     "masked": (
         optax.chain(SGD, optax.masked(grows(), {"first": True, "second": False})),
@@ -110,7 +110,7 @@ def test_every_state(name):
 
     kept = finalize(params, state, average=average, operator=operator)
     for new, a, w in zip(*map(jax.tree.leaves, (kept, average, params))):
-        if w.ndim > 1:
+        if w.ndim > 1 or name == "partition":  # which prunes the bias too
             np.testing.assert_array_equal(new, np.where(w == 0, 0.0, a))
         else:
             np.testing.assert_array_equal(new, a)
