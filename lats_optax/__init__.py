@@ -2,7 +2,10 @@
 
 from lats_optax import prox
 from lats_optax.distributions import Distribution, erdos_renyi, per_layer, uniform
+from lats_optax.files import load_sparse, read_metadata, save_sparse
+from lats_optax.finalize import finalize
 from lats_optax.masks import prunable, restrict, select, support
+from lats_optax.operations import OperationsReport, ParameterOperations, count_operations
 from lats_optax.phases import freeze, prune_at_initialization
 from lats_optax.sparsity import LayerSparsity, SparsityReport, sparsity
 from lats_optax.target import ClosedLoop, TargetSparsityState, target_sparsity
@@ -31,25 +34,32 @@ __all__ = [
     "Distribution",
     "KeepSupportState",
     "LayerSparsity",
+    "OperationsReport",
+    "ParameterOperations",
     "ProximalStepState",
     "SoftThresholdState",
     "SparsityReport",
     "TargetSparsityState",
     "ThresholdSchedule",
+    "count_operations",
     "epoch_lats_threshold",
     "erdos_renyi",
+    "finalize",
     "freeze",
     "keep_support",
     "l1_from_threshold",
     "lats_threshold",
+    "load_sparse",
     "per_layer",
     "pgh_threshold",
     "prox",
     "proximal_step",
     "prunable",
     "prune_at_initialization",
+    "read_metadata",
     "restrict",
     "s_lats_threshold",
+    "save_sparse",
     "select",
     "soft_threshold",
     "sparsity",

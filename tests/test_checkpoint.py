@@ -10,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 
+import lats_optax
 from lats_optax.training import loop
-from lats_optax.training.checkpoint import load_variables
+from lats_optax.training.checkpoint import load_state, load_variables
 from lats_optax.training.config import PruneConfig
 from lats_optax.training.experiment import build
 from lats_optax.training.logging import read_metrics
@@ -142,8 +143,22 @@ def test_the_weights_can_be_loaded(tmp_path):
     )
     logits = tiny.Model().apply(variables, np.zeros((2, *tiny.SHAPE), np.float32), train=False)
     assert logits.shape == (2, tiny.CLASSES)
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        load_variables(tmp_path / "nowhere")
+    for load in (load_variables, load_state):
+        with pytest.raises(FileNotFoundError, match="no checkpoint"):
+            load(tmp_path / "nowhere")
+
+
+def test_sparse_weights_from_the_latent_ones_of_a_checkpoint(tmp_path):
+    loop.train(tiny.config(tmp_path / "run", epochs=1, prune=SPARSE, average_decay=0.9))
+    state = load_state(tmp_path / "run")
+    params = lats_optax.finalize(state.params, state.opt_state)
+    assert lats_optax.sparsity(params).sparsity == pytest.approx(0.75, abs=0.01)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, state.params)
+    average = lats_optax.finalize(state.params, state.opt_state, average=state.average.params)
+    expected = load_variables(tmp_path / "run", averaged=True)["params"]
+    jax.tree.map(np.testing.assert_array_equal, average, expected)
+    with pytest.raises(ValueError, match="params: their zeros are not those of the state"):
+        lats_optax.finalize(state.average.params, state.opt_state)
 
 
 # The work directory

@@ -92,6 +92,24 @@ class Checkpoints:
         return Checkpoint(restored.state, restored.run["data_state"])
 
 
+def load_state(workdir: Path | str) -> TrainState:
+    """The state in a run's last checkpoint, without the run: for evaluation, not for going on.
+
+    ``lats_optax.finalize(state.params, state.opt_state)`` are its sparse weights, checked against
+    the latent ones.
+
+    Args:
+      workdir: directory of the run.
+
+    Returns:
+      The state, that of the optimizer in dicts and lists.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+    """
+    return _load(workdir)[0]
+
+
 def load_variables(workdir: Path | str, averaged: bool = False) -> dict[str, Any]:
     """The weights in a run's last checkpoint, as `model.apply` takes them.
 
@@ -107,6 +125,21 @@ def load_variables(workdir: Path | str, averaged: bool = False) -> dict[str, Any
       FileNotFoundError: there is no checkpoint.
       ValueError: averaged weights are asked for, and the run has kept none.
     """
+    state, config = _load(workdir)
+    if averaged:
+        if not state.average:
+            raise ValueError(
+                f"averaged is True; allowed for {workdir}: False, because that run has no "
+                "average_decay."
+            )
+        prune = configs.prune_from_json(config)
+        mask = pruned_mask(prune) if prune.enabled else None
+        state = step.averaged(state, mask)
+    return {"params": state.params, "batch_stats": state.batch_stats or {}}
+
+
+def _load(workdir: Path | str) -> tuple[TrainState, dict[str, Any]]:
+    """The state and the config in a run's last checkpoint."""
     directory = Path(workdir) / CHECKPOINTS
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no checkpoint in {directory}.")
@@ -116,13 +149,6 @@ def load_variables(workdir: Path | str, averaged: bool = False) -> dict[str, Any
         items = ocp.args.Composite(state=ocp.args.StandardRestore(), run=ocp.args.JsonRestore())
         restored = checkpoints._manager.restore(checkpoints.latest_step, args=items)
     state = TrainState(**restored.state)
-    if averaged:
-        if not state.average:
-            raise ValueError(
-                f"averaged is True; allowed for {workdir}: False, because that run has no "
-                "average_decay."
-            )
-        prune = configs.prune_from_json(restored.run["config"])
-        mask = pruned_mask(prune) if prune.enabled else None
-        state = step.averaged(state._replace(average=step.Average(**state.average)), mask)
-    return {"params": state.params, "batch_stats": state.batch_stats or {}}
+    if state.average:
+        state = state._replace(average=step.Average(**state.average))
+    return state, restored.run["config"]

@@ -1,0 +1,158 @@
+"""The end of training: exactly sparse weights out of a state, and a check that they are its own."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lats_optax import masks, prox
+from lats_optax.prox import Operator
+from lats_optax.transforms import SoftThresholdState
+
+
+def finalize(
+    params: Any, opt_state: Any, *, average: Any = None, operator: Operator | None = None
+) -> Any:
+    """The sparse weights that a training state stands for, after a check that ``params`` are its.
+
+    ``w = S_d(theta)`` where a weight is pruned, and what ``params`` has elsewhere. With
+    ``average``: the averaged weights, restricted to the support of w.
+
+    Adding an update to a parameter rounds, so ``params`` may be an ulp away from w; their zeros
+    are those of w, and where they are not the weights were changed since the update: by another
+    transform behind ``soft_threshold``, by a cast, by an average in their place.
+
+    Args:
+      params: the parameters after the last update.
+      opt_state: the optimizer state that came with them, with one :class:`SoftThresholdState` or
+        more anywhere in it: in ``optax.chain``, ``masked``, ``partition``, ``MultiSteps``,
+        ``inject_hyperparams``, ``flax.nnx.Optimizer``; or such a state as a checkpoint gives it
+        back without its types, in dicts and lists.
+      average: averaged parameters (EMA), a pytree like ``params``.
+      operator: the proximal operator that ``soft_threshold`` was given. Default (None):
+        :func:`lats_optax.prox.prox_l1`.
+
+    Returns:
+      A pytree like ``params``, or like ``average`` where that is given. Pruned entries are +0.0.
+
+    Raises:
+      ValueError: there is no state of ``soft_threshold``; it is that of other parameters; or
+        their zeros differ from its zeros (the message lists the paths and counts); or ``average``
+        is of another structure or shape.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lats_optax
+      >>> tx = optax.chain(optax.sgd(0.1), lats_optax.soft_threshold(lambda count: 0.5 * count))
+      >>> params = jnp.array([[0.3, -1.0]])
+      >>> updates, state = tx.update(jnp.zeros((1, 2)), tx.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> finalize(params, state)
+      Array([[ 0. , -0.5]], dtype=float32)
+      >>> finalize(params, state, average=jnp.array([[0.1, -0.7]]))
+      Array([[ 0. , -0.7]], dtype=float32)
+      >>> finalize(params + 1e-3, state)
+      Traceback (most recent call last):
+      ValueError: params: their zeros are not those of the state: params: 1 of 2 weights differ
+      (0 zero in params alone, 1 in the state alone). ...
+    """
+    operator = prox.prox_l1 if operator is None else operator
+    names, structure = jax.tree.leaves(masks.paths(params)), jax.tree.structure(params)
+    latents = _latents(opt_state)
+    if unknown := sorted(latents.keys() - set(names)):
+        raise ValueError(
+            f"opt_state: its latent weights have {', '.join(unknown)}; params has no such path, "
+            f"but {', '.join(names)}"
+        )
+    weights, alive, differing = [], [], []
+    for name, w in zip(names, jax.tree.leaves(params)):
+        if name not in latents:
+            weights.append(w)
+            alive.append(jnp.asarray(True))
+            continue
+        theta, d = latents[name]
+        if jnp.shape(theta) != jnp.shape(w):
+            raise ValueError(
+                f"opt_state: the latent weights {name} have shape {jnp.shape(theta)}; allowed is "
+                f"that of params, {jnp.shape(w)}"
+            )
+        exact, only_params, only_state = _exact(w, theta, d, operator)
+        weights.append(exact)
+        alive.append(exact != 0)
+        if only_params + only_state:
+            differing.append(_difference(name, w.size, only_params, only_state))
+    if differing:
+        raise ValueError(
+            f"params: their zeros are not those of the state: {'; '.join(differing)}. Pass the "
+            "parameters as the last update left them, averaged ones as average=, and the operator "
+            "of soft_threshold as operator="
+        )
+    if average is None:
+        return jax.tree.unflatten(structure, weights)
+    same: bool = jax.tree.structure(average) == structure
+    if not same:
+        raise ValueError(
+            f"average: its structure {jax.tree.structure(average)} is not that of params, "
+            f"{structure}"
+        )
+    for name, a, w in zip(names, jax.tree.leaves(average), weights):
+        if jnp.shape(a) != jnp.shape(w):
+            raise ValueError(
+                f"average: {name} has shape {jnp.shape(a)}; allowed is that of params, "
+                f"{jnp.shape(w)}"
+            )
+    return masks.restrict(average, jax.tree.unflatten(structure, alive))
+
+
+class _Latent(NamedTuple):
+    theta: jax.Array
+    threshold: jax.Array
+
+
+def _latents(opt_state: Any) -> dict[str, _Latent]:
+    """Path of a pruned parameter -> its latent weights and threshold, of all states in a tree."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=_is_state)
+    found: dict[str, _Latent] = {}
+    states = [node for node in nodes if _is_state(node)]
+    if not states:
+        raise ValueError(
+            "opt_state: there is no state of soft_threshold in it; its structure is "
+            f"{jax.tree.structure(opt_state)}"
+        )
+    for state in states:
+        values = state._asdict() if isinstance(state, SoftThresholdState) else state
+        (threshold,) = jax.tree.leaves(values["threshold"])
+        latent = values["latent"]
+        for name, theta in zip(jax.tree.leaves(masks.paths(latent)), jax.tree.leaves(latent)):
+            if name in found:
+                raise ValueError(f"opt_state: two states have latent weights for {name}")
+            found[name] = _Latent(theta, threshold)
+    return found
+
+
+def _is_state(node: Any) -> bool:
+    named = isinstance(node, Mapping) and {"count", "threshold", "latent"} <= node.keys()
+    return named or isinstance(node, SoftThresholdState)
+
+
+def _exact(w: Any, theta: Any, d: Any, operator: Operator) -> tuple[jax.Array, int, int]:
+    """S_d(theta) with the zeros of w, and how many zeros w alone has and how many theirs alone."""
+    dtype = prox.at_least_float32(jnp.asarray(theta).dtype)
+    wide, d = jnp.asarray(theta, dtype), jnp.asarray(d, dtype)
+    # Compiled elsewhere, the norm of a group may round otherwise: that near to the threshold a
+    # weight is what the parameters say.
+    ulps = 32 * jnp.finfo(dtype).eps  # type: ignore[no-untyped-call]
+    z, fewer, more = (
+        jnp.asarray(operator(wide, at), jnp.asarray(w).dtype)
+        for at in (d, d * (1 - ulps), d * (1 + ulps))
+    )
+    only_params, only_state = (w == 0) & (more != 0), (w != 0) & (fewer == 0)
+    exact = jnp.where(w == 0, jnp.zeros_like(z), jnp.where(z == 0, w, z))
+    return exact, int(only_params.sum()), int(only_state.sum())
+
+
+def _difference(name: str, size: int, only_params: int, only_state: int) -> str:
+    return (
+        f"{name}: {only_params + only_state:,} of {size:,} weights differ ({only_params:,} zero in "
+        f"params alone, {only_state:,} in the state alone)"
+    )
