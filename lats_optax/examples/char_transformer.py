@@ -1,6 +1,12 @@
 """A language model over characters, dense and 90 % sparse: a small Transformer in `flax.nnx`.
 
     python -m lats_optax.examples.char_transformer
+
+It reads the Python documentation that ships with the interpreter (`pydoc_data.topics`, 465,000
+characters in Python 3.11), of which every tenth topic is held out. The same model, weights and
+batches twice: `optax.adamw`, and `optax.adamw` with one more line. The tables that characters and
+places are looked up in (24,000 weights) stay dense and are not counted; all other matrices, the
+output layer among them, are pruned together.
 """
 
 from pydoc_data.topics import topics
@@ -20,7 +26,7 @@ from lats_optax.examples.options import Parser, count, fraction
 
 LAYERS, WIDTH, HEADS, CONTEXT = 2, 128, 4, 64
 BATCH, LEARNING_RATE = 16, 3e-3
-PRUNED = lats_optax.select(exclude="^embed_")  # tables that rows are looked up in stay dense
+PRUNED = lats_optax.select(exclude="^embed_")
 
 
 class Result(NamedTuple):

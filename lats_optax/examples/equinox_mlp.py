@@ -1,6 +1,15 @@
 """A multilayer perceptron in Equinox on the digits of scikit-learn, dense and 95 % sparse.
 
     python -m lats_optax.examples.equinox_mlp
+
+The same network (64-128-128-10), weights and batches twice: `optax.sgd`, and `optax.sgd` with one
+more line. It takes ten seconds of processor time (nineteen on two cores that others were using),
+and prints the sparsity of each layer and, at the end,
+
+    dense        0 of 25,856 weights are zero  test accuracy 97.22%
+    sparse  24,563 of 25,856 weights are zero  test accuracy 95.83%
+
+One of the 360 test images is 0.28 points.
 """
 
 from typing import NamedTuple

@@ -5,7 +5,9 @@
 
 For twelve penalties alpha it minimizes 1/2 mean (y - x w)² + alpha |w|₁ with `optax.sgd` and one
 more line, in two ways: `proximal_step` is ISTA, `soft_threshold` is dual averaging. Both end at
-the coefficients of `sklearn.linear_model.lasso_path`, with exactly its zeros.
+the coefficients of `sklearn.linear_model.lasso_path`, with exactly its zeros: the table says how
+many coefficients live and how far ours are from scikit-learn's, which is 2e-10 at most. It takes
+four seconds of processor time (six on two cores that others were using).
 """
 
 from collections.abc import Callable
