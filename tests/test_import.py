@@ -23,9 +23,10 @@ ALLOWED = {
     "data": set(),
     "training": {"core", "models", "data"},
     "cli": {"core", "models", "data", "training"},
+    "examples": {"core"},
 }
 OPTIONAL = (
-    *("chex", "flax", "grain", "matplotlib", "orbax", "PIL", "safetensors", "sklearn"),
+    *("chex", "equinox", "flax", "grain", "matplotlib", "orbax", "PIL", "safetensors", "sklearn"),
     *("tensorboardX", "tensorflow", "tensorflow_datasets", "torch", "tqdm", "tyro"),
 )
 # The one module that may name each of these.
