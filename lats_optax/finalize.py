@@ -89,7 +89,7 @@ def finalize(
         )
     if average is None:
         return jax.tree.unflatten(structure, weights)
-    same: bool = jax.tree.structure(average) == structure
+    same: bool = jax.tree.structure(average) == structure  # type: ignore[operator]  # jaxlib's stubs
     if not same:
         raise ValueError(
             f"average: its structure {jax.tree.structure(average)} is not that of params, "
@@ -123,10 +123,13 @@ def _latents(opt_state: Any) -> dict[str, _Latent]:
         values = state._asdict() if isinstance(state, SoftThresholdState) else state
         (threshold,) = jax.tree.leaves(values["threshold"])
         latent = values["latent"]
-        for name, theta in zip(jax.tree.leaves(masks.paths(latent)), jax.tree.leaves(latent)):
+        thetas = jax.tree.leaves(latent)
+        # One threshold for all, or one for each layer.
+        thresholds = jnp.broadcast_to(threshold, (len(thetas),))
+        for name, theta, d in zip(jax.tree.leaves(masks.paths(latent)), thetas, thresholds):
             if name in found:
                 raise ValueError(f"opt_state: two states have latent weights for {name}")
-            found[name] = _Latent(theta, threshold)
+            found[name] = _Latent(theta, d)
     return found
 
 

@@ -57,6 +57,10 @@ TRANSFORMS = {
     "chain": (optax.chain(SGD, grows()), None),
     "inner": (grows(inner=SGD), None),
     "closed loop": (optax.chain(SGD, soft_threshold(target_sparsity(0.6, 0.1, 6))), None),
+    "each layer": (
+        optax.chain(SGD, soft_threshold(target_sparsity(lats_optax.erdos_renyi(0.6), 0.1, 6))),
+        None,
+    ),
     "frozen": (optax.chain(SGD, grows(freeze_after=3)), None),
     "at the freeze": (optax.chain(SGD, grows(freeze_after=6)), None),
     "a layer": (optax.chain(SGD, grows(mask=select("first/kernel"))), None),
