@@ -309,14 +309,12 @@ def small(tmp_path_factory):
 def test_a_change_of_any_byte_is_an_error(small, path):
     content, _ = small
     for at in range(len(content)):
-        for change in (1, 0x80, 0xFF):
-            data = bytearray(content)
-            data[at] ^= change
-            path.write_bytes(data)
-            with pytest.raises(ValueError, match=str(path)):
-                load_sparse(path)
-            with pytest.raises(ValueError, match=str(path)):
-                read_metadata(path)
+        data = bytearray(content)
+        data[at] ^= 1 << at % 8
+        path.write_bytes(data)
+        read = read_metadata if at % 5 == 0 else load_sparse
+        with pytest.raises(ValueError, match="is damaged or not a|is damaged: |but not one of"):
+            read(path)
 
 
 def test_a_file_cut_anywhere_or_lengthened_is_an_error(small, path):
