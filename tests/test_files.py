@@ -313,7 +313,7 @@ def test_a_change_of_any_byte_is_an_error(small, path):
         data[at] ^= 1 << at % 8
         path.write_bytes(data)
         read = read_metadata if at % 5 == 0 else load_sparse
-        with pytest.raises(ValueError, match="is damaged or not a|is damaged: |but not one of"):
+        with pytest.raises(ValueError, match=r"is damaged or not a|is damaged: |but not one of"):
             read(path)
 
 
