@@ -57,7 +57,8 @@ def finalize(
       (0 zero in params alone, 1 in the state alone). ...
     """
     operator = prox.prox_l1 if operator is None else operator
-    names, structure = jax.tree.leaves(masks.paths(params)), jax.tree.structure(params)
+    names: list[str] = jax.tree.leaves(masks.paths(params))
+    structure: Any = jax.tree.structure(params)
     latents = _latents(opt_state)
     if unknown := sorted(latents.keys() - set(names)):
         raise ValueError(
@@ -89,12 +90,9 @@ def finalize(
         )
     if average is None:
         return jax.tree.unflatten(structure, weights)
-    same: bool = jax.tree.structure(average) == structure  # type: ignore[operator]  # jaxlib's stubs
-    if not same:
-        raise ValueError(
-            f"average: its structure {jax.tree.structure(average)} is not that of params, "
-            f"{structure}"
-        )
+    given: Any = jax.tree.structure(average)
+    if given != structure:
+        raise ValueError(f"average: its structure {given} is not that of params, {structure}")
     for name, a, w in zip(names, jax.tree.leaves(average), weights):
         if jnp.shape(a) != jnp.shape(w):
             raise ValueError(
