@@ -122,5 +122,5 @@ def test_the_command_exits_with_a_line_and_its_code(encoding):
     assert done.returncode == 2
     assert done.stderr == (
         "lats-train: error: Unrecognized options: --prune.target-sparity, 0.9; "
-        "perhaps you meant --prune.target-sparsity\n"
+        "perhaps you meant --prune.target-sparsity or --prune.layer-sparsity\n"
     )
