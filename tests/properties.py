@@ -84,7 +84,7 @@ class Case:
                 TARGET, cosine, STEPS, update_every=self.update_every
             ),
             "layers": lats_optax.target_sparsity(
-                lats_optax.per_layer({"conv": 0.5, "": TARGET}), cosine, STEPS
+                lats_optax.per_layer({"kernel": TARGET, "": 0.5}), cosine, STEPS
             ),
         }[self.threshold]
 

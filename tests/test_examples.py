@@ -79,6 +79,7 @@ def test_lasso_path_says_where_it_has_not_arrived(capsys):
     assert "NOT everywhere" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_char_transformer(capsys):
     results = char_transformer.main(["--steps", "40", "--sparsity", "0.6"])
     printed = capsys.readouterr().out
