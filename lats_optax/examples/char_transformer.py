@@ -6,7 +6,10 @@ It reads the Python documentation that ships with the interpreter (`pydoc_data.t
 characters in Python 3.11), of which every tenth topic is held out. The same model, weights and
 batches twice: `optax.adamw`, and `optax.adamw` with one more line. The tables that characters and
 places are looked up in (24,000 weights) stay dense and are not counted; all other matrices, the
-output layer among them, are pruned together.
+output layer among them, are pruned together. Four minutes on two cores, one of which was taken:
+
+    dense    0.00% zeros  2.232 bits per character
+    sparse  90.00% zeros  2.640 bits per character
 """
 
 from pydoc_data.topics import topics
