@@ -93,13 +93,7 @@ def test_a_run_is_the_plain_loop(tmp_path, devices, prune):
 
 
 def test_target_sparsity_is_met_and_logged_in_one_compilation(tmp_path, monkeypatch):
-    traces = []
-
-    def counted(*args, original=experiments.train_step, **keywords):
-        traces.append(1)
-        return original(*args, **keywords)
-
-    monkeypatch.setattr(experiments, "train_step", counted)
+    traces = tiny.count_calls(monkeypatch, experiments, "train_step")
     result = loop.train(tiny.config(tmp_path / "run", prune=SPARSE))
     kernels = [p for p in jax.tree.leaves(params_of(result)) if p.ndim >= 2]
     zeros, size = sum((k == 0).sum() for k in kernels), sum(k.size for k in kernels)
@@ -409,13 +403,7 @@ def test_bfloat16_trains_with_float32_parameters(tmp_path):
 
 @pytest.mark.parametrize("prune", [SPARSE, PruneConfig()], ids=["sparse", "dense"])
 def test_averaged_weights_are_evaluated_and_kept_sparse(tmp_path, monkeypatch, prune):
-    traces = []
-
-    def counted(*args, original=experiments.eval_step, **keywords):
-        traces.append(1)
-        return original(*args, **keywords)
-
-    monkeypatch.setattr(experiments, "eval_step", counted)
+    traces = tiny.count_calls(monkeypatch, experiments, "eval_step")
     config = tiny.config(tmp_path / "run", prune=prune, average_decay=0.8)
     result = loop.train(config)
     assert len(traces) == 1

@@ -91,13 +91,7 @@ def test_a_run_is_the_plain_loop(tmp_path, mode):
 
 
 def test_two_programs_and_a_threshold_while_there_is_one(tmp_path, monkeypatch):
-    traces = []
-
-    def counted(*args, original=experiments.train_step, **keywords):
-        traces.append(1)
-        return original(*args, **keywords)
-
-    monkeypatch.setattr(experiments, "train_step", counted)
+    traces = tiny.count_calls(monkeypatch, experiments, "train_step")
     result = loop.train(tiny.config(tmp_path / "run", prune=EARLY))
     assert len(traces) == 2
     train = [r for r in result.metrics if r["split"] == "train"]

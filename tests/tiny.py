@@ -65,6 +65,18 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def count_calls(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[int]:
+    """A list that grows by one at every call of a module's function: of a step, at every trace."""
+    calls, original = [], getattr(module, name)
+
+    def counted(*args: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        return original(*args, **keywords)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
 def config(workdir: Path, **changes: Any) -> TrainConfig:
     """Three epochs of six steps."""
     plain = TrainConfig(
