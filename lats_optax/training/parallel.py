@@ -6,6 +6,7 @@ A batch has one: (local devices, examples a device, ...).
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 import jax
@@ -158,10 +159,13 @@ class DataParallel:
         if self.process_count > 1:
             multihost_utils.sync_global_devices(name)
 
+    @cached_property
+    def _mesh(self) -> jax.sharding.Mesh:
+        return jax.sharding.Mesh(np.array(self.local_devices), (AXIS,))
+
     def _placed(self, *axes: str) -> jax.sharding.NamedSharding:
         """How an array lies on this process's devices whose first axis is spread over `axes`."""
-        mesh = jax.sharding.Mesh(np.array(self.local_devices), (AXIS,))
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))  # type: ignore[no-untyped-call]
+        return jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec(*axes))  # type: ignore[no-untyped-call]
 
     def _pmap(self, function: Callable[..., Any], donate_argnums: tuple[int, ...] = ()) -> Any:
         return jax.pmap(
