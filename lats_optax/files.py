@@ -30,6 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lats_optax.atomic import replacing
+
 _VERSION = 1
 _DTYPES = {
     "BOOL": np.dtype(bool),
@@ -109,7 +111,8 @@ def save_sparse(
     data = bytearray(save(tensors, texts))
     at = data.index(_DIGEST) + len(_DIGEST)
     data[at : at + 64] = hashlib.sha256(data).hexdigest().encode()
-    _replace(path, data)
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(data)
 
 
 def load_sparse(path: str | os.PathLike[str]) -> Any:
@@ -192,25 +195,6 @@ def _import_safetensors() -> Any:
     except ImportError as error:
         raise ImportError(f"safetensors is missing ({error}): pip install safetensors") from error
     return safetensors
-
-
-def _replace(path: Path, data: bytearray) -> None:
-    """Writes a file that appears whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):  # where the new name can be brought to the disk too
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
 
 
 def _read(path: Path) -> tuple[Tensors, dict[str, str]]:

@@ -4,7 +4,6 @@ Here belongs what needs safetensors or torch, which are imported where they are 
 """
 
 import importlib
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from lats_optax.atomic import replacing
 from lats_optax.models.layers import check_choice
 
 
@@ -48,12 +48,8 @@ def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     _, writes = _format(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no directory {path.parent}.")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as unfinished:
         writes(tensors, unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def to_numpy(value: Any) -> np.ndarray:

@@ -1,7 +1,6 @@
 """What a run tells while it runs: metrics.jsonl, TensorBoard events, a progress bar."""
 
 import json
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import tensorboardX
 import tqdm
 
+from lats_optax.atomic import replacing
 from lats_optax.training.workdir import METRICS
 
 Record = dict[str, Any]
@@ -72,10 +72,8 @@ class MetricsLog:
             self._bar.write(_line(record))
 
     def _rewrite(self, path: Path) -> None:
-        # By way of a second file: a run that is killed here loses nothing.
-        kept = path.with_suffix(".kept")
-        kept.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
-        os.replace(kept, path)
+        with replacing(path) as kept:
+            kept.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[Record]:

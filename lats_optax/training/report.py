@@ -1,25 +1,20 @@
 """Finished runs side by side: the table that the demo prints and the picture that it leaves.
 
-Pure functions of what a run has recorded. matplotlib is imported where it draws.
+Pure functions of what a run has recorded.
 """
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lats_optax import drawing
 from lats_optax.sparsity import LayerSparsity, SparsityReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-# Okabe and Ito's colours, which people with any colour vision can tell apart; a line style each,
-# for prints in grey and for curves that coincide.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_LINES = ("-", "-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,8 @@ def comparison_table(runs: Sequence[Run]) -> str:
       ValueError: there are no runs.
 
     Example:
-      >>> from lats_optax.sparsity import LayerSparsity
+      >>> from lats_optax import drawing
+    from lats_optax.sparsity import LayerSparsity
       >>> layers = (LayerSparsity("fc/kernel", (64, 10), 640, 608, prunable=True),
       ...           LayerSparsity("fc/bias", (10,), 10, 0, prunable=False))
       >>> print(comparison_table([Run("lats", 0.9875, 12.3, SparsityReport(layers), [])]))
@@ -136,30 +132,8 @@ def write_picture(path: str | os.PathLike[str], runs: Sequence[Run]) -> None:
     Raises:
       ValueError: there are no runs.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
     _check(runs)
-    style: dict[Any, Any] = {
-        "font.size": 11,
-        "axes.titlesize": 12,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.alpha": 0.3,
-        "lines.linewidth": 2,
-        "figure.constrained_layout.w_pad": 0.1,
-        "figure.constrained_layout.h_pad": 0.1,
-    }
-    path = Path(path)
-    # Renamed at the end: whoever looks meanwhile sees the old picture or the new one.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with matplotlib.rc_context(style):
-        # A Figure of its own, not pyplot's: nothing global, and no window system.
-        figure = Figure(figsize=(14, 8), dpi=150, layout="constrained")
+    with drawing.figure(path, (14, 8)) as figure:
         panels = figure.subplot_mosaic(
             [["threshold", "l1", "layers"], ["sparsity", "accuracy", "layers"]],
             width_ratios=[1, 1, 1.15],
@@ -178,11 +152,6 @@ def write_picture(path: str | os.PathLike[str], runs: Sequence[Run]) -> None:
             for run in runs
         ]
         figure.legend(lines, labels, loc="outside upper center", ncols=2, frameon=False)
-        try:
-            figure.savefig(unfinished, format="png")
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
 
 def _draw_threshold(axes: "Axes", runs: Sequence[Run]) -> None:
@@ -196,11 +165,11 @@ def _draw_l1(axes: "Axes", runs: Sequence[Run]) -> None:
     for index, run in enumerate(runs):
         epochs, l1 = implied_l1(run.metrics)
         if len(l1):
-            axes.stairs(l1, epochs, baseline=None, linewidth=2, **_style(index))
+            axes.stairs(l1, epochs, baseline=None, linewidth=2, **drawing.style(index))
             values.extend(l1[np.isfinite(l1)])
     axes.set(title="Implied L1 coefficient", ylabel="μ = Δd / Ση between records")
     if not values:
-        _say_nothing_to_draw(axes)
+        drawing.say(axes, "not recorded by any run")
     elif min(values) > 0 and max(values) > 10 * min(values):
         # Some schedules diverge at the end, which would press all else flat.
         axes.set_yscale("log")
@@ -238,7 +207,7 @@ def _draw_layers(axes: "Axes", runs: Sequence[Run]) -> None:
         values.append(100 * runs[index].sparsity.sparsity)
         height = 0.8 / len(shown)
         offset = (place + 0.5) * height - 0.4
-        bars = axes.barh(rows + offset, values, 0.9 * height, color=_style(index)["color"])
+        bars = axes.barh(rows + offset, values, 0.9 * height, color=drawing.style(index)["color"])
         if room * height > 7:
             axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=min(9, 0.8 * room * height))
     axes.set_yticks(rows, [*names, "all layers"], fontsize=float(np.clip(0.7 * room, 4, 10)))
@@ -258,19 +227,9 @@ def _draw_metric(
         records = _records(run.metrics, split, name)
         recorded = recorded or bool(records)
         epochs, values = [r["epoch"] for r in records], [scale * r[name] for r in records]
-        axes.plot(epochs, values, **_style(index))
+        axes.plot(epochs, values, **drawing.style(index))
     if not recorded:
-        _say_nothing_to_draw(axes)
-
-
-def _say_nothing_to_draw(axes: "Axes") -> None:
-    axes.set(xticks=[], yticks=[])
-    axes.text(0.5, 0.5, "not recorded by any run", ha="center", transform=axes.transAxes)
-
-
-def _style(index: int) -> dict[str, Any]:
-    place = index % len(_COLOURS)
-    return {"color": _COLOURS[place], "linestyle": _LINES[place]}
+        drawing.say(axes, "not recorded by any run")
 
 
 def _records(
