@@ -175,7 +175,8 @@ def _print_run(result: loop.RunResult) -> None:
     more = "" if averaged is None else f", with averaged weights {averaged:.2%},"
     print(f"test accuracy {result.test_accuracy:.2%}{more} after {result.seconds:.0f} s")
     if result.config.data.skip_corrupt:
-        skipped = {record["split"]: record["skipped"] for record in result.metrics}
+        counted = [record for record in result.metrics if "skipped" in record]
+        skipped = {record["split"]: record["skipped"] for record in counted}
         print(f"skipped       {skipped['train']} corrupt records in training", end=", ")
         print(f"{skipped['test']} in the last evaluation")
     workdir = result.config.workdir
