@@ -6,13 +6,14 @@ import io
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
 from lats_optax import data
 from lats_optax.training import demo as demonstration
-from lats_optax.training import loop
+from lats_optax.training import loop, pictures
 from lats_optax.training.demo import DemoConfig, DemoResult
 from lats_optax.training.experiment import Experiment, build
 from lats_optax.training.presets import PRESETS
@@ -45,7 +46,11 @@ def train(args: Sequence[str] | None = None) -> int:
         )
         return build(_in_one_line(parse, presets, "lats-train", description, args))
 
-    return _run("lats-train", prepare, lambda experiment: _print_run(loop.fit(experiment)))
+    def execute(experiment: Experiment) -> None:
+        result = loop.fit(experiment)
+        _print_run(result, pictures.write(result))
+
+    return _run("lats-train", prepare, execute)
 
 
 def demo(args: Sequence[str] | None = None) -> int:
@@ -167,7 +172,7 @@ def _unframed(box: str) -> str:
     return message
 
 
-def _print_run(result: loop.RunResult) -> None:
+def _print_run(result: loop.RunResult, drawn: Sequence[Path]) -> None:
     if not result.is_primary:
         return
     print(result.sparsity)
@@ -181,6 +186,7 @@ def _print_run(result: loop.RunResult) -> None:
         print(f"{skipped['test']} in the last evaluation")
     workdir = result.config.workdir
     print(f"metrics       {workdir}/metrics.jsonl; tensorboard --logdir {workdir}")
+    print(f"pictures      {', '.join(map(str, drawn))}")
     print(f"checkpoint    {result.checkpoint}")
 
 
@@ -188,6 +194,7 @@ def _print_demo(result: DemoResult) -> None:
     print(result.table)
     print()
     print(f"picture      {result.picture}")
+    print(f"weights      {result.weights}")
     print(f"summary      {result.summary}")
     for name, run in result.runs.items():
         print(f"{name + ' run':<12} {run.checkpoint} (checkpoint)")

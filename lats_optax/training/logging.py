@@ -88,10 +88,8 @@ class MetricsLog:
             self._add_histogram(f"sparse/{path}", layer.weights, step)
             if layer.latent is not None:
                 self._add_histogram(f"latent/{path}", layer.latent, step)
-        self._bar.write(
-            f"epoch {epoch:7.2f}  weights pruned {record['pruned']:,}, "
-            f"revived {record['revived']:,} since the last evaluation"
-        )
+        pruned, revived = record["pruned"], record["revived"]
+        self._bar.write(f"epoch {epoch:7.2f}  weights pruned {pruned:,}  revived {revived:,}")
 
     def _add_histogram(self, tag: str, histogram: Histogram, step: int) -> None:
         counts, edges = histogram.counts, histogram.edges

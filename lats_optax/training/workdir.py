@@ -7,6 +7,7 @@ from lats_optax.training.config import TrainConfig
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
+REPORT, WEIGHTS = "report.png", "weights.png"
 _EVENTS = "events.out.tfevents.*"
 
 
@@ -40,7 +41,8 @@ def prepare(config: TrainConfig) -> None:
     config.workdir.mkdir(parents=True, exist_ok=True)
     if config.overwrite:
         shutil.rmtree(config.workdir / CHECKPOINTS, ignore_errors=True)
-        for file in [config.workdir / METRICS, *config.workdir.glob(_EVENTS)]:
+        files = [config.workdir / name for name in (METRICS, REPORT, WEIGHTS)]
+        for file in [*files, *config.workdir.glob(_EVENTS)]:
             file.unlink(missing_ok=True)
 
 
