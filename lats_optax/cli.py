@@ -6,7 +6,6 @@ import io
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -48,7 +47,10 @@ def train(args: Sequence[str] | None = None) -> int:
 
     def execute(experiment: Experiment) -> None:
         result = loop.fit(experiment)
-        _print_run(result, pictures.write(result))
+        _print_run(result)
+        # Last, so that a picture that cannot be written takes nothing with it.
+        if drawn := pictures.write(result):
+            print(f"pictures      {', '.join(map(str, drawn))}")
 
     return _run("lats-train", prepare, execute)
 
@@ -172,7 +174,7 @@ def _unframed(box: str) -> str:
     return message
 
 
-def _print_run(result: loop.RunResult, drawn: Sequence[Path]) -> None:
+def _print_run(result: loop.RunResult) -> None:
     if not result.is_primary:
         return
     print(result.sparsity)
@@ -186,7 +188,6 @@ def _print_run(result: loop.RunResult, drawn: Sequence[Path]) -> None:
         print(f"{skipped['test']} in the last evaluation")
     workdir = result.config.workdir
     print(f"metrics       {workdir}/metrics.jsonl; tensorboard --logdir {workdir}")
-    print(f"pictures      {', '.join(map(str, drawn))}")
     print(f"checkpoint    {result.checkpoint}")
 
 

@@ -32,6 +32,9 @@ def test_a_run_prints_its_table_and_where_things_are(tmp_path, capsys):
     assert str(workdir / "metrics.jsonl") in out
     assert str(workdir / "checkpoints" / "6") in out
     assert (workdir / "checkpoints" / "6").is_dir()
+    for picture in ("report.png", "weights.png"):
+        assert str(workdir / picture) in out
+        assert (workdir / picture).read_bytes().startswith(b"\x89PNG")
     assert err == ""  # No progress bar where nobody looks at one.
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["split"] == "test"

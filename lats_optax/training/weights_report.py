@@ -14,6 +14,7 @@ from lats_optax.training.statistics import Histogram, LayerStatistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
     from matplotlib.figure import SubFigure
 
 SHOWN = 8
@@ -45,7 +46,7 @@ def write_picture(
         raise ValueError("layers is empty; it must hold at least one layer")
     records = [record for record in metrics if record["split"] == "weights"]
     with drawing.figure(path, (14, 11)) as figure:
-        above, below = np.ravel(figure.subfigures(2, 1, height_ratios=[2, 3]))
+        above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[2, 3])[:, 0]
         _draw_changes(above, records, layers)
         _draw_end(below, layers)
 
@@ -56,29 +57,33 @@ def _draw_changes(
     layers: Mapping[str, LayerStatistics],
 ) -> None:
     totals, pruned, revived = figure.subplots(1, 3)
+    totals.set(title="Pruned and revived between evaluations", ylabel="weights")
+    pruned.set_title("Pruned, by layer")
+    revived.set_title("Revived, by layer")
+    if not records:
+        for axes in (totals, pruned, revived):
+            drawing.say(axes, "not recorded")
+        return
     _draw_totals(totals, records)
     _draw_by_layer(pruned, records, "pruned", layers)
     mesh = _draw_by_layer(revived, records, "revived", layers)
     revived.set_yticklabels([])
-    if mesh is not None:
-        bar = figure.colorbar(mesh, ax=[pruned, revived], extend="min", pad=0.02)
-        bar.set_label("% of the layer's weights; white: none")
+    bar = figure.colorbar(mesh, ax=[pruned, revived], extend="min", pad=0.02)
+    bar.set_label("% of the layer's weights; white: none")
     for axes in (totals, pruned, revived):
         axes.set_xlabel("epoch")
         axes.locator_params(axis="x", integer=True)
-        axes.set_xlim(0, _edges(records)[-1] or None)
+        axes.set_xlim(0, records[-1]["epoch"])
 
 
 def _draw_totals(axes: "Axes", records: Sequence[Mapping[str, Any]]) -> None:
-    axes.set(title="Pruned and revived between evaluations", ylabel="weights")
-    if not records:
-        return drawing.say(axes, "not recorded")
     for index, name in enumerate(("pruned", "revived"), start=1):
         numbers = [record[name] for record in records]
         style = {**drawing.style(index), "linestyle": "-"}
         axes.stairs(numbers, _edges(records), baseline=None, linewidth=2, label=name, **style)
     # Logarithmic, so that the end is seen beside the beginning, but for a place for none.
     axes.set_yscale("symlog", linthresh=1)
+    axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
 
@@ -88,17 +93,14 @@ def _draw_by_layer(
     records: Sequence[Mapping[str, Any]],
     name: str,
     layers: Mapping[str, LayerStatistics],
-) -> Any:
+) -> "QuadMesh":
     """A row for each layer, a column for each evaluation; what a colour bar is made of."""
     from matplotlib.colors import LogNorm
 
-    axes.set_title(f"{name.capitalize()}, by layer")
     axes.grid(visible=False)
     rows = np.arange(len(layers))
     axes.set_yticks(rows, map(_short, layers), fontsize=float(np.clip(220 / len(rows), 3, 10)))
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    if not records:
-        return None
     share = [
         [100 * record["layers"][path][name] / max(layer.size, 1) for record in records]
         for path, layer in layers.items()
@@ -137,6 +139,7 @@ def _draw_layer(axes: "Axes", path: str, layer: LayerStatistics) -> None:
     zeros = layer.zeros / max(layer.size, 1)
     axes.set_title(f"{_short(path)}, {zeros:.1%} zeros", fontsize=10, fontweight="normal")
     axes.set_yscale("log")
+    axes.minorticks_off()
     axes.tick_params(labelsize=8)
     axes.locator_params(axis="x", nbins=5)
     if layer.latent is not None:
