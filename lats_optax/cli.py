@@ -99,6 +99,27 @@ def prepare(args: Sequence[str] | None = None) -> int:
     return _run("lats-prepare", prepared, print)
 
 
+def inspect(args: Sequence[str] | None = None) -> int:
+    """`lats-inspect schedule ...`: what threshold schedules mean, as a table and a picture.
+
+    Args:
+      args: as for `train`.
+
+    Returns:
+      As `train`.
+    """
+
+    def inspected() -> str:
+        # matplotlib and the zoo take a second to import, and only this needs them.
+        from lats_optax.inspection import lineup
+
+        parse, kinds = tyro.extras.subcommand_cli_from_dict, {"schedule": lineup.Request}
+        request = _in_one_line(parse, kinds, "lats-inspect", "Look at schedules.", args)
+        return lineup.report_on(lineup.build(request), request.out)
+
+    return _run("lats-inspect", inspected, print)
+
+
 def _run(program: str, prepare: Callable[[], Ready], execute: Callable[[Ready], None]) -> int:
     """Turns what goes wrong into one line and an exit code."""
 

@@ -63,8 +63,9 @@ def style(index: int) -> dict[str, Any]:
     >>> style(2)
     {'color': '#D55E00', 'linestyle': '--'}
     """
-    place = index % len(_COLOURS)
-    return {"color": _COLOURS[place], "linestyle": _LINES[place]}
+    turn, place = divmod(index, len(_COLOURS))
+    # Colours come again after seven curves, with another line: the first two have the same.
+    return {"color": _COLOURS[place], "linestyle": _LINES[(place + 2 * turn) % len(_LINES)]}
 
 
 def say(axes: "Axes", what: str) -> None:
