@@ -100,7 +100,7 @@ def prepare(args: Sequence[str] | None = None) -> int:
 
 
 def inspect(args: Sequence[str] | None = None) -> int:
-    """`lats-inspect schedule ...`: what threshold schedules mean, as a table and a picture.
+    """`lats-inspect schedule ...` and `lats-inspect model FILE`: tables and pictures.
 
     Args:
       args: as for `train`.
@@ -110,12 +110,14 @@ def inspect(args: Sequence[str] | None = None) -> int:
     """
 
     def inspected() -> str:
-        # matplotlib and the zoo take a second to import, and only this needs them.
-        from lats_optax.inspection import lineup
+        # No other command draws all this.
+        from lats_optax.inspection import lineup, model_file
 
-        parse, kinds = tyro.extras.subcommand_cli_from_dict, {"schedule": lineup.Request}
-        request = _in_one_line(parse, kinds, "lats-inspect", "Look at schedules.", args)
-        return lineup.report_on(lineup.build(request), request.out)
+        parse = tyro.extras.subcommand_cli_from_dict
+        kinds = {"schedule": lineup.Request, "model": model_file.Request}
+        request = _in_one_line(parse, kinds, "lats-inspect", "Look at what was asked for.", args)
+        of = lineup if isinstance(request, lineup.Request) else model_file
+        return of.report_on(of.build(request), request.out)
 
     return _run("lats-inspect", inspected, print)
 
@@ -178,7 +180,7 @@ def _unframed(box: str) -> str:
     message = re.sub(r"Error parsing (?!--)\S+: ", "", sections[0].strip())
     for section in sections[1:]:
         if section.startswith(" Available subcommands"):
-            message += f"; presets: {section.partition(':')[2].strip()}"
+            message += f"; known are: {section.partition(':')[2].strip()}"
         elif section.startswith(" Perhaps you meant"):
             options = dict.fromkeys(re.findall(r"(?<= )--[\w.-]+\w(?= )", section))
             options.pop("--help", None)
