@@ -35,7 +35,7 @@ class Layer:
       zeros: how many of its entries are zero.
       prunable: whether it has two or more dimensions.
       outputs, inputs: channels, as Flax has them: the last axis and the one before; 0 for arrays of
-        fewer than two dimensions.
+        fewer than two dimensions or no entries.
       zero_outputs, zero_inputs: those of which every weight is zero.
       magnitudes: the 5, 50 and 95 % quantiles of the absolute values of the weights that are
         finite and not zero; None where there are none.
@@ -81,8 +81,8 @@ class ModelReport:
 
     @property
     def shown(self) -> tuple[Layer, ...]:
-        """The layers that have a line: those that are prunable, or multiply anything."""
-        return tuple(layer for layer in self.layers if layer.prunable or layer.dense)
+        """The layers that have a line: prunable ones and those that multiply, or else all."""
+        return tuple(la for la in self.layers if la.prunable or la.dense) or self.layers
 
     def __str__(self) -> str:
         """The table: layers one by one, the totals, and what deserves a look."""
@@ -163,7 +163,7 @@ def inspect_model(params: Any, operations: OperationsReport | None = None) -> Mo
     for found, count, leaf in zip(measured, counted, jax.tree.leaves(params)):
         array = np.asarray(leaf)
         values = _values(array)
-        if values.size < array.size - found.zeros:
+        if not np.all(np.isfinite(array)):
             not_finite.append(found.path)
         if found.prunable:
             weights.append(values)
@@ -218,7 +218,7 @@ def write_picture(path: str | os.PathLike[str], report: ModelReport, title: str 
         names = [layer.path.removesuffix("/kernel") for layer in layers]
         points = float(np.clip(60 * room / max(len(layers), 1), 4, 10))
         for name, axes in panels.items():
-            if name != "histogram" and layers:
+            if name != "histogram":
                 labels = names if name == "sparsity" else [""] * len(names)
                 axes.set_yticks(np.arange(len(layers)), labels, fontsize=points)
                 axes.set_ylim(len(layers) - 0.4, -0.6)
@@ -256,7 +256,7 @@ def _values(array: np.ndarray) -> np.ndarray:
 
 def _channels(array: np.ndarray) -> tuple[int, int, int, int]:
     """Output and input channels, and how many of each are wholly zero."""
-    if array.ndim < 2:
+    if array.ndim < 2 or not array.size:
         return 0, 0, 0, 0
     used = array != 0
     outputs = used.any(axis=tuple(range(array.ndim - 1)))
@@ -270,7 +270,7 @@ def _channels(array: np.ndarray) -> tuple[int, int, int, int]:
 def _draw_sparsity(axes: "Axes", layers: Sequence[Layer]) -> None:
     values = [100 * la.zeros / la.size if la.size else 0.0 for la in layers]
     bars = axes.barh(np.arange(len(layers)), values, 0.75, color=_LEFT)
-    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
     axes.set(title="Zeros", xlabel="sparsity (%)", xlim=(0, 118), xticks=range(0, 101, 25))
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -236,8 +235,8 @@ def _guarded(reference: str, function: Callable[[Any], Any]) -> Callable[[Any], 
     def call(count: Any) -> Any:
         try:
             value = function(count)
-            if jnp.shape(value) != ():
-                raise ValueError(f"it returns an array of shape {jnp.shape(value)}, not a number")
+            if np.shape(value) != ():
+                raise ValueError(f"it returns an array of shape {np.shape(value)}, not a number")
             return value
         except Exception as error:
             raise ValueError(f"{reference} fails at {count}: {_brief(error)}") from error
