@@ -162,7 +162,7 @@ def test_masks_of_everything_meet_parameters_of_which_some_are_masked_out():
         "a": {"b": True, "c": optax.MaskedNode()},
         "d": {"e": True, "f": optax.MaskedNode()},
     }
-    with pytest.raises(ValueError, match=r"^mask: its structure .* nor a prefix of it$"):
+    with pytest.raises(ValueError, match=r"^mask: its structure.* nor a prefix of it$"):
         masks.resolve({"a": {"c": True}, "d": True}, params)
 
 
