@@ -204,6 +204,9 @@ def _print_run(result: loop.RunResult) -> None:
     workdir = result.config.workdir
     print(f"metrics       {workdir}/metrics.jsonl; tensorboard --logdir {workdir}")
     print(f"checkpoint    {result.checkpoint}")
+    print(f"model         {result.model}")
+    if result.model_averaged is not None:
+        print(f"averaged      {result.model_averaged}")
 
 
 def _print_demo(result: DemoResult) -> None:
@@ -213,3 +216,4 @@ def _print_demo(result: DemoResult) -> None:
     print(f"summary      {result.summary}")
     for name, run in result.runs.items():
         print(f"{name + ' run':<12} {run.checkpoint} (checkpoint)")
+        print(f"{name + ' file':<12} {run.model}")

@@ -42,7 +42,8 @@ def test_it_trains_both_and_says_where_everything_is(tmp_path, capsys):
         assert picture.format == "PNG"
     for words in ("Conv_0/kernel", "non-zero weights", "test accuracy", "75.00%"):
         assert words in out
-    for path in ("report.png", "summary.json", "dense/checkpoints/12", "sparse/checkpoints/12"):
+    files = ("report.png", "summary.json", "dense/model.safetensors", "sparse/model.safetensors")
+    for path in (*files, "dense/checkpoints/12", "sparse/checkpoints/12"):
         assert str(workdir / path) in out
         assert (workdir / path).exists()
 

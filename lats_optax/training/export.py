@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +39,24 @@ class SavedModel(NamedTuple):
     variables: dict[str, Any]
     image_shape: tuple[int, int, int]
     metadata: dict[str, str]
+
+
+class ModelFile(NamedTuple):
+    """A model file that was written.
+
+    Attributes:
+      path: of the file.
+      size: in bytes.
+      dense_size: of its arrays, in bytes.
+    """
+
+    path: Path
+    size: int
+    dense_size: int
+
+    def __str__(self) -> str:
+        """The path, the size, and what part of the dense size that is."""
+        return f"{self.path} ({self.size:,} bytes, {self.size / self.dense_size:.1%} of dense)"
 
 
 def save_model(

@@ -7,6 +7,9 @@ from lats_optax.training.config import TrainConfig
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
+INITIAL = "initial.safetensors"
+MODEL = "model.safetensors"
+AVERAGED = "model_averaged.safetensors"
 _EVENTS = "events.out.tfevents.*"
 
 
@@ -40,7 +43,8 @@ def prepare(config: TrainConfig) -> None:
     config.workdir.mkdir(parents=True, exist_ok=True)
     if config.overwrite:
         shutil.rmtree(config.workdir / CHECKPOINTS, ignore_errors=True)
-        for file in [config.workdir / METRICS, *config.workdir.glob(_EVENTS)]:
+        files = [config.workdir / name for name in (METRICS, INITIAL, MODEL, AVERAGED)]
+        for file in [*files, *config.workdir.glob(_EVENTS)]:
             file.unlink(missing_ok=True)
 
 
