@@ -19,8 +19,7 @@ from lats_optax.inspection.model import ModelReport, in_short
 from lats_optax.inspection.schedule import check_picture
 from lats_optax.operations import OperationsReport
 from lats_optax.training.export import differences, load_model, variables_of
-
-_NAME = "model.safetensors"
+from lats_optax.training.workdir import MODEL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +75,7 @@ def build(request: Request) -> Inspected:
       FileNotFoundError: there is no such file.
       ValueError: the file is damaged or foreign, or not of the model that is named.
     """
-    path = request.file / _NAME if request.file.is_dir() else request.file
+    path = request.file / MODEL if request.file.is_dir() else request.file
     if not path.is_file():
         hint = "" if path is request.file else ", which lats-train writes when a run ends"
         raise FileNotFoundError(f"there is no file {path}{hint}")
