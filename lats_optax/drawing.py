@@ -68,6 +68,15 @@ def style(index: int) -> dict[str, Any]:
     return {"color": _COLOURS[place], "linestyle": _LINES[(place + 2 * turn) % len(_LINES)]}
 
 
+def shortened(name: str, length: int = 48) -> str:
+    """A name of which there is room for the end alone, such as a long path.
+
+    >>> shortened("runs/digits-lats/model.safetensors", 20)
+    '…s/model.safetensors'
+    """
+    return name if len(name) <= length else "…" + name[1 - length :]
+
+
 def say(axes: "Axes", what: str) -> None:
     """Writes a line in the middle of a panel in which there is nothing to draw."""
     axes.set(xticks=[], yticks=[])

@@ -146,7 +146,7 @@ def test_warm_up_is_that_of_the_trainer():
 
 
 @pytest.mark.parametrize(
-    "name", [n for n, preset in PRESETS.items() if preset.config.prune.enabled]
+    "name", [n for n, preset in PRESETS.items() if preset.config.prune.has_threshold]
 )
 def test_a_preset_gives_its_own_schedule(name):
     config = PRESETS[name].config
@@ -272,7 +272,7 @@ def test_the_table_says_where_l1_is_undefined(here):
     cells = lines[2].split()
     assert cells[:1] + [float(c) for c in cells[1:6]] == ["lats", 0.3, 0.02, 0.02, 0.02, 0.02]
     assert float(cells[6]) < 1e-12
-    zero = "μ is undefined at 50 of 200 steps, where the learning rate is zero"
+    zero = "mu is undefined at 50 of 200 steps, where the learning rate is zero"
     assert lines[-2:] == [f"lats: {zero}", f"linear: {zero} and the threshold moves all the same"]
 
 
@@ -323,7 +323,12 @@ PICTURES = {
     "both signs, and more than there are colours": {
         f"{n}": (lambda t, n=n: 0.1 * (1.1 + np.sin(t / (n + 1)))) for n in range(9)
     },
-    "recorded": {"run": schedule.recorded_curve("run", COUNTS, X[:-1], X[:-1], own_rate=True)},
+    "names that matplotlib takes for something else": {
+        "_hidden": 0.1,
+        "half $ a formula": lambda t: 0.1 * t,
+        "long" * 50: lambda t: 0.2 * t,
+    },
+    "recorded": {"run": schedule.recorded_curve("_r$", COUNTS, X[:-1], X[:-1], own_rate=True)},
 }
 
 
@@ -528,9 +533,10 @@ def test_picture_shows_each_layer(tmp_path, monkeypatch, counted):
     "params",
     [
         {"bias": np.zeros(3, np.float32)},
+        {"half $ a formula": np.zeros((3, 3), np.float32), "long" * 50: np.ones((3, 3))},
         {f"layer{n:03}": np.full((2, 3), 10.0**n, np.float32) for n in range(-10, 11)},
     ],
-    ids=["nothing is prunable", "many layers of many magnitudes"],
+    ids=["nothing is prunable", "names", "many layers of many magnitudes"],
 )
 def test_picture_of_a_model_is_a_png(tmp_path, params):
     path = tmp_path / "model.png"

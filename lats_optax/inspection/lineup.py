@@ -227,7 +227,7 @@ def _own_schedule(request: Request, config: TrainConfig) -> str:
     prune = config.prune
     if request.preset is None:
         return "lats"
-    if not prune.enabled:
+    if not prune.has_threshold:
         raise ValueError(f"preset {request.preset!r} is dense; name the schedules to look at.")
     return f"pgh:{prune.beta}" if prune.schedule == "pgh" else prune.schedule
 

@@ -206,7 +206,8 @@ def write_picture(path: str | os.PathLike[str], report: ModelReport, title: str 
     layers = report.shown
     room = float(np.clip(0.2 * len(layers), 3, 90))
     with drawing.figure(path, (16, room + 4.5)) as figure:
-        figure.suptitle(title)
+        # Names are the user's, and no formulas.
+        figure.suptitle(drawing.shortened(title, 120), parse_math=False)
         panels = figure.subplot_mosaic(
             [["sparsity", "size", "channels", "magnitudes"], ["histogram"] * 4],
             height_ratios=[room, 2.8],
@@ -215,12 +216,13 @@ def write_picture(path: str | os.PathLike[str], report: ModelReport, title: str 
         _draw_size(panels["size"], layers, report.operations)
         _draw_channels(panels["channels"], layers)
         _draw_magnitudes(panels["magnitudes"], layers)
-        names = [layer.path.removesuffix("/kernel") for layer in layers]
+        names = [drawing.shortened(layer.path.removesuffix("/kernel")) for layer in layers]
         points = float(np.clip(60 * room / max(len(layers), 1), 4, 10))
         for name, axes in panels.items():
             if name != "histogram":
                 labels = names if name == "sparsity" else [""] * len(names)
-                axes.set_yticks(np.arange(len(layers)), labels, fontsize=points)
+                rows = np.arange(len(layers))
+                axes.set_yticks(rows, labels, fontsize=points, parse_math=False)
                 axes.set_ylim(len(layers) - 0.4, -0.6)
                 axes.grid(visible=False, axis="y")
         _draw_histogram(panels["histogram"], report)

@@ -24,6 +24,7 @@ from lats_optax.thresholds import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.legend import Legend
 
 # Two curves nearer than this, as a fraction of the range, are one line to the eye.
 _SAME = 0.004
@@ -180,15 +181,16 @@ def summary_table(curves: Sequence[Curve]) -> str:
       >>> rate = lambda count: 0.1
       >>> print(summary_table([curve("linear", lambda t: 0.01 * t, rate, 10),
       ...                      curve("square", lambda t: 0.001 * t**2, rate, 10)]))
-      schedule    final d    first μ     last μ   lowest μ  highest μ  deviation
+      schedule    final d   first mu    last mu  lowest mu highest mu  deviation
       --------------------------------------------------------------------------
       linear          0.1        0.1        0.1        0.1        0.1      ...
       square          0.1       0.01       0.19       0.01       0.19        1.8
-      deviation: (highest μ − lowest μ) / |μ̄|, where μ̄ = (final d − first d) / Ση
+      deviation: of the highest mu from the lowest, relative to mu of LATS between the same ends
     """
     _check_some(curves)
     names = max(len("schedule"), *(len(curve.name) for curve in curves))
-    head = ("final d", "first μ", "last μ", "lowest μ", "highest μ", "deviation")
+    # Letters that every terminal has: what is printed must not fail at the end of the work.
+    head = ("final d", "first mu", "last mu", "lowest mu", "highest mu", "deviation")
     lines = [f"{'schedule':<{names}}" + "".join(f"{title:>11}" for title in head)]
     lines.append("-" * len(lines[0]))
     for curve in curves:
@@ -196,7 +198,9 @@ def summary_table(curves: Sequence[Curve]) -> str:
         values = (curve.final, l1[0], l1[-1], l1.min(), l1.max())
         cells = [f"{value:>11.4g}" for value in values] + [f"{curve.deviation:>11.2g}"]
         lines.append(f"{curve.name:<{names}}" + "".join(cells))
-    lines.append("deviation: (highest μ − lowest μ) / |μ̄|, where μ̄ = (final d − first d) / Ση")
+    lines.append(
+        "deviation: of the highest mu from the lowest, relative to mu of LATS between the same ends"
+    )
     lines += [note for curve in curves for note in _undefined(curve)]
     return "\n".join(lines)
 
@@ -256,14 +260,15 @@ def write_picture(
             time = "optimizer step" if steps_per_epoch is None else "epoch"
             panels[over_time].set_xlabel(time)
             panels[over_time].set_xlim(0, end / unit)
-        figure.legend(
+        legend = figure.legend(
             panels["threshold"].get_lines(),
-            [_label(curve) for curve in curves],
+            [" "] * len(curves),
             loc="outside upper center",
             ncols=min(len(curves), 3),
             frameon=False,
             handlelength=3.5,
         )
+        _name(legend, [_label(curve) for curve in curves])
 
 
 def check_picture(path: str | os.PathLike[str]) -> None:
@@ -302,7 +307,7 @@ def _undefined(curve: Curve) -> list[str]:
     count = int(np.diff(curve.steps)[still].sum())
     rises = np.any(np.diff(curve.threshold)[still])
     return [
-        f"{curve.name}: μ is undefined at {count} of {curve.steps[-1] - curve.steps[0]:g} steps, "
+        f"{curve.name}: mu is undefined at {count} of {curve.steps[-1] - curve.steps[0]:g} steps, "
         "where the learning rate is zero"
         + (" and the threshold moves all the same" if rises else "")
     ]
@@ -312,29 +317,34 @@ def _undefined(curve: Curve) -> list[str]:
 
 
 def _label(curve: Curve) -> str:
+    name = drawing.shortened(curve.name)
     if not curve.defined.size:
-        return f"{curve.name}: μ undefined"
+        return f"{name}: μ undefined"
     low, high = curve.defined.min(), curve.defined.max()
     # What differs in the third digit alone is one value to a reader of a picture.
     if high - low <= 0.005 * max(abs(low), abs(high)):
-        return f"{curve.name}: μ = {np.median(curve.defined):.3g}"
-    return f"{curve.name}: μ = {low:.3g} … {high:.3g}"
+        return f"{name}: μ = {np.median(curve.defined):.3g}"
+    return f"{name}: μ = {low:.3g} … {high:.3g}"
+
+
+def _name(legend: "Legend", labels: Sequence[str]) -> None:
+    """Names that are the user's: matplotlib would leave out some, and set others as formulas."""
+    for text, label in zip(legend.get_texts(), labels):
+        text.set(text=label, parse_math=False)
 
 
 def _draw_rates(axes: "Axes", rates: np.ndarray, curves: Sequence[Curve], unit: int) -> None:
     own = [(index, curve) for index, curve in enumerate(curves) if curve.own_rate]
+    labels = []
     if len(own) < len(curves):
-        _steps(axes, np.arange(len(rates) + 1) / unit, rates, color="0.35", label="all others")
+        _steps(axes, np.arange(len(rates) + 1) / unit, rates, color="0.35")
+        labels.append("all others")
     for index, curve in own:
-        _steps(
-            axes,
-            curve.steps / unit,
-            curve.learning_rate,
-            **drawing.style(index),
-            label=f"{curve.name}, as recorded",
-        )
+        _steps(axes, curve.steps / unit, curve.learning_rate, **drawing.style(index))
+        labels.append(f"{drawing.shortened(curve.name)}, as recorded")
     if own:
-        axes.legend(frameon=False)
+        legend = axes.legend(axes.get_lines(), [" "] * len(labels), frameon=False)
+        _name(legend, labels)
     axes.set(title="Learning rate", ylabel="learning rate η")
     axes.set_ylim(bottom=0)
 

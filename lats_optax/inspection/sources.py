@@ -154,8 +154,10 @@ def _profile(source: str, argument: str) -> Callable[[Any], Any]:
     if file is not None:
         steps, values = read_column(file, column)
         places = np.arange(len(values)) if steps is None else steps
-        if len(values) < 2 or np.any(np.diff(places) <= 0):
-            raise ValueError(f"{file}: its {len(values)} rows must be 2 or more, of rising steps")
+        if len(values) < 2 or places[0] < 0 or np.any(np.diff(places) <= 0):
+            raise ValueError(
+                f"{file}: its {len(values)} rows must be 2 or more, of steps that rise from 0"
+            )
         return lambda x: np.interp(x, places / places[-1], values)
     profile = _imported("profile", argument)
 
@@ -224,7 +226,8 @@ def _imported(what: str, reference: str) -> Callable[[Any], Any]:
         found = getattr(found, name)
     if not callable(found):
         raise ValueError(
-            f"{what} {reference!r} is a {type(found).__name__}; allowed: a function of one number"
+            f"{what} {reference!r} is of type {type(found).__name__}; allowed: a function of one "
+            "number"
         )
     return found
 
