@@ -37,7 +37,7 @@ class Request:
     preset: str | None = None
     """Preset of lats-train whose learning rate, epochs and schedule are taken where not given."""
     final: float | None = None
-    """Threshold at the end, to which the L1 coefficient is proportional; None: the preset's, or 1."""
+    """Threshold at the end, which scales the L1 coefficient; None: the preset's, or 1."""
     epochs: int | None = None
     """Epochs of the run; None: the preset's, or 100."""
     steps_per_epoch: int | None = None
