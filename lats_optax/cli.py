@@ -106,6 +106,29 @@ def prepare(args: Sequence[str] | None = None) -> int:
     return _run("lats-prepare", prepared, print)
 
 
+def inspect(args: Sequence[str] | None = None) -> int:
+    """`lats-inspect schedule ...` and `lats-inspect model FILE`: tables and pictures.
+
+    Args:
+      args: as for `train`.
+
+    Returns:
+      As `train`.
+    """
+
+    def inspected() -> str:
+        # No other command draws all this.
+        from lats_optax.inspection import lineup, model_file
+
+        parse = tyro.extras.subcommand_cli_from_dict
+        kinds = {"schedule": lineup.Request, "model": model_file.Request}
+        request = _in_one_line(parse, kinds, "lats-inspect", "Look at what was asked for.", args)
+        of = lineup if isinstance(request, lineup.Request) else model_file
+        return of.report_on(of.build(request), request.out)
+
+    return _run("lats-inspect", inspected, print)
+
+
 def _run(program: str, prepare: Callable[[], Ready], execute: Callable[[Ready], None]) -> int:
     """Turns what goes wrong into one line and an exit code."""
 
@@ -164,7 +187,7 @@ def _unframed(box: str) -> str:
     message = re.sub(r"Error parsing (?!--)\S+: ", "", sections[0].strip())
     for section in sections[1:]:
         if section.startswith(" Available subcommands"):
-            message += f"; presets: {section.partition(':')[2].strip()}"
+            message += f"; known are: {section.partition(':')[2].strip()}"
         elif section.startswith(" Perhaps you meant"):
             options = dict.fromkeys(re.findall(r"(?<= )--[\w.-]+\w(?= )", section))
             options.pop("--help", None)
@@ -189,6 +212,9 @@ def _print_run(result: loop.RunResult) -> None:
     workdir = result.config.workdir
     print(f"metrics       {workdir}/metrics.jsonl; tensorboard --logdir {workdir}")
     print(f"checkpoint    {result.checkpoint}")
+    print(f"model         {result.model}")
+    if result.model_averaged is not None:
+        print(f"averaged      {result.model_averaged}")
 
 
 def _print_demo(result: DemoResult) -> None:
@@ -199,3 +225,4 @@ def _print_demo(result: DemoResult) -> None:
     print(f"summary      {result.summary}")
     for name, run in result.runs.items():
         print(f"{name + ' run':<12} {run.checkpoint} (checkpoint)")
+        print(f"{name + ' file':<12} {run.model}")

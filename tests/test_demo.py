@@ -43,13 +43,14 @@ def test_it_trains_both_and_says_where_everything_is(tmp_path, capsys):
             assert picture.format == "PNG"
     for words in ("Conv_0/kernel", "non-zero weights", "test accuracy", "75.00%"):
         assert words in out
-    for path in (
+    files = (
         "report.png",
         "weights.png",
         "summary.json",
-        "dense/checkpoints/12",
-        "sparse/checkpoints/12",
-    ):
+        "dense/model.safetensors",
+        "sparse/model.safetensors",
+    )
+    for path in (*files, "dense/checkpoints/12", "sparse/checkpoints/12"):
         assert str(workdir / path) in out
         assert (workdir / path).exists()
 

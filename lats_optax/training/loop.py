@@ -24,6 +24,7 @@ from lats_optax.training import statistics, workdir
 from lats_optax.training.checkpoint import Checkpoints
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.experiment import Experiment, build, fix_support, initial_state
+from lats_optax.training.export import ModelFile, save_model
 from lats_optax.training.interruption import Interruption
 from lats_optax.training.logging import MetricsLog, Record
 from lats_optax.training.parallel import DataParallel, ahead
@@ -50,6 +51,9 @@ class RunResult:
       metrics: all records of metrics.jsonl, those from before a resume included.
       is_primary: whether this is the process that speaks for the run.
       weights: by path, the layers that are pruned, at the end; empty in a dense run.
+      model: the file of the weights, exactly as sparse as the state; None where `is_primary` is
+        False.
+      model_averaged: that of the averaged weights; None where there are none.
     """
 
     config: TrainConfig
@@ -62,6 +66,8 @@ class RunResult:
     is_primary: bool = True
     test_accuracy_averaged: float | None = None
     weights: dict[str, LayerStatistics] = dataclasses.field(default_factory=dict)
+    model: ModelFile | None = None
+    model_averaged: ModelFile | None = None
 
 
 def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> RunResult:
@@ -96,6 +102,8 @@ def fit(experiment: Experiment) -> RunResult:
     parallel.barrier("all have looked into the work directory")
     if parallel.is_primary:
         workdir.prepare(config)
+        if (initial := experiment.initial) is not None:
+            save_model(config.workdir / workdir.INITIAL, *initial)
     parallel.barrier("the work directory is ready")
 
     batches = dataset.train_batches(
@@ -175,6 +183,7 @@ def fit(experiment: Experiment) -> RunResult:
     test = test or evaluate_all(experiment, state)
     if mask is not None and not weights:
         weights, _ = statistics.measure(state.params, state.opt_state, mask, support)
+    files = _write_models(experiment, state, test) if parallel.is_primary else {}
     return RunResult(
         config=config,
         test_accuracy=test["test"]["accuracy"],
@@ -186,6 +195,8 @@ def fit(experiment: Experiment) -> RunResult:
         metrics=log.records,
         is_primary=parallel.is_primary,
         weights=weights,
+        model=files.get("test"),
+        model_averaged=files.get("test_average"),
     )
 
 
@@ -224,6 +235,35 @@ def evaluate(experiment: Experiment, state: TrainState) -> dict[str, float]:
     if experiment.config.data.skip_corrupt:
         means["skipped"] = parallel.total(batches.skipped)
     return means
+
+
+def _write_models(
+    experiment: Experiment, state: TrainState, test: dict[str, dict[str, float]]
+) -> dict[str, ModelFile]:
+    """The model files of a run that is over, by the name of what `evaluate_all` says of them."""
+    config, optimizer = experiment.config, experiment.optimizer
+    state = jax.device_get(state)
+    states = {"test": state}
+    if config.prune.has_threshold and optimizer.frozen is None:
+        # Adding an update rounds: without it the weights may be an ulp from those of the method.
+        exact = lats_optax.finalize(state.params, state.opt_state)
+        states["test"] = state._replace(params=exact)
+    if "test_average" in test:
+        mask = optimizer.mask if config.prune.enabled else None
+        states["test_average"] = averaged(state, mask)
+    files = {}
+    for split, of in states.items():
+        path = config.workdir / (workdir.MODEL if split == "test" else workdir.AVERAGED)
+        variables = {"params": of.params, "batch_stats": of.batch_stats}
+        told = {
+            "data": config.data.name,
+            "step": str(int(of.step)),
+            "test_accuracy": f"{test[split]['accuracy']:.4f}",
+        }
+        save_model(path, experiment.model, variables, experiment.dataset.image_shape, told)
+        dense_size = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+        files[split] = ModelFile(path, path.stat().st_size, dense_size)
+    return files
 
 
 class _Sent(NamedTuple):
