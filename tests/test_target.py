@@ -106,10 +106,14 @@ def test_a_trained_model_ends_at_its_target(model, optimizer, seed, target):
     update = jax.jit(lambda slopes, state, params: tx.update(slopes, state, params))
     params = start(model, seed)
     state, rng = tx.init(params), np.random.default_rng(seed)
+    thresholds = []
     for _ in range(TRAIN_STEPS):
         rows = rng.integers(TRAINING, size=64)
         updates, state = update(slopes_of(model)(params, rows), state, params)
         params = optax.apply_updates(params, updates)
+        thresholds.append(float(optax.tree.get(state, "threshold")))
+    # What had risen too far would have to fall, and revive weights, when nothing trains them more.
+    assert max(thresholds) <= 1.005 * thresholds[-1]
     report = lats_optax.sparsity(params)
     assert report.zeros == round(target * report.size)
     # Chance is 0.1. Beyond nine tenths some of these models have fewer weights than classes.
@@ -177,6 +181,34 @@ def test_where_the_quantile_moves_with_the_learning_rate_the_l1_coefficient_is_c
     assert int(jnp.sum(w == 0)) == 10
 
 
+@pytest.mark.parametrize("every", [1, 4, 7])
+@pytest.mark.parametrize("rate", RATES.values(), ids=RATES)
+def test_the_forecast_is_that_of_a_loop(rate, every):
+    """The slope of the quantile, averaged over a window of half the learning rate that is left."""
+    steps = 30
+    rates = [float(rate(t)) for t in range(steps)]
+    quantiles = [1 + t ** (1 / 3) for t in range(steps)]  # slows down
+    tx = soft_threshold(target_sparsity(0.5, rate, steps, update_every=every))
+    w = jnp.ones((2, 2))
+    state, update = tx.init(w), jax.jit(tx.update)
+    threshold, slope, aim, last, spent_at_last = 0.0, 0.0, 0.0, 0.0, 0.0
+    theta = 1.0
+    for t in range(steps):
+        updates, state = update(jnp.full((2, 2), quantiles[t] - theta), state, w)
+        w, theta = optax.apply_updates(w, updates), quantiles[t]
+        spent, left = sum(rates[1 : t + 1]), sum(rates[t + 1 :])
+        if t % every == 0 or t == steps - 1:
+            between = spent - spent_at_last
+            if t > 0 and between > 0:
+                window = max(between, min(spent, left / 2))
+                slope += between / window * ((theta - last) / between - slope)
+            aim, last, spent_at_last = theta + left * slope, theta, spent
+        rho = 1.0 if t == steps - 1 else rates[t] / (rates[t] + left) if rates[t] else 0.0
+        threshold = max(threshold + rho * (aim - threshold), 0.0)
+        assert float(state.threshold) == pytest.approx(threshold, rel=2e-4), t
+    assert float(state.threshold) == pytest.approx(quantiles[-1])
+
+
 @pytest.mark.parametrize("every", [1, 2, 7, 10, 1000])
 def test_the_quantile_is_selected_when_due_and_at_the_last_step(every):
     steps = 10
@@ -214,7 +246,7 @@ def selections(threshold, steps):
             lambda count: threshold.update(
                 count,
                 jnp.zeros(()),
-                lats_optax.TargetSparsityState(*[jnp.full((), -1.0)] * 3),
+                lats_optax.TargetSparsityState(*[jnp.full((), -1.0)] * 2),
                 [jnp.ones((1, 2))],
                 jnp.abs,
             )
