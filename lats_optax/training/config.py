@@ -126,7 +126,7 @@ class PruneConfig:
     mode: Literal["during-training", "early", "at-initialization", "fine-tuning"] = (
         "during-training"
     )
-    """When: to the end; early, then frozen; by a search beforehand; or not: zeros of `initial`."""
+    """When: to the end; early, then frozen; in a search before; fine-tuning: `initial`'s zeros."""
     search_epochs: int | None = None
     """Epochs of the search: the first of the run if early, before its own if at-initialization."""
     distribution: Literal["global", "uniform", "er", "erk"] = "global"
@@ -225,7 +225,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     prune: PruneConfig = PruneConfig()
     initial: Path | None = None
-    """Model file of a run, to begin from; what `model` says has to be so of the model in it."""
+    """Model file of another run to begin from; options of `model` that are None are its own."""
     label_smoothing: float = 0.0
     """Mass that the training loss's target spreads evenly over all classes."""
     average_decay: float | None = None
