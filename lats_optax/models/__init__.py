@@ -100,7 +100,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
     Returns:
       ``{"name": …, "num_classes": …, "dtype": …, **options}``: the arguments of `create`, made of
-      strings, numbers, bools, None and dicts.
+      strings, numbers, bools, None, lists and dicts.
 
     Raises:
       ValueError: the model is not one of the zoo.
@@ -129,7 +129,9 @@ def _name(model: nn.Module) -> str:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
-    return dict(value) if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _neuron(values: Mapping[str, Any]) -> Neuron:
