@@ -57,6 +57,11 @@ def wire_sequential(model: nn.Sequential, arrays: Arrays, sample: Any) -> Wiring
     for path, layer in layers:
         # A module that comes twice has the name, and the arrays, of its first place.
         own = paths.setdefault(id(layer), path) if isinstance(layer, nn.Module) else path
+        if type(layer) is nn.BatchNorm and layer.use_running_average is not True:
+            raise ValueError(
+                f"{own} (BatchNorm) normalises with the statistics of the batch; allowed: "
+                "use_running_average=True, as in evaluation."
+            )
         run = _runner(layer, own, arrays)
         after = _shape(run, shape, f"{own} ({_kind(layer)})")
         if uses[id(layer)] > 1:
@@ -80,22 +85,18 @@ def wire_sequential(model: nn.Sequential, arrays: Arrays, sample: Any) -> Wiring
 
 
 def _layers(model: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for path, layer in _named(model, prefix):
+    for index, layer in enumerate(model.layers):
+        path = f"{prefix}layers_{index}"  # whatever name the layer was given
         if type(layer) is nn.Sequential:
             yield from _layers(layer, f"{path}/")
         else:
             yield path, layer
 
 
-def _named(model: nn.Sequential, prefix: str) -> Iterator[tuple[str, Any]]:
-    for index, layer in enumerate(model.layers):
-        name = layer.name if isinstance(layer, nn.Module) else None
-        yield f"{prefix}{name or f'layers_{index}'}", layer
-
-
 def _rebuilt(model: nn.Sequential, prefix: str, changed: Mapping[str, int]) -> nn.Sequential:
     layers = []
-    for path, layer in _named(model, prefix):
+    for index, layer in enumerate(model.layers):
+        path = f"{prefix}layers_{index}"
         if type(layer) is nn.Sequential:
             layer = _rebuilt(layer, f"{path}/", changed)
         elif path in changed and isinstance(layer, nn.Dense):
@@ -129,11 +130,6 @@ def _wire(build: Builder, layer: Any, path: str, x: str, probe: "_Probe") -> str
             return build.per_channel(x, path, padded=_pads(layer))
         return fixed(f"its {groups} groups of channels have to stay equal")
     if type(layer) is nn.BatchNorm:
-        if layer.use_running_average is not True:
-            raise ValueError(
-                f"{path} (BatchNorm) normalises with the statistics of the batch; allowed: "
-                "use_running_average=True, as in evaluation."
-            )
         if layer.axis not in (-1, len(probe.before.shape) - 1):
             return fixed(f"it normalises axis {layer.axis}, not the last")
         return build.norm(x, path, layer.epsilon)
