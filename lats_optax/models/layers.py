@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from jax import Array
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
@@ -143,6 +144,10 @@ class Network(nn.Module, kw_only=True):
         check(self.num_classes >= 1, "num_classes", self.num_classes, "1 or more")
         least = 1 / self.narrowest
         check(least <= self.width < math.inf, "width", self.width, f"{least} or more")
+        if self.features is not None:
+            known = isinstance(self.features, Mapping)
+            check(known, "features", self.features, "channels of layers, by their paths")
+            self.features = FrozenDict(self.features)  # can be hashed, as modules are
         super().__post_init__()
         for layer, features in (self.features or {}).items():
             check_choice("a layer of features", layer, self.plan())

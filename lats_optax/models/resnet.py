@@ -11,6 +11,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 from jax import Array
 
 from lats_optax.models.layers import (
@@ -369,8 +370,11 @@ class CifarResNet(ResidualNetwork):
     def __post_init__(self) -> None:
         """Checks the attributes."""
         check_choice("depth", self.depth, CIFAR_PLANS)
-        if self.places is not None:  # lists, as a file has them, could not be hashed
-            self.places = {block: tuple(places) for block, places in self.places.items()}
+        if self.places is not None:
+            known = isinstance(self.places, Mapping)
+            check(known, "places", self.places, "numbers of channels, by the names of blocks")
+            # Lists, as a file has them, could not be hashed.
+            self.places = FrozenDict({name: tuple(own) for name, own in self.places.items()})
         super().__post_init__()
         self._check_places()
 
