@@ -147,7 +147,8 @@ class Network(nn.Module, kw_only=True):
         if self.features is not None:
             known = isinstance(self.features, Mapping)
             check(known, "features", self.features, "channels of layers, by their paths")
-            self.features = FrozenDict(self.features)  # can be hashed, as modules are
+            # A module is hashed with its attributes.
+            self.features = FrozenDict(self.features)  # type: ignore[no-untyped-call]
         super().__post_init__()
         for layer, features in (self.features or {}).items():
             check_choice("a layer of features", layer, self.plan())

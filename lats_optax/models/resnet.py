@@ -374,7 +374,8 @@ class CifarResNet(ResidualNetwork):
             known = isinstance(self.places, Mapping)
             check(known, "places", self.places, "numbers of channels, by the names of blocks")
             # Lists, as a file has them, could not be hashed.
-            self.places = FrozenDict({name: tuple(own) for name, own in self.places.items()})
+            places = {block: tuple(own) for block, own in self.places.items()}
+            self.places = FrozenDict(places)  # type: ignore[no-untyped-call]
         super().__post_init__()
         self._check_places()
 
