@@ -47,6 +47,11 @@ class GroupOperator(abc.ABC):
         """Apply the operator; arguments and errors are those of ``prox.prox_group_lasso``."""
         return leaves.over_leaves(self._shrink, x, strength)
 
+    def count(self, w: jax.Array) -> tuple[int, jax.Array]:
+        """How many groups an array has, and how many of them are wholly zero, int32."""
+        alive = self.sums((w != 0).astype(jnp.int32))
+        return alive.size, jnp.sum(alive == 0, dtype=jnp.int32)
+
     def root_mean_squares(self, x: jax.Array) -> jax.Array:
         """``||x_g|| / sqrt|g|`` of each group, in the shape of the sums."""
         squares = self.sums(jnp.square(x)) / self.sizes(x.shape).astype(x.dtype)

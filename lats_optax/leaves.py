@@ -1,6 +1,7 @@
 """Operators of one array over the leaves of pytrees, and the float types that they compute in."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -74,3 +75,39 @@ def check_not_negative(name: str, value: Any) -> None:
     # Only what is on the host: a device array may be traced, and reading it would block.
     if isinstance(value, int | float | np.ndarray | np.generic) and np.any(np.asarray(value) < 0):
         raise ValueError(f"{name}: {value} is negative; allowed are numbers >= 0")
+
+
+def check_fits(
+    argument: str, operator: Callable[[Any, Any], Any], arrays: Mapping[str, Any]
+) -> None:
+    """Refuses arrays that an operator has no value for, such as ones that lack an axis of its.
+
+    Args:
+      argument: what errors call the operator.
+      operator: it is asked for shapes alone.
+      arrays: by path.
+
+    Raises:
+      ValueError: names the paths and shapes, and how to leave them out.
+    """
+    reasons: dict[Any, ValueError] = {}
+    unfit: dict[str, ValueError] = {}
+    asked = set()
+    for path, array in arrays.items():
+        kind = (jnp.shape(array), jnp.asarray(array).dtype)
+        if kind not in asked:
+            asked.add(kind)
+            try:
+                jax.eval_shape(operator, jax.ShapeDtypeStruct(*kind), 0.0)  # type: ignore[no-untyped-call]
+            except ValueError as error:
+                reasons[kind] = error
+        if kind in reasons:
+            unfit[path] = reasons[kind]
+    if unfit:
+        shapes = [f"{path} of shape {jnp.shape(arrays[path])}" for path in unfit]
+        exclude = [f"^{re.escape(path)}$" for path in unfit]
+        first = next(iter(unfit.values()))
+        raise ValueError(
+            f"{argument}: it does not fit {', '.join(shapes)}: {first}. Leave what it does not fit "
+            f"out of the mask, as mask=lats_optax.select(exclude={exclude}) does"
+        ) from first

@@ -5,7 +5,6 @@ is exact in every float type, because w + (0 - w) = 0. Nothing may rescale or ad
 afterwards: chain these last.
 """
 
-import re
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import optax
 from jax import lax
 
 from lats_optax import masks, prox
-from lats_optax.leaves import at_least_float32
+from lats_optax.leaves import at_least_float32, check_fits
 from lats_optax.masks import MaskOrFunction, is_dense
 from lats_optax.prox import Operator
 from lats_optax.target import ClosedLoop
@@ -416,7 +415,7 @@ def _pruned(params: Any, mask: MaskOrFunction, operator: Operator) -> Any:
     """The mask as a tree of bools, after a look at what it selects."""
     pruned = masks.resolve(mask, params)
     names = jax.tree.leaves(masks.paths(params))
-    selected = {}
+    selected: dict[str, Any] = {}
     for name, (leaf, chosen) in zip(names, _pairs(params, pruned)):
         dtype = jnp.asarray(leaf).dtype
         if chosen and not jnp.issubdtype(dtype, jnp.floating):
@@ -424,34 +423,13 @@ def _pruned(params: Any, mask: MaskOrFunction, operator: Operator) -> Any:
                 f"mask: it selects {name}, which is {dtype}; only float parameters can be pruned"
             )
         if chosen:
-            selected[name] = jax.ShapeDtypeStruct(jnp.shape(leaf), dtype)
-    _check_operator(operator, selected)
+            selected[name] = leaf
+    check_fits("operator", operator, selected)
     if names and not any(jax.tree.leaves(pruned)):
         warnings.warn(
             f"nothing is pruned: the mask selects none of {', '.join(names)}", stacklevel=3
         )
     return pruned
-
-
-def _check_operator(operator: Operator, selected: dict[str, jax.ShapeDtypeStruct]) -> None:
-    """Refuses parameters that the operator has no value for, such as ones that lack its axes."""
-    reasons: dict[Any, ValueError | None] = {}
-    for leaf in selected.values():
-        if leaf not in reasons:
-            reasons[leaf] = None
-            try:
-                jax.eval_shape(operator, leaf, 0.0)
-            except ValueError as error:
-                reasons[leaf] = error
-    unfit = {name: reasons[leaf] for name, leaf in selected.items() if reasons[leaf] is not None}
-    if unfit:
-        shapes = [f"{name} of shape {selected[name].shape}" for name in unfit]
-        first = next(iter(unfit.values()))
-        exclude = [f"^{re.escape(name)}$" for name in unfit]
-        raise ValueError(
-            f"operator: it does not fit {', '.join(shapes)}: {first}. Leave what it does not fit "
-            f"out of the mask, as mask=lats_optax.select(exclude={exclude}) does"
-        ) from first
 
 
 def _require(name: str, params: Any) -> None:
