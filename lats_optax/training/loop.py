@@ -167,7 +167,9 @@ def fit(experiment: Experiment) -> RunResult:
         test_accuracy_averaged=test.get("test_average", {}).get("accuracy"),
         seconds=time.perf_counter() - started,
         state=state,
-        sparsity=lats_optax.sparsity(state.params, experiment.optimizer.mask),
+        sparsity=lats_optax.sparsity(
+            state.params, experiment.optimizer.mask, groups=experiment.optimizer.groups
+        ),
         checkpoint=workdir.checkpoint_path(config.workdir, step),
         metrics=log.records,
         is_primary=parallel.is_primary,
