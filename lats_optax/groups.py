@@ -191,6 +191,11 @@ def output_channels() -> Tiles:
     so this is what makes a dense model smaller. Leave out of the mask the layer that makes the
     logits: an output that it loses is a class that is never predicted.
 
+    Batch normalization behind a layer makes the scale of an output irrelevant to the loss. Their
+    magnitudes then lie close together, and most groups go in the last steps of the threshold: let
+    it end early (``freeze_after``, ``lats_optax.freeze``) or before training
+    (``lats_optax.prune_at_initialization``), so that there are steps left to learn without them.
+
     Returns:
       An operator for ``soft_threshold``, for leaves of 2 dimensions or more.
 

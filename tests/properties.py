@@ -316,7 +316,7 @@ def _tiles(
 ) -> list[tuple[slice, ...]]:
     """The index of every tile; None: all rows or columns; taps: all in one tile, or one each."""
     sides = [size if taps else 1 for size in shape[:-2]]
-    sides += [rows or shape[-2], columns or shape[-1]]
+    sides = [max(side, 1) for side in (*sides, rows or shape[-2], columns or shape[-1])]
     starts = itertools.product(*(range(0, n, side) for n, side in zip(shape, sides)))
     return [tuple(slice(a, a + side) for a, side in zip(start, sides)) for start in starts]
 
