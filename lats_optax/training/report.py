@@ -52,8 +52,7 @@ def comparison_table(runs: Sequence[Run]) -> str:
       ValueError: there are no runs.
 
     Example:
-      >>> from lats_optax import drawing
-    from lats_optax.sparsity import LayerSparsity
+      >>> from lats_optax.sparsity import LayerSparsity
       >>> layers = (LayerSparsity("fc/kernel", (64, 10), 640, 608, prunable=True),
       ...           LayerSparsity("fc/bias", (10,), 10, 0, prunable=False))
       >>> print(comparison_table([Run("lats", 0.9875, 12.3, SparsityReport(layers), [])]))
