@@ -252,7 +252,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initial parameters and of the order of the images."""
     workdir: Path = Path("runs/digits")
-    """Where metrics and checkpoints are written."""
+    """Where metrics, checkpoints and the file of the trained model are written."""
     resume: bool = False
     """Go on from the last checkpoint in workdir; begin where there is none."""
     overwrite: bool = False
