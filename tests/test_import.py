@@ -24,7 +24,8 @@ ALLOWED = {
     "data": set(),
     "drawing": {"core"},
     "training": {"core", "models", "data", "drawing"},
-    "cli": {"core", "models", "data", "training"},
+    "inspection": {"core", "models", "drawing", "training"},
+    "cli": {"core", "models", "data", "training", "inspection"},
     "examples": {"core"},
 }
 OPTIONAL = (

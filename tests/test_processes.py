@@ -108,6 +108,9 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch, mode):
         (r["split"], r["step"]) for r in one.metrics
     ]
     for a, b in zip(metrics, one.metrics):
+        if a["split"] == "weights":
+            assert a == b
+            continue
         assert a["accuracy"] == pytest.approx(b["accuracy"])
         assert a.get("sparsity") == b.get("sparsity")
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)

@@ -141,9 +141,10 @@ def write_picture(path: str | os.PathLike[str], runs: Sequence[Run]) -> None:
         _draw_l1(panels["l1"], runs)
         _draw_sparsity(panels["sparsity"], runs)
         _draw_accuracy(panels["accuracy"], runs)
+        epochs = max((r["epoch"] for run in runs for r in run.metrics), default=None)
         for over_time in set(panels) - {"layers"}:
             panels[over_time].set_xlabel("epoch")
-            panels[over_time].set_xlim(left=0)
+            panels[over_time].set_xlim(0, epochs)
         _draw_layers(panels["layers"], runs)
         lines = panels["accuracy"].get_lines()
         labels = [

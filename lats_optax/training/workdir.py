@@ -10,6 +10,7 @@ METRICS = "metrics.jsonl"
 INITIAL = "initial.safetensors"
 MODEL = "model.safetensors"
 AVERAGED = "model_averaged.safetensors"
+REPORT, WEIGHTS = "report.png", "weights.png"
 _EVENTS = "events.out.tfevents.*"
 
 
@@ -43,7 +44,8 @@ def prepare(config: TrainConfig) -> None:
     config.workdir.mkdir(parents=True, exist_ok=True)
     if config.overwrite:
         shutil.rmtree(config.workdir / CHECKPOINTS, ignore_errors=True)
-        files = [config.workdir / name for name in (METRICS, INITIAL, MODEL, AVERAGED)]
+        written = (METRICS, INITIAL, MODEL, AVERAGED, REPORT, WEIGHTS)
+        files = [config.workdir / name for name in written]
         for file in [*files, *config.workdir.glob(_EVENTS)]:
             file.unlink(missing_ok=True)
 
