@@ -1,6 +1,6 @@
 """Soft threshold pruning for optax: the public optimizer API (jax and optax alone)."""
 
-from lats_optax import prox
+from lats_optax import groups, prox
 from lats_optax.distributions import Distribution, erdos_renyi, per_layer, uniform
 from lats_optax.files import load_sparse, read_metadata, save_sparse
 from lats_optax.finalize import finalize
@@ -46,6 +46,7 @@ __all__ = [
     "erdos_renyi",
     "finalize",
     "freeze",
+    "groups",
     "keep_support",
     "l1_from_threshold",
     "lats_threshold",

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from lats_optax import masks, prox
+from lats_optax.leaves import at_least_float32
 from lats_optax.prox import Operator
 from lats_optax.transforms import SoftThresholdState
 
 
 def finalize(
-    params: Any, opt_state: Any, *, average: Any = None, operator: Operator | None = None
+    params: Any, opt_state: Any, *, average: Any = None, operator: Operator | Any = None
 ) -> Any:
     """The sparse weights that a training state stands for, after a check that ``params`` are its.
 
@@ -31,7 +32,8 @@ def finalize(
         back without its types, in dicts and lists.
       average: averaged parameters (EMA), a pytree like ``params``.
       operator: the proximal operator that ``soft_threshold`` was given. Default (None):
-        :func:`lats_optax.prox.prox_l1`.
+        :func:`lats_optax.prox.prox_l1`. Where several states have one each (``optax.partition``):
+        a tree of operators like ``params``, or a prefix of it.
 
     Returns:
       A pytree like ``params``, or like ``average`` where that is given. Pruned entries are +0.0.
@@ -39,7 +41,7 @@ def finalize(
     Raises:
       ValueError: there is no state of ``soft_threshold``; it is that of other parameters; or
         their zeros differ from its zeros (the message lists the paths and counts); or ``average``
-        is of another structure or shape.
+        or a tree of operators is of another structure or shape.
 
     Example:
       >>> import jax.numpy as jnp, optax, lats_optax
@@ -56,7 +58,7 @@ def finalize(
       ValueError: params: their zeros are not those of the state: params: 1 of 2 weights differ
       (0 zero in params alone, 1 in the state alone). ...
     """
-    operator = prox.prox_l1 if operator is None else operator
+    operators = _operators(operator, params)
     names: list[str] = jax.tree.leaves(masks.paths(params))
     structure: Any = jax.tree.structure(params)
     latents = _latents(opt_state)
@@ -66,7 +68,7 @@ def finalize(
             f"but {', '.join(names)}"
         )
     weights, alive, differing = [], [], []
-    for name, w in zip(names, jax.tree.leaves(params)):
+    for name, w, own in zip(names, jax.tree.leaves(params), operators):
         if name not in latents:
             weights.append(w)
             alive.append(jnp.asarray(True))
@@ -77,7 +79,7 @@ def finalize(
                 f"opt_state: the latent weights {name} have shape {jnp.shape(theta)}; allowed is "
                 f"that of params, {jnp.shape(w)}"
             )
-        exact, only_params, only_state = _exact(w, theta, d, operator)
+        exact, only_params, only_state = _exact(w, theta, d, own)
         weights.append(exact)
         alive.append(exact != 0)
         if only_params + only_state:
@@ -105,6 +107,14 @@ def finalize(
 class _Latent(NamedTuple):
     theta: jax.Array
     threshold: jax.Array
+
+
+def _operators(operator: Operator | Any, params: Any) -> list[Operator]:
+    """The operator of each parameter."""
+    operator = prox.prox_l1 if operator is None else operator
+    if callable(operator):
+        return [operator] * len(jax.tree.leaves(params))
+    return jax.tree.leaves(masks.spread("operator", operator, params))
 
 
 def _latents(opt_state: Any) -> dict[str, _Latent]:
@@ -138,7 +148,7 @@ def _is_state(node: Any) -> bool:
 
 def _exact(w: Any, theta: Any, d: Any, operator: Operator) -> tuple[jax.Array, int, int]:
     """S_d(theta) with the zeros of w, and how many zeros w alone has and how many theirs alone."""
-    dtype = prox.at_least_float32(jnp.asarray(theta).dtype)
+    dtype = at_least_float32(jnp.asarray(theta).dtype)
     wide, d = jnp.asarray(theta, dtype), jnp.asarray(d, dtype)
     # Compiled elsewhere, the norm of a group may round otherwise: that near to the threshold a
     # weight is what the parameters say.

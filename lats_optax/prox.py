@@ -3,7 +3,7 @@
 An operator maps ``x`` to ``argmin_z 1/2 ||z - x||^2 + strength * penalty(z)``. Here belong the
 operators, and for each of them the two facts that pruning needs to know: the *magnitude* of a
 weight (the least strength that sends it to zero) and how to *lift* a weight to a point that the
-operator sends there.
+operator sends there. Operators of groups by the terms of a layer are in `groups.py`.
 """
 
 import functools
@@ -12,8 +12,10 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
+
+from lats_optax import groups
+from lats_optax.groups import GroupMagnitude, GroupOperator
+from lats_optax.leaves import as_real, check_not_negative, over_leaves, positive_zero, widen
 
 
 class Operator(Protocol):
@@ -49,7 +51,7 @@ def prox_l1(x: Any, strength: Any = 1.0) -> Any:
 
     Source: Parikh and Boyd, "Proximal Algorithms" (2014), section 6.5.2.
     """
-    return _over_leaves(_soft_threshold, x, strength)
+    return over_leaves(_soft_threshold, x, strength)
 
 
 def prox_non_negative_l1(x: Any, strength: Any = 1.0) -> Any:
@@ -75,7 +77,7 @@ def prox_non_negative_l1(x: Any, strength: Any = 1.0) -> Any:
 
     Source: Parikh and Boyd, "Proximal Algorithms" (2014), section 6.5.2.
     """
-    return _over_leaves(_non_negative, x, strength)
+    return over_leaves(_non_negative, x, strength)
 
 
 def prox_elastic_net(x: Any, strength: Any = 1.0, *, l2: float = 1.0) -> Any:
@@ -103,8 +105,8 @@ def prox_elastic_net(x: Any, strength: Any = 1.0, *, l2: float = 1.0) -> Any:
 
     Source: Zou and Hastie, "Regularization and variable selection via the elastic net" (2005).
     """
-    _check_not_negative("l2", l2)
-    return _over_leaves(_elastic_net, x, strength, l2=l2)
+    check_not_negative("l2", l2)
+    return over_leaves(_elastic_net, x, strength, l2=l2)
 
 
 def prox_group_lasso(
@@ -143,7 +145,7 @@ def prox_group_lasso(
     Source: Yuan and Lin, "Model selection and estimation in regression with grouped variables"
     (2006), equation 2.4.
     """
-    return _over_leaves(_group_lasso, x, strength, axes=axes)
+    return groups.Axes(axes)(x, strength)
 
 
 def prox_l0(x: Any, strength: Any = 1.0) -> Any:
@@ -170,7 +172,7 @@ def prox_l0(x: Any, strength: Any = 1.0) -> Any:
 
     Source: Blumensath and Davies, "Iterative thresholding for sparse approximations" (2008).
     """
-    return _over_leaves(_hard_threshold, x, strength)
+    return over_leaves(_hard_threshold, x, strength)
 
 
 # --- what pruning needs to know of an operator ------------------------------------------------
@@ -236,6 +238,8 @@ def magnitude(operator: Operator) -> Callable[[jax.Array], jax.Array]:
              [4.]], dtype=float32)
     """
     rule, keywords = _rule(operator)
+    if isinstance(rule, GroupOperator):
+        return GroupMagnitude(rule)
     if rule.magnitude is None:
         raise ValueError(
             f"operator: the magnitude of a weight under {operator!r} is not known, so no sparsity "
@@ -243,7 +247,7 @@ def magnitude(operator: Operator) -> Callable[[jax.Array], jax.Array]:
         )
     least = functools.partial(rule.magnitude, **keywords)
     # A magnitude rounded to sixteen bits would name a threshold that misses the weight it is of.
-    return lambda x: least(_widen(_as_real(x)))
+    return lambda x: least(widen(as_real(x)))
 
 
 def lift(operator: Operator) -> Callable[[jax.Array, Any], jax.Array]:
@@ -264,6 +268,8 @@ def lift(operator: Operator) -> Callable[[jax.Array, Any], jax.Array]:
       Array([-1.5,  0. ,  2.5], dtype=float32)
     """
     rule, keywords = _rule(operator)
+    if isinstance(rule, GroupOperator):
+        return rule.lift
     return functools.partial(rule.lift, **keywords)
 
 
@@ -282,20 +288,7 @@ def _non_negative(x: jax.Array, d: jax.Array) -> jax.Array:
 def _elastic_net(x: jax.Array, d: jax.Array, *, l2: float) -> jax.Array:
     shrunk = _soft_threshold(x, d)
     # An infinite d times an l2 of zero has no value; a zero needs no division.
-    return jnp.where(shrunk == 0, 0.0, _positive_zero(shrunk / (1 + d * l2)))
-
-
-def _group_lasso(x: jax.Array, d: jax.Array, *, axes: int | Sequence[int] | None) -> jax.Array:
-    # The magnitude itself is compared with d, so that a threshold taken from the magnitudes prunes
-    # the group that it was taken from.
-    rms = _group_rms(x, axes)
-    _check_broadcasts(d, rms.shape)
-    excess = rms - d
-    # (rms - d) / rms keeps its sign where 1 - d / rms would round to zero; where rms is infinite
-    # only the latter has a value.
-    safe = jnp.where(rms == 0, 1.0, rms)
-    kept = jnp.where(jnp.isinf(rms), 1 - d / safe, excess / safe)
-    return jnp.where(excess <= 0, 0.0, _positive_zero(x * kept))
+    return jnp.where(shrunk == 0, 0.0, positive_zero(shrunk / (1 + d * l2)))
 
 
 def _hard_threshold(x: jax.Array, d: jax.Array) -> jax.Array:
@@ -303,36 +296,7 @@ def _hard_threshold(x: jax.Array, d: jax.Array) -> jax.Array:
     return jnp.where(_hard_magnitude(x) <= d, 0.0, kept)
 
 
-def _group_rms(x: jax.Array, axes: int | Sequence[int] | None) -> jax.Array:
-    """The root mean square of each group, ``||x_g|| / sqrt|g|``, its axes kept."""
-    axes = _group_axes(x.ndim, axes)
-    squares = jnp.mean(jnp.square(x), axis=axes, keepdims=True)
-    # The square root has no derivative at zero; a zero group stays where it is.
-    return jnp.where(squares == 0, 0.0, jnp.sqrt(jnp.where(squares == 0, 1.0, squares)))
-
-
-def _group_axes(ndim: int, axes: int | Sequence[int] | None) -> tuple[int, ...]:
-    if axes is None:
-        return tuple(range(ndim - 1))
-    axes = tuple(np.atleast_1d(axes).tolist())
-    for axis in axes:
-        if not (isinstance(axis, int) and -ndim <= axis < ndim):
-            raise ValueError(f"axes: {axis} is not an axis of a leaf with {ndim} dimensions")
-    if len({axis % ndim for axis in axes}) != len(axes):
-        raise ValueError(f"axes: {axes} names an axis of a leaf with {ndim} dimensions twice")
-    return tuple(axis % ndim for axis in axes)
-
-
 # --- magnitudes and lifts -----------------------------------------------------------------------
-
-
-def _group_magnitude(x: jax.Array, *, axes: int | Sequence[int] | None = None) -> jax.Array:
-    return jnp.broadcast_to(_group_rms(x, axes), x.shape)
-
-
-def _group_lift(w: jax.Array, d: Any, *, axes: int | Sequence[int] | None = None) -> jax.Array:
-    rms = _group_rms(w, axes)
-    return jnp.where(rms == 0, w, w * (1 + d / jnp.where(rms == 0, 1.0, rms)))
 
 
 def _elastic_magnitude(x: jax.Array, *, l2: float = 1.0) -> jax.Array:
@@ -365,79 +329,18 @@ _RULES: dict[Any, Rule] = {
         _non_negative_magnitude, lambda w, d: w + jnp.where(w > 0, d, jnp.zeros_like(d))
     ),
     prox_elastic_net: Rule(_elastic_magnitude, _elastic_lift),
-    prox_group_lasso: Rule(_group_magnitude, _group_lift),
     prox_l0: Rule(_hard_magnitude, _keep),
 }
 
 
-def _rule(operator: Operator) -> tuple[Rule, dict[str, Any]]:
+def _rule(operator: Operator) -> tuple[Rule | GroupOperator, dict[str, Any]]:
     keywords: dict[str, Any] = {}
     function: Any = operator
     while isinstance(function, functools.partial):
         keywords = {**function.keywords, **keywords}
         function = function.func
+    if function is prox_group_lasso:
+        function = groups.Axes(**keywords)
+    if isinstance(function, GroupOperator):
+        return function, {}
     return _RULES.get(function, Rule(None, _keep)), keywords
-
-
-# --- pytrees ------------------------------------------------------------------------------------
-
-
-def _over_leaves(function: Callable[..., jax.Array], x: Any, strength: Any, **keywords: Any) -> Any:
-    for leaf in jax.tree.leaves(strength):
-        _check_not_negative("strength", leaf)
-
-    def one(leaf: Any, d: Any) -> jax.Array:
-        leaf = _as_real(leaf)
-        # Sixteen-bit weights are thresholded in float32, so that d is not rounded to their grid.
-        wide = _widen(leaf)
-        d = jnp.asarray(d, wide.dtype)
-        _check_broadcasts(d, leaf.shape)
-        z = function(wide, d, **keywords)
-        return z if z.dtype == leaf.dtype else _positive_zero(z.astype(leaf.dtype))
-
-    try:
-        strengths = jax.tree.broadcast(strength, x)
-    except ValueError as error:
-        raise ValueError(
-            f"strength: the structure {jax.tree.structure(strength)} is neither a scalar nor that "
-            f"of x, {jax.tree.structure(x)}"
-        ) from error
-    return jax.tree.map(one, x, strengths)
-
-
-def at_least_float32(dtype: Any) -> Any:
-    """The dtype in which weights of a float dtype are compared with a threshold."""
-    # promote_types would refuse sixteen-bit types under strict promotion.
-    return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
-
-
-def _as_real(x: Any) -> jax.Array:
-    x = jnp.asarray(x)
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        raise TypeError(f"x: {x.dtype} is complex; proximal operators take real arrays")
-    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
-
-
-def _widen(x: jax.Array) -> jax.Array:
-    return x.astype(at_least_float32(x.dtype))
-
-
-def _positive_zero(z: jax.Array) -> jax.Array:
-    # What underflows, in a product or in a cast, may have become -0.0. The difference is +0.0 and
-    # has the derivative of z, which a zero within a living group needs.
-    return jnp.where(z == 0, z - lax.stop_gradient(z), z)
-
-
-def _check_broadcasts(d: jax.Array, shape: tuple[int, ...]) -> None:
-    try:
-        fits = np.broadcast_shapes(d.shape, shape) == shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(f"strength: its shape {d.shape} does not broadcast against {shape}")
-
-
-def _check_not_negative(name: str, value: Any) -> None:
-    # Only what is on the host: a device array may be traced, and reading it would block.
-    if isinstance(value, int | float | np.ndarray | np.generic) and np.any(np.asarray(value) < 0):
-        raise ValueError(f"{name}: {value} is negative; allowed are numbers >= 0")

@@ -1,6 +1,7 @@
 """Measuring sparsity: per layer and in total, and the table that prints it."""
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,18 +9,25 @@ import jax
 import jax.numpy as jnp
 
 from lats_optax import masks
+from lats_optax.groups import GroupOperator
+from lats_optax.leaves import check_fits
 from lats_optax.masks import MaskOrFunction
 
 
 @dataclass(frozen=True)
 class LayerSparsity:
-    """One parameter array: its path and shape, how many entries it has and how many are zero."""
+    """One parameter array: its path and shape, how many entries it has and how many are zero.
+
+    And, where groups are counted, how many of them it has and how many are zero as a whole.
+    """
 
     path: str
     shape: tuple[int, ...]
     size: int
     zeros: int
     prunable: bool
+    groups: int | None = None
+    zero_groups: int | None = None
 
     @property
     def sparsity(self) -> float:
@@ -73,6 +81,16 @@ class SparsityReport:
         return _fraction(self.total_zeros, self.total_size)
 
     @property
+    def groups(self) -> int | None:
+        """Number of groups of prunable weights; None where they were not counted."""
+        return _sum(layer.groups for layer in self.layers if layer.prunable)
+
+    @property
+    def zero_groups(self) -> int | None:
+        """Number of those that are wholly zero; None where groups were not counted."""
+        return _sum(layer.zero_groups for layer in self.layers if layer.prunable)
+
+    @property
     def wholly_zero(self) -> tuple[str, ...]:
         """Paths of the prunable layers of which nothing is left."""
         return tuple(
@@ -84,22 +102,26 @@ class SparsityReport:
     def __str__(self) -> str:
         """The table: prunable layers one by one, then the two totals and what deserves a look."""
         rows = [
-            (layer.path, _shape(layer.shape), layer.size, layer.zeros)
+            (layer.path, _shape(layer.shape), layer.size, layer.zeros, _groups(layer))
             for layer in self.layers
             if layer.prunable
         ]
-        rows.append(("prunable weights", "", self.size, self.zeros))
-        rows.append(("all parameters", "", self.total_size, self.total_zeros))
+        rows.append(("prunable weights", "", self.size, self.zeros, _groups(self)))
+        rows.append(("all parameters", "", self.total_size, self.total_zeros, ""))
         names = max(len(row[0]) for row in rows)
         shapes = max(max(len(row[1]) for row in rows), len("shape"))
+        title = "" if self.groups is None else "zero groups"
+        width = max(len(title), *(len(row[4]) for row in rows))
         lines = [
             f"{'layer':<{names}}  {'shape':>{shapes}}  {'weights':>13}  {'non-zero':>13}  sparsity"
+            f"  {title:>{width}}".rstrip()
         ]
-        for name, shape, size, zeros in rows:
-            lines.append(
+        for name, shape, size, zeros, groups in rows:
+            line = (
                 f"{name:<{names}}  {shape:>{shapes}}  {size:>13,}  {size - zeros:>13,}  "
-                f"{_fraction(zeros, size):8.2%}"
+                f"{_fraction(zeros, size):8.2%}  {groups:>{width}}"
             )
+            lines.append(line.rstrip())
         rule = "-" * len(lines[0])
         lines[1:1], lines[-2:-2] = [rule], [rule]
         if self.wholly_zero:
@@ -109,7 +131,9 @@ class SparsityReport:
         return "\n".join(lines)
 
 
-def sparsity(params: Any, mask: MaskOrFunction = masks.prunable) -> SparsityReport:
+def sparsity(
+    params: Any, mask: MaskOrFunction = masks.prunable, *, groups: GroupOperator | None = None
+) -> SparsityReport:
     """Count the zeros of a model.
 
     Sparsity is the fraction of exact zeros, ``#{i: w_i = 0} / N``, over the prunable weights.
@@ -118,15 +142,18 @@ def sparsity(params: Any, mask: MaskOrFunction = masks.prunable) -> SparsityRepo
       params: a pytree of arrays on any devices.
       mask: which leaves are prunable: a pytree of bools that matches the parameters, or a function
         that makes one from them.
+      groups: the operator of a structured run, one of :mod:`lats_optax.groups`: the table then has
+        a column with how many of its groups of each prunable layer are wholly zero.
 
     Returns:
       A :class:`SparsityReport`; ``str()`` of it is a table. It warns where nothing was prunable.
 
     Raises:
-      ValueError: the mask is of another structure than the parameters.
+      ValueError: the mask is of another structure than the parameters, or selects one that lacks
+        the axes of a group.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, lats_optax
       >>> report = sparsity({"kernel": jnp.array([[0.0, 2.0], [0.0, 0.0]]), "bias": jnp.zeros(2)})
       >>> report.sparsity, round(report.total_sparsity, 3)
       (0.75, 0.833)
@@ -137,15 +164,37 @@ def sparsity(params: Any, mask: MaskOrFunction = masks.prunable) -> SparsityRepo
       ---------------------------------------------------------------
       prunable weights                     4              1    75.00%
       all parameters                       6              1    83.33%
+      >>> columns = lats_optax.groups.output_channels()
+      >>> sparsity(jnp.array([[0.0, 1.0], [0.0, 0.0]]), groups=columns).zero_groups
+      1
     """
     chosen = jax.tree.leaves(masks.resolve(mask, params))
     names = jax.tree.leaves(masks.paths(params))
     leaves = jax.tree.leaves(params)
     counts = jax.device_get([jnp.asarray(leaf).size - jnp.count_nonzero(leaf) for leaf in leaves])
+    if groups is not None:
+        prunable = {name: leaf for name, leaf, masked in zip(names, leaves, chosen) if masked}
+        check_fits("groups", groups, prunable)
+    counted = jax.device_get(
+        [
+            groups.count(jnp.asarray(leaf)) if groups is not None and masked else (None, None)
+            for leaf, masked in zip(leaves, chosen)
+        ]
+    )
     report = SparsityReport(
         tuple(
-            LayerSparsity(name, tuple(jnp.shape(leaf)), int(jnp.size(leaf)), int(zeros), prunable)
-            for name, leaf, zeros, prunable in zip(names, leaves, counts, chosen)
+            LayerSparsity(
+                name,
+                tuple(jnp.shape(leaf)),
+                int(jnp.size(leaf)),
+                int(zeros),
+                masked,
+                groups=total,
+                zero_groups=None if dead is None else int(dead),
+            )
+            for name, leaf, zeros, masked, (total, dead) in zip(
+                names, leaves, counts, chosen, counted
+            )
         )
     )
     if not report.size:
@@ -154,6 +203,17 @@ def sparsity(params: Any, mask: MaskOrFunction = masks.prunable) -> SparsityRepo
             stacklevel=2,
         )
     return report
+
+
+def _sum(counts: Iterable[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
+
+
+def _groups(counted: LayerSparsity | SparsityReport) -> str:
+    if counted.groups is None:
+        return ""
+    return f"{counted.zero_groups:,} of {counted.groups:,}"
 
 
 def _fraction(zeros: int, size: int) -> float:

@@ -13,6 +13,7 @@ from jax import lax
 
 from lats_optax import masks
 from lats_optax.distributions import check_sparsity
+from lats_optax.groups import GroupMagnitude
 from lats_optax.thresholds import ScalarOrSchedule, check_steps, is_number, learning_rates
 
 Magnitude = Callable[[jax.Array], jax.Array]
@@ -34,6 +35,8 @@ class ClosedLoop(NamedTuple):
       update: ``update(count, threshold, state, latent, magnitude) -> (threshold, state)``: the
         threshold after ``count + 1`` steps, given the one after ``count`` (int32 scalar) and the
         latent weights after the step.
+      steps: the number of steps after which the threshold is where it is to be, which is when its
+        zeros may be frozen; None: not known.
 
     The latent weights are a tree like the parameters in which `optax.MaskedNode` stands for the
     leaves that are not pruned. A threshold is a scalar, or a vector with an entry for each leaf.
@@ -41,6 +44,7 @@ class ClosedLoop(NamedTuple):
 
     init: Callable[[Any, Magnitude], tuple[jax.Array, Any]]
     update: Callable[[jax.Array, jax.Array, Any, Any, Magnitude], tuple[jax.Array, Any]]
+    steps: int | None = None
 
 
 class TargetSparsityState(NamedTuple):
@@ -78,6 +82,11 @@ def target_sparsity(
     ``round(target * N)`` of the N pruned weights are zero, more only where magnitudes tie; with a
     target for each layer, that many of each. After ``steps`` steps the threshold stands still.
 
+    Under an operator of groups, such as those of :mod:`lats_optax.groups`, the weights of a group
+    tie, and the one that the quantile lies in goes as a whole: ``round(target * N)`` weights are
+    zero or more, by less than the size of that group. One group survives however high the target
+    is, of all together or, with a target for each layer, of each.
+
     Args:
       target: the sparsity to reach, the fraction of zeros among the pruned weights, in [0, 1). Or
         one for each layer, each of which then has a threshold of its own: a tree like the
@@ -89,7 +98,8 @@ def target_sparsity(
       steps: number of optimizer steps of the whole run.
       update_every: the quantile is selected anew every so many steps, and always at the last one.
         Default: a two-hundredth of the run, between 1 and 1000 steps. Each selection reads the
-        latent weights eight times in float32, and does not sort them.
+        latent weights eight times in float32, and does not sort them; under an operator of groups
+        it reads them once, and eight times the magnitudes of the groups.
 
     Returns:
       A :class:`ClosedLoop` for ``soft_threshold``.
@@ -122,8 +132,7 @@ def target_sparsity(
     kept, weights = _forecast(rates, looks)
 
     def init(latent: Any, magnitude: Magnitude) -> tuple[jax.Array, TargetSparsityState]:
-        del magnitude
-        ranks = _ranks(target, latent)
+        ranks = _ranks(target, latent, magnitude)
         zero = jnp.zeros(np.shape(ranks), jnp.result_type(float))
         # Copies: the state is donated, and a buffer can be given away once.
         return zero, TargetSparsityState(zero.copy(), zero.copy())
@@ -138,7 +147,7 @@ def target_sparsity(
         leaves = jax.tree.leaves(latent)
         if not sum(leaf.size for leaf in leaves):
             return threshold, state
-        ranks = _ranks(target, latent)
+        ranks = _ranks(target, latent, magnitude)
         select = kth_smallest if np.ndim(ranks) == 0 else kth_smallest_of_each
         due = ((count % update_every == 0) | (count == steps - 1)) & (count < steps)
         quantile = lax.cond(
@@ -160,7 +169,7 @@ def target_sparsity(
         after = jnp.where(count < steps, moved, threshold)
         return after, TargetSparsityState(quantile, rise)
 
-    return ClosedLoop(init, update)
+    return ClosedLoop(init, update, steps)
 
 
 def default_update_every(steps: int) -> int:
@@ -190,7 +199,8 @@ def kth_smallest(
     Args:
       arrays: real arrays of any shapes, fewer than 2**32 entries in all.
       rank: k in 0 … N: the smallest magnitude is the first; for 0 the answer is 0.
-      magnitude: maps an array to non-negative numbers of the same shape.
+      magnitude: maps an array to non-negative numbers of the same shape. What ``prox.magnitude``
+        gives for an operator of groups is computed once for each group, and counts for all of it.
       dtype: float32 or float64: the type in which magnitudes are compared.
 
     Returns:
@@ -240,10 +250,16 @@ def kth_smallest_of_each(
 
 
 def _select(
-    groups: Sequence[Sequence[jax.Array]], ranks: Sequence[int], magnitude: Magnitude, dtype: Any
+    lists: Sequence[Sequence[jax.Array]], ranks: Sequence[int], magnitude: Magnitude, dtype: Any
 ) -> jax.Array:
-    for arrays, rank in zip(groups, ranks):
+    """The ``ranks[i]``-th smallest magnitude over the arrays of each list."""
+    for arrays, rank in zip(lists, ranks):
         _check_rank(arrays, rank)
+    sizes: list[list[np.ndarray | None]] = [[None] * len(arrays) for arrays in lists]
+    if isinstance(magnitude, GroupMagnitude):
+        sizes = [[magnitude.operator.sizes(array.shape) for array in arrays] for arrays in lists]
+        lists = [[magnitude.of_groups(array) for array in arrays] for arrays in lists]
+        magnitude = jnp.abs
     pattern = np.dtype(f"int{jnp.dtype(dtype).itemsize * 8}")
     bits = pattern.itemsize * 8 - 1  # all but the sign
     passes = -(-bits // _DIGIT_BITS)
@@ -254,14 +270,17 @@ def _select(
         # The last digit has fewer bits left; its surplus candidates lie above the answer.
         shift = jnp.maximum(bits - _DIGIT_BITS * (index + 1), 0).astype(pattern)
         # Without the barrier XLA hoists the magnitudes out of the loop, as a copy of all weights.
-        leaves, found = _barrier(([list(arrays) for arrays in groups], found))
+        leaves, found = _barrier(([list(arrays) for arrays in lists], found))
         pivots = found[:, None] + (digits << shift)[None, :]
         below = jnp.stack(
-            [_count_below(arrays, row, magnitude, dtype) for arrays, row in zip(leaves, pivots)]
+            [
+                _count_below(arrays, counts, row, magnitude, dtype)
+                for arrays, counts, row in zip(leaves, sizes, pivots)
+            ]
         )
         return found + (jnp.sum(below < wanted, axis=1, dtype=pattern) << shift)
 
-    found = lax.fori_loop(0, passes, one_digit, jnp.zeros(len(groups), pattern))
+    found = lax.fori_loop(0, passes, one_digit, jnp.zeros(len(lists), pattern))
     return lax.bitcast_convert_type(found, dtype)
 
 
@@ -274,16 +293,25 @@ def _check_rank(arrays: Sequence[jax.Array], rank: int) -> None:
 
 
 def _count_below(
-    arrays: Sequence[jax.Array], pivots: jax.Array, magnitude: Magnitude, dtype: Any
+    arrays: Sequence[jax.Array],
+    sizes: Sequence[np.ndarray | None],
+    pivots: jax.Array,
+    magnitude: Magnitude,
+    dtype: Any,
 ) -> jax.Array:
-    """For each pivot the number of bit patterns below it, in one pass over the arrays."""
+    """For each pivot the number of bit patterns below it, in one pass over the arrays.
+
+    An entry counts as often as ``sizes`` says; None: once.
+    """
     total = jnp.zeros(pivots.shape, jnp.uint32)
-    for array in arrays:
+    for array, size in zip(arrays, sizes):
         # abs: the order of bit patterns holds for a clear sign bit, and a magnitude may be -0.0.
         patterns = lax.bitcast_convert_type(jnp.abs(magnitude(array).astype(dtype)), pivots.dtype)
         # One reduction with fifteen results is one loop over the array, vectorized; fifteen
         # reductions would each read it again. Signed integers: unsigned ones are slower on CPUs.
         below = [(patterns < pivot).astype(jnp.int32) for pivot in pivots]
+        if size is not None:
+            below = [size * count for count in below]
         counts = lax.reduce(
             below,
             [np.int32(0)] * len(below),
@@ -304,22 +332,31 @@ def _checked(target: Any) -> Any:
     return float(target) if is_number(target) else target
 
 
-def _ranks(target: Any, latent: Any) -> Any:
+def _ranks(target: Any, latent: Any, magnitude: Magnitude) -> Any:
     """How many weights shall be zero: of all together, or, as a list, of each layer.
 
-    At least one weight survives: a target below 1 never means none at all.
+    At least one weight, or one group, survives: a target below 1 never means none at all.
     """
     sizes = [leaf.size for leaf in jax.tree.leaves(latent)]
+    largest = [_largest_group(magnitude, leaf.shape) for leaf in jax.tree.leaves(latent)]
     if isinstance(target, float):
-        return max(min(round(target * sum(sizes)), sum(sizes) - 1), 0)
+        total = sum(sizes)
+        return max(min(round(target * total), total - max(largest, default=1)), 0)
     given = jax.tree.leaves(target)
     tree = target(latent) if given and all(map(callable, given)) else target
     targets = jax.tree.leaves(masks.spread("target", tree, latent)) if sizes else []
     names = jax.tree.leaves(masks.paths(latent))
     return [
-        max(min(round(check_sparsity(f"target of {name}", value) * size), size - 1), 0)
-        for name, value, size in zip(names, targets, sizes)
+        max(min(round(check_sparsity(f"target of {name}", value) * size), size - group), 0)
+        for name, value, size, group in zip(names, targets, sizes, largest)
     ]
+
+
+def _largest_group(magnitude: Magnitude, shape: tuple[int, ...]) -> int:
+    """The most weights of which one cannot become zero alone."""
+    if isinstance(magnitude, GroupMagnitude):
+        return int(magnitude.operator.sizes(shape).max(initial=1))
+    return 1
 
 
 def _barrier(values: Any) -> Any:

@@ -15,10 +15,16 @@ import optax
 from jax import lax
 
 from lats_optax import masks, prox
+from lats_optax.leaves import at_least_float32, check_fits
 from lats_optax.masks import MaskOrFunction, is_dense
 from lats_optax.prox import Operator
 from lats_optax.target import ClosedLoop
-from lats_optax.thresholds import ScalarOrSchedule, check_steps, check_threshold
+from lats_optax.thresholds import (
+    ScalarOrSchedule,
+    ThresholdSchedule,
+    check_steps,
+    check_threshold,
+)
 
 
 class SoftThresholdState(NamedTuple):
@@ -88,11 +94,15 @@ def soft_threshold(
       mask: which leaves to prune: a pytree of bools that matches the parameters, or a function
         that makes one from them. Default (None): :func:`lats_optax.prunable`. The other leaves
         get the update as it comes and take no memory.
-      operator: the proximal operator. Default (None): :func:`lats_optax.prox.prox_l1`.
+      operator: the proximal operator. Default (None): :func:`lats_optax.prox.prox_l1`. For whole
+        channels, filters or blocks: one of :mod:`lats_optax.groups`.
       latent_dtype: float type of theta. Default (None): that of each parameter. ``jnp.float32``
         under bfloat16 parameters is mixed precision.
-      freeze_after: number of steps after which the support is frozen: zeros stay zero, and the
-        survivors train on without shrinkage, under a threshold of zero (early pruning).
+      freeze_after: number k of steps after which the support is frozen: zeros stay zero, and the
+        survivors train on without shrinkage, under a threshold of zero (early pruning). A
+        :func:`lats_optax.target_sparsity` reaches its target at its last step and at no other, so
+        with one k is its ``steps``. A schedule of this library, which names no sparsity, may be cut
+        short: k is at most its ``steps``. Of a number or any other schedule no end is known.
 
     Returns:
       A gradient transformation with state :class:`SoftThresholdState`; read the current threshold
@@ -100,8 +110,9 @@ def soft_threshold(
 
     Raises:
       ValueError: a threshold that is negative or not finite (a schedule is asked for count 0),
-        ``freeze_after`` < 1; from ``init``, a mask of another structure, or one that selects
-        integer or complex parameters; from ``update``, ``params=None``.
+        ``freeze_after`` < 1 or not within the steps of the threshold; from ``init``, a mask of
+        another structure, or one that selects integer or complex parameters, or parameters that
+        lack the axes of the operator's groups; from ``update``, ``params=None``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -124,20 +135,20 @@ def soft_threshold(
     if latent_dtype is not None and not jnp.issubdtype(latent_dtype, jnp.floating):
         raise ValueError(f"latent_dtype: {latent_dtype} is not a float type")
     if freeze_after is not None:
-        freeze_after = check_steps(freeze_after, "freeze_after")
+        freeze_after = _check_freeze(freeze_after, threshold)
     inner = None if inner is None else optax.with_extra_args_support(inner)
 
     def init(params: Any) -> SoftThresholdState:
         pruned = jax.tree.map(
             lambda chosen, leaf: leaf if chosen else optax.MaskedNode(),
-            _pruned(params, mask),
+            _pruned(params, mask, operator),
             params,
         )
         first, control_state = control.init(pruned, magnitude)
 
         def latent_of(leaf: jax.Array, d: jax.Array) -> jax.Array:
             dtype = leaf.dtype if latent_dtype is None else latent_dtype
-            wide = leaf.astype(prox.at_least_float32(dtype))
+            wide = leaf.astype(at_least_float32(dtype))
             return prox.lift(operator)(wide, d.astype(wide.dtype)).astype(dtype)
 
         latent = _map_pruned(latent_of, pruned, spread_threshold(first, pruned))
@@ -228,7 +239,7 @@ def proximal_step(
     schedule = _schedule("strength", strength)
 
     def init(params: Any) -> ProximalStepState:
-        _pruned(params, mask)
+        _pruned(params, mask, operator)
         return ProximalStepState(jnp.zeros((), jnp.int32))
 
     def update(
@@ -305,7 +316,7 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def _move(theta: jax.Array, update: Any, frozen: jax.Array | None) -> jax.Array:
-    wide = prox.at_least_float32(theta.dtype)
+    wide = at_least_float32(theta.dtype)
     moved = _rounded(theta.astype(wide) + update.astype(wide), theta.dtype)
     if frozen is None:
         return moved
@@ -317,7 +328,7 @@ def _move(theta: jax.Array, update: Any, frozen: jax.Array | None) -> jax.Array:
 def _difference(target: jax.Array, w: jax.Array, update: Any) -> jax.Array:
     """The update w' - w, such that w + (w' - w) is zero where w' is."""
     dtype = _wider(update, w)
-    wide = prox.at_least_float32(dtype)
+    wide = at_least_float32(dtype)
     target = _rounded(target.astype(wide), w.dtype).astype(wide)
     return _rounded(target - w.astype(wide), dtype)
 
@@ -329,7 +340,7 @@ def _living_difference(target: jax.Array, w: jax.Array, update: Any) -> jax.Arra
     in the latent weights; the next float towards zero leaves one ulp of it.
     """
     difference = _difference(target, w, update)
-    target = _rounded(target.astype(prox.at_least_float32(w.dtype)), w.dtype)
+    target = _rounded(target.astype(at_least_float32(w.dtype)), w.dtype)
     lost = (difference == -w.astype(difference.dtype)) & (target != 0)
     return jnp.where(lost, difference * (1 - _finfo(difference.dtype).eps), difference)
 
@@ -400,16 +411,20 @@ def _pairs(params: Any, pruned: Any) -> list[tuple[Any, bool]]:
     return list(zip(jax.tree.leaves(params), jax.tree.leaves(pruned)))
 
 
-def _pruned(params: Any, mask: MaskOrFunction) -> Any:
+def _pruned(params: Any, mask: MaskOrFunction, operator: Operator) -> Any:
     """The mask as a tree of bools, after a look at what it selects."""
     pruned = masks.resolve(mask, params)
     names = jax.tree.leaves(masks.paths(params))
+    selected: dict[str, Any] = {}
     for name, (leaf, chosen) in zip(names, _pairs(params, pruned)):
         dtype = jnp.asarray(leaf).dtype
         if chosen and not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
                 f"mask: it selects {name}, which is {dtype}; only float parameters can be pruned"
             )
+        if chosen:
+            selected[name] = leaf
+    check_fits("operator", operator, selected)
     if names and not any(jax.tree.leaves(pruned)):
         warnings.warn(
             f"nothing is pruned: the mask selects none of {', '.join(names)}", stacklevel=3
@@ -426,6 +441,21 @@ def _require(name: str, params: Any) -> None:
 
 
 # --- thresholds ---------------------------------------------------------------------------------
+
+
+def _check_freeze(freeze_after: Any, threshold: Any) -> int:
+    steps = check_steps(freeze_after, "freeze_after")
+    if isinstance(threshold, ClosedLoop) and threshold.steps not in (None, steps):
+        raise ValueError(
+            f"freeze_after: {steps} is not allowed; allowed is {threshold.steps}, the steps of the "
+            "threshold: its target is reached at the last of them and at no other"
+        )
+    if isinstance(threshold, ThresholdSchedule) and steps > threshold.steps:
+        raise ValueError(
+            f"freeze_after: {steps} is not allowed; allowed are whole numbers up to "
+            f"{threshold.steps}, the steps of the threshold"
+        )
+    return steps
 
 
 def _schedule(name: str, value: ScalarOrSchedule) -> Callable[[Any], jax.Array]:

@@ -5,7 +5,9 @@ transform as loops over plain NumPy float64, from the formulas alone. Nothing he
 """
 
 import functools
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,8 @@ OPERATORS = {
     "elastic_net": functools.partial(prox.prox_elastic_net, l2=0.5),
     "group": prox.prox_group_lasso,
     "rows": functools.partial(prox.prox_group_lasso, axes=-1),
+    # Of which no side of a kernel is a multiple.
+    "blocks": lats_optax.groups.blocks(4, 3),
     "l0": prox.prox_l0,
 }
 
@@ -70,6 +74,12 @@ class Case:
         return optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(RATE, momentum=MOMENTUM))
 
     @property
+    def steps(self) -> int:
+        """When the threshold is at its end: a target is reached where the support is frozen."""
+        aimed = self.threshold in ("target", "layers")
+        return self.freeze_after if aimed and self.freeze_after is not None else STEPS
+
+    @property
     def final(self) -> float:
         """The last threshold; a proximal step applies its strength at every step anew."""
         return 4 * FINAL * RATE if self.kind == "proximal_step" else FINAL
@@ -81,10 +91,10 @@ class Case:
             "schedule": optax.linear_schedule(0.0, self.final, STEPS - 1),
             "lats": lats_optax.lats_threshold(cosine, STEPS, self.final),
             "target": lats_optax.target_sparsity(
-                TARGET, cosine, STEPS, update_every=self.update_every
+                TARGET, cosine, self.steps, update_every=self.update_every
             ),
             "layers": lats_optax.target_sparsity(
-                lats_optax.per_layer({"kernel": TARGET, "": 0.5}), cosine, STEPS
+                lats_optax.per_layer({"kernel": TARGET, "": 0.5}), cosine, self.steps
             ),
         }[self.threshold]
 
@@ -129,6 +139,7 @@ CASES = [
     *(Case(threshold=name, **_BF16) for name in ("float", "target")),
     *(Case(threshold="lats", operator=name) for name in ("non_negative", "elastic_net", "rows")),
     *(Case(threshold="target", operator=name) for name in ("non_negative", "group", "l0")),
+    *(Case(threshold=name, operator="blocks") for name in ("lats", "target")),
     Case(threshold="lats", operator="group", **_BF16),
     Case(threshold="target", update_every=4),
     *(Case(threshold=name, freeze_after=3) for name in ("float", "target")),
@@ -252,7 +263,7 @@ def oracle(case: Case, start: Any, slopes: list[Any]) -> list[tuple[Any, Any, fl
                 moved = _round(theta[name] + moved, kept_in)
                 theta[name] = np.where(frozen & (theta[name] == 0), 0.0, moved)
         if case.kind == "soft_threshold":
-            sizes = np.concatenate([_magnitude(case.operator, theta[n]).ravel() for n in pruned])
+            sizes = np.concatenate([magnitude(case.operator, theta[n]).ravel() for n in pruned])
             d = 0.0 if frozen else threshold_of(case, t + 1, d, sizes)
             w.update({name: shrink(case.operator, theta[name], d) for name in pruned})
         after.append((w, theta, d))
@@ -268,9 +279,10 @@ def threshold_of(case: Case, t: int, before: float, magnitudes: Any) -> float:
         return case.final * min(t / (STEPS - 1), 1.0)
     if case.threshold == "lats":
         return case.final * sum(rates[:t]) / sum(rates)
-    if t == 0 or t > STEPS or case.threshold == "none":
+    rates = rates[: case.steps]
+    if t == 0 or t > case.steps or case.threshold == "none":
         return before
-    if (t - 1) % case.update_every == 0 or t == STEPS:
+    if (t - 1) % case.update_every == 0 or t == case.steps:
         quantile = sorted(magnitudes)[round(TARGET * len(magnitudes)) - 1]
         first = _FIRST[case] = quantile if t == 1 else _FIRST[case]
         slope = (quantile - first) / sum(rates[1:t]) if t > 1 else 0.0
@@ -284,14 +296,12 @@ _AIM: dict[Case, float] = {}
 
 def shrink(operator: str, x: np.ndarray, d: float) -> np.ndarray:
     """The operator, one weight or one group at a time."""
-    if operator in ("group", "rows"):
-        rows = x if operator == "rows" else np.moveaxis(x, -1, 0)
-        groups = rows.copy().reshape(-1, x.shape[-1] if operator == "rows" else x[..., 0].size)
-        for group in groups:
-            rms = _root_mean_square(group)
-            group *= 1 - d / rms if rms > d else 0.0
-        out = groups.reshape(rows.shape)
-        return out if operator == "rows" else np.moveaxis(out, 0, -1)
+    if operator in GROUPS:
+        out = np.zeros_like(x)
+        for where in GROUPS[operator](x.shape):
+            rms = _root_mean_square(x[where])
+            out[where] = x[where] * (1 - d / rms) if rms > d else 0.0
+        return out
     one = {
         "l1": lambda v: math.copysign(max(abs(v) - d, 0.0), v),
         "non_negative": lambda v: max(v - d, 0.0),
@@ -301,23 +311,46 @@ def shrink(operator: str, x: np.ndarray, d: float) -> np.ndarray:
     return np.array([one(float(v)) for v in x.ravel()]).reshape(x.shape)
 
 
+def _tiles(
+    shape: tuple[int, ...], taps: bool, rows: int | None, columns: int | None
+) -> list[tuple[slice, ...]]:
+    """The index of every tile; None: all rows or columns; taps: all in one tile, or one each."""
+    sides = [size if taps else 1 for size in shape[:-2]]
+    sides = [max(side, 1) for side in (*sides, rows or shape[-2], columns or shape[-1])]
+    starts = itertools.product(*(range(0, n, side) for n, side in zip(shape, sides)))
+    return [tuple(slice(a, a + side) for a, side in zip(start, sides)) for start in starts]
+
+
+# From the shape of a leaf to the indices of its groups.
+GROUPS: dict[str, Callable[[tuple[int, ...]], list[tuple[slice, ...]]]] = {
+    "group": lambda shape: _tiles(shape, True, None, 1),
+    "rows": lambda shape: _tiles(shape, False, 1, None),
+    "blocks": lambda shape: _tiles(shape, False, 4, 3),
+    "output_channels": lambda shape: _tiles(shape, True, None, 1),
+    "input_channels": lambda shape: _tiles(shape, True, 1, None),
+    "filters": lambda shape: _tiles(shape, True, 1, 1),
+}
+
+
 def _root_mean_square(group: np.ndarray) -> float:
-    return math.sqrt(sum(value * value for value in group) / len(group))
+    values = group.ravel().tolist()
+    return math.sqrt(math.fsum(value * value for value in values) / len(values))
 
 
-def _magnitude(operator: str, x: np.ndarray) -> np.ndarray:
-    if operator in ("group", "rows"):
-        if operator == "rows":
-            return np.apply_along_axis(_root_mean_square, -1, x)[..., None] * np.ones_like(x)
-        columns = x.reshape(-1, x.shape[-1])
-        return np.apply_along_axis(_root_mean_square, 0, columns) * np.ones_like(x)
+def magnitude(operator: str, x: np.ndarray) -> np.ndarray:
+    """The least strength that sends a weight to zero, one weight or one group at a time."""
+    if operator in GROUPS:
+        out = np.zeros_like(x)
+        for where in GROUPS[operator](x.shape):
+            out[where] = _root_mean_square(x[where])
+        return out
     return {"non_negative": np.maximum(x, 0), "l0": x**2 / 2}.get(operator, np.abs(x))
 
 
 def _lift(operator: str, w: np.ndarray, d: float) -> np.ndarray:
     """An x with shrink(x, d) == w."""
-    if operator in ("group", "rows"):
-        return w * (1 + d / _magnitude(operator, w))
+    if operator in GROUPS:
+        return w * (1 + d / magnitude(operator, w))
     return {
         "l1": w + d * np.sign(w),
         "non_negative": np.where(w > 0, w + d, w),

@@ -59,7 +59,7 @@ def test_a_run_prints_its_table_and_where_things_are(tmp_path, capsys):
         (["digits-lats", *TINY, "--prune.include", "Cnv"], ["'Cnv'", "Conv_0/kernel"]),
         (["digits", "--resume", "--overwrite"], ["resume", "overwrite"]),
         (["digits", "--prune.mode", "fine-tuning"], ["prune.mode", "with initial"]),
-        (["digits", "--initial", "no", "--prune.mode", "fine-tuning"], ["initial is 'no'"]),
+        (["digits", *TINY, "--initial", "no"], ["initial is 'no'", "that is there"]),
         (
             ["digits-lats", "--initial", "no", "--prune.mode", "fine-tuning"],
             ["prune.target_sparsity", "0.95", "None with mode fine-tuning"],

@@ -11,7 +11,10 @@ import pytest
 
 import lats_optax
 from lats_optax import models
+from lats_optax.training.config import ModelConfig, TrainConfig
+from lats_optax.training.experiment import make_model
 from lats_optax.training.export import load_model, save_model, variables_of
+from lats_optax.training.initial import load_initial
 
 SMALL = models.create("digits-cnn", num_classes=10, width=0.25)
 LEAKY = models.Neuron("lif", tau=3.0, surrogate=models.Surrogate("sigmoid", alpha=4.0))
@@ -138,6 +141,41 @@ def test_what_does_not_belong_together_is_not_saved(path, change, message):
         save_model(path, **{"variables": variables} | arguments)
     assert "\n" not in str(error.value)
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, []),
+        ({"classifier_bias": True, "width": 0.25, "dtype": "bfloat16"}, []),
+        ({"width": 0.5}, ["width is 0.25 and the run's is 0.5"]),
+        ({"name": "resnet20"}, ["name is 'digits-cnn' and the run's is 'resnet20'"]),
+        (
+            {"name": "sew-resnet18", "neuron": "lif"},
+            ["name is 'digits-cnn'", "neuron is None and the run's is {'kind': 'lif'"],
+        ),
+    ],
+    ids=str,
+)
+def test_a_run_takes_the_model_of_the_file(path, change, words):
+    """Which may have options that no config has a field for, as a compacted one does."""
+    cut = models.create("digits-cnn", num_classes=10, width=0.25, features={"block1/conv1": 3})
+    save_model(path, cut, weights(cut, (8, 8, 1), jnp.bfloat16), (8, 8, 1))
+    config = TrainConfig(model=ModelConfig(**change), initial=path)
+    wanted = make_model(config, num_classes=10)
+    arguments = (path, config, wanted, (16, 16, 1), lats_optax.prunable)
+    if words:
+        with pytest.raises(ValueError, match=r"^initial is ") as error:
+            load_initial(*arguments)
+        for word in words:
+            assert word in str(error.value)
+        return
+    model, variables, _, _ = load_initial(*arguments)
+    expected = models.describe(cut) | {"dtype": config.model.dtype}
+    assert models.describe(model) == expected
+    assert model.axis_name == wanted.axis_name
+    assert variables["params"]["block1"]["conv1"]["kernel"].shape == (3, 3, 7, 3)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
 
 
 # Files of others, and hostile ones

@@ -244,7 +244,7 @@ def test_unknown_model():
         (
             "resnet50",
             {"bias": True},
-            r"an option of 'resnet50' is 'bias'; allowed: 'width', 'classifier_bias'\.",
+            r"an option of 'resnet50' is 'bias'; allowed: 'width', 'classifier_bias', 'features'\.",
         ),
         ("vgg16-bn", {"num_classes": 0}, r"num_classes is 0; allowed: 1 or more\."),
         ("mobilenet-v1", {"num_classes": 0}, r"num_classes is 0; allowed: 1 or more\."),

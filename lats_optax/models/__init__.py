@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lats_optax.models.compaction import Compacted, CompactReport, LayerReport, compact
 from lats_optax.models.digits import DigitsCNN
 from lats_optax.models.layers import check_choice
 from lats_optax.models.mobilenet import MobileNetV1
@@ -20,12 +21,16 @@ from lats_optax.models.vgg import VGG16BN
 __all__ = [
     "VGG16BN",
     "CifarResNet",
+    "CompactReport",
+    "Compacted",
     "DigitsCNN",
+    "LayerReport",
     "MobileNetV1",
     "Neuron",
     "ResNet",
     "SEWResNet",
     "Surrogate",
+    "compact",
     "create",
     "describe",
 ]
@@ -100,7 +105,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
     Returns:
       ``{"name": …, "num_classes": …, "dtype": …, **options}``: the arguments of `create`, made of
-      strings, numbers, bools, None and dicts.
+      strings, numbers, bools, None, lists and dicts.
 
     Raises:
       ValueError: the model is not one of the zoo.
@@ -129,7 +134,9 @@ def _name(model: nn.Module) -> str:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
-    return dict(value) if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _neuron(values: Mapping[str, Any]) -> Neuron:

@@ -5,12 +5,13 @@ and settings carry over.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from jax import Array
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
@@ -110,9 +111,12 @@ class Network(nn.Module, kw_only=True):
       classifier_bias: whether the classifier adds a bias.
       dtype: of the computation; parameters, batch statistics and logits are float32.
       axis_name: mapped axis over which batch statistics are averaged, or ``None``.
+      features: how many channels a layer has, by its path such as ``stage1_block1/conv1``, in the
+        place of the plan's; ``None``: the plan's, as those of layers that are not named.
 
     Raises:
-      ValueError: ``num_classes`` < 1, or a width that leaves a layer without channels.
+      ValueError: ``num_classes`` < 1, or a width that leaves a layer without channels; ``features``
+        names a layer that is not in the plan, or gives one less than one channel.
 
     Example:
       >>> import jax
@@ -130,6 +134,7 @@ class Network(nn.Module, kw_only=True):
     classifier_bias: bool = False
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
+    features: Mapping[str, int] | None = None
 
     narrowest: ClassVar[int] = 64
     """Channels of the narrowest layer at width 1."""
@@ -139,8 +144,28 @@ class Network(nn.Module, kw_only=True):
         check(self.num_classes >= 1, "num_classes", self.num_classes, "1 or more")
         least = 1 / self.narrowest
         check(least <= self.width < math.inf, "width", self.width, f"{least} or more")
+        if self.features is not None:
+            known = isinstance(self.features, Mapping)
+            check(known, "features", self.features, "channels of layers, by their paths")
+            # A module is hashed with its attributes.
+            self.features = FrozenDict(self.features)  # type: ignore[no-untyped-call]
         super().__post_init__()
+        for layer, features in (self.features or {}).items():
+            check_choice("a layer of features", layer, self.plan())
+            whole = isinstance(features, int) and not isinstance(features, bool)
+            check(whole and features >= 1, f"features of {layer}", features, "1 or more")
 
+    @nn.nowrap
+    def plan(self) -> dict[str, int]:
+        """Channels of each convolution that may be told its own, by path, at this width."""
+        return {}
+
+    @nn.nowrap
+    def channels_of(self) -> dict[str, int]:
+        """Channels of each convolution of the plan, as ``features`` has them or else the plan."""
+        return {**self.plan(), **(self.features or {})}
+
+    @nn.nowrap
     def channels(self, count: int) -> int:
         """How many channels a layer has that has ``count`` at width 1."""
         return round(count * self.width)

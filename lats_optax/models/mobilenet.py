@@ -85,14 +85,22 @@ class MobileNetV1(Network):
 
     narrowest = 32
 
+    @nn.nowrap
+    def plan(self) -> dict[str, int]:
+        """Channels of the stem and of each point-wise convolution; depth-wise ones keep theirs."""
+        separable = {f"block{i}/pointwise": features for i, (features, _) in enumerate(_PLAN, 1)}
+        return {layer: self.channels(n) for layer, n in {"stem": 32, **separable}.items()}
+
     @nn.compact
     def __call__(self, images: Array, train: bool) -> Array:
         """Maps images (batch, height, width, channels) to logits (batch, num_classes)."""
         check_images(images, least=32)
+        channels = self.channels_of()
         conv = partial(convolution, dtype=self.dtype, kernel_init=TORCH_DEFAULT)
         norm = batch_norm(train, self.dtype, self.axis_name)
-        x = conv(self.channels(32), (3, 3), 2, name="stem")(images)
+        x = conv(channels["stem"], (3, 3), 2, name="stem")(images)
         x = nn.relu(norm(name="stem_norm")(x))
-        for index, (features, strides) in enumerate(_PLAN, 1):
-            x = SeparableConv(self.channels(features), conv, norm, strides, name=f"block{index}")(x)
+        for index, (_, strides) in enumerate(_PLAN, 1):
+            features = channels[f"block{index}/pointwise"]
+            x = SeparableConv(features, conv, norm, strides, name=f"block{index}")(x)
         return self.classify(x, KAIMING_FAN_IN)

@@ -4,12 +4,14 @@ Here belong the plans of the architectures (which block has which convolutions) 
 spiking networks over the same plans are in `sew_resnet.py`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
+from flax.core import FrozenDict
 from jax import Array
 
 from lats_optax.models.layers import (
@@ -17,6 +19,7 @@ from lats_optax.models.layers import (
     Maker,
     Network,
     batch_norm,
+    check,
     check_choice,
     check_images,
     convolution,
@@ -56,27 +59,49 @@ def bottleneck(features: int, strides: int = 1) -> BlockSpec:
     )
 
 
+IDENTITY, PROJECTION, PADDING = SHORTCUTS = ("identity", "projection", "padding")
+"""How a block's input reaches its end: as it is; by `projection`; by `subsample_and_pad`."""
+
+
+class Stage(NamedTuple):
+    """A block of a network: its name, its convolutions, and which of `SHORTCUTS` it has."""
+
+    name: str
+    spec: BlockSpec
+    shortcut: str
+
+
 def stages(
-    block: Callable[[int, int], BlockSpec], blocks: Sequence[int], width: int
-) -> Iterator[tuple[str, BlockSpec]]:
+    block: Callable[[int, int], BlockSpec],
+    blocks: Sequence[int],
+    width: int,
+    *,
+    changing: str = PROJECTION,
+) -> Iterator[Stage]:
     """The blocks of a network: channels double and maps halve from each stage to the next.
 
     Args:
       block: makes a block from features and strides: `basic` or `bottleneck`.
       blocks: how many there are in each stage.
-      width: features of the first stage.
+      width: features of the first stage, and of what enters it.
+      changing: the shortcut of blocks whose output has another shape than their input.
 
     Yields:
-      For each block, its name and its convolutions.
+      For each block, its name, its convolutions and its shortcut.
 
     Example:
-      >>> [name for name, _ in stages(basic, (1, 2), width=16)]
-      ['stage1_block1', 'stage2_block1', 'stage2_block2']
+      >>> [(name, shortcut) for name, _, shortcut in stages(basic, (1, 2), width=16)]
+      [('stage1_block1', 'identity'), ('stage2_block1', 'projection'),
+       ('stage2_block2', 'identity')]
     """
+    before = width
     for stage, count in enumerate(blocks):
         for index in range(count):
             strides = 2 if stage > 0 and index == 0 else 1
-            yield f"stage{stage + 1}_block{index + 1}", block(width * 2**stage, strides)
+            spec = block(width * 2**stage, strides)
+            same = strides == 1 and before == spec[-1].features
+            yield Stage(f"stage{stage + 1}_block{index + 1}", spec, IDENTITY if same else changing)
+            before = spec[-1].features
 
 
 PLANS = {
@@ -128,18 +153,35 @@ def projection(x: Array, spec: BlockSpec, conv: Maker, norm: Maker) -> Array:
     return norm(name="shortcut_norm")(conv(spec[-1].features, (1, 1), strides, name="shortcut")(x))
 
 
-def subsample_and_pad(x: Array, spec: BlockSpec) -> Array:
+def subsample_and_pad(x: Array, spec: BlockSpec, places: Sequence[int] | None = None) -> Array:
     """A shortcut to the shape that `branch` gives, without parameters ("option A" of the paper).
 
-    Every ``strides``-th position, with zeros as the new channels, half of them on either side.
+    Every ``strides``-th position, with zeros as the new channels: half of them on either side, or
+    as ``places`` says, which has for each channel of the output that of the input, or −1.
 
     >>> subsample_and_pad(jnp.ones((1, 4, 4, 2)), basic(4, 2))[0, 0]
     Array([[0., 1., 1., 0.], [0., 1., 1., 0.]], dtype=float32)
+    >>> subsample_and_pad(jnp.ones((1, 4, 4, 2)), basic(3, 2), (1, -1, 0))[0, 0]
+    Array([[1., 0., 1.], [1., 0., 1.]], dtype=float32)
     """
     strides = max(layer.strides for layer in spec)
-    new = spec[-1].features - x.shape[-1]
     x = x[..., ::strides, ::strides, :]
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(new // 2, new - new // 2)])
+    leading = [(0, 0)] * (x.ndim - 1)
+    if places is not None:
+        # A channel of zeros at the end: where −1 points.
+        return jnp.pad(x, [*leading, (0, 1)])[..., np.array(places)]
+    new = spec[-1].features - x.shape[-1]
+    return jnp.pad(x, [*leading, (new // 2, new - new // 2)])
+
+
+def padded_places(inputs: int, outputs: int) -> tuple[int, ...]:
+    """Where `subsample_and_pad` takes each channel from that is not told: −1 for a new one.
+
+    >>> padded_places(2, 4)
+    (-1, 0, 1, -1)
+    """
+    before = (outputs - inputs) // 2
+    return tuple(i - before if 0 <= i - before < inputs else -1 for i in range(outputs))
 
 
 class ResidualBlock(nn.Module):
@@ -149,8 +191,12 @@ class ResidualBlock(nn.Module):
       spec: the convolutions of the branch.
       conv: makes a convolution from features, kernel size, strides and a name.
       norm: makes a normalisation from a name.
-      project: whether a shortcut whose shape changes is a convolution, or else subsampled and
-        padded with zeros.
+      shortcut: one of `SHORTCUTS`; ``None``: the identity where the shape stays, else a
+        projection.
+      places: of a padded shortcut, the channels as `subsample_and_pad` takes them.
+
+    Raises:
+      ValueError: the shortcut is not one of these.
 
     Example:
       >>> import jax
@@ -165,20 +211,77 @@ class ResidualBlock(nn.Module):
     spec: BlockSpec
     conv: Maker
     norm: Maker
-    project: bool = True
+    shortcut: str | None = None
+    places: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the shortcut."""
+        check_choice("shortcut", self.shortcut, [None, *SHORTCUTS])
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps (…, height, width, channels) to (…, height / strides, width / strides, features)."""
         y = branch(x, self.spec, self.conv, self.norm, lambda y, name: nn.relu(y))
-        if x.shape == y.shape:
-            return nn.relu(x + y)
-        if self.project:
-            return nn.relu(projection(x, self.spec, self.conv, self.norm) + y)
-        return nn.relu(subsample_and_pad(x, self.spec) + y)
+        shortcut = self.shortcut or (IDENTITY if x.shape == y.shape else PROJECTION)
+        if shortcut == PROJECTION:
+            x = projection(x, self.spec, self.conv, self.norm)
+        elif shortcut == PADDING:
+            x = subsample_and_pad(x, self.spec, self.places)
+        return nn.relu(x + y)
 
 
-class ResNet(Network):
+class ResidualNetwork(Network):
+    """A stem of the narrowest channels, then residual blocks that the plan or ``features`` size.
+
+    Attributes: those of `Network`; a subclass defines ``planned``.
+
+    Raises:
+      ValueError: as `Network`; ``features`` has other channels at the two ends of an identity.
+    """
+
+    def __post_init__(self) -> None:
+        """Checks that the blocks fit together."""
+        super().__post_init__()
+        self.blocks()
+
+    @nn.nowrap
+    def planned(self) -> Iterable[Stage]:
+        """The blocks as the plan has them."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def plan(self) -> dict[str, int]:
+        """Channels of the stem and of the convolutions of the blocks; projections have the last's.
+
+        >>> plan = ResNet(depth=18, num_classes=10).plan()
+        >>> plan["stem"], plan["stage4_block2/conv2"], len(plan)
+        (64, 512, 17)
+        """
+        return {"stem": self.channels(self.narrowest)} | {
+            f"{name}/conv{index}": layer.features
+            for name, spec, _ in self.planned()
+            for index, layer in enumerate(spec, 1)
+        }
+
+    @nn.nowrap
+    def blocks(self) -> list[Stage]:
+        """The blocks as ``features`` has them; their shortcuts are those of the plan."""
+        channels, before, blocks = self.channels_of(), "stem", []
+        for block in self.planned():
+            names = [f"{block.name}/conv{index}" for index in range(1, len(block.spec) + 1)]
+            layers = zip(block.spec, names)
+            spec = tuple(layer._replace(features=channels[name]) for layer, name in layers)
+            if block.shortcut == IDENTITY:
+                inputs, outputs = channels[before], channels[names[-1]]
+                allowed = f"{inputs}, as many as {before} has, for the two are added"
+                check(outputs == inputs, f"features of {names[-1]}", outputs, allowed)
+            blocks.append(block._replace(spec=spec))
+            before = names[-1]
+        return blocks
+
+
+class ResNet(ResidualNetwork):
     """ResNet-18, -34, -50 or -101 for ImageNet, as the LATS code has it.
 
     A 7×7 convolution and a 3×3 maximum, both with strides of 2; four stages; the mean over
@@ -212,20 +315,25 @@ class ResNet(Network):
         check_choice("depth", self.depth, PLANS)
         super().__post_init__()
 
+    @nn.nowrap
+    def planned(self) -> Iterator[Stage]:
+        """The blocks as the plan has them."""
+        return stages(*PLANS[self.depth], width=self.channels(64))
+
     @nn.compact
     def __call__(self, images: Array, train: bool) -> Array:
         """Maps images (batch, height, width, channels) to logits (batch, num_classes)."""
         check_images(images, least=32)
         conv = partial(convolution, dtype=self.dtype, kernel_init=KAIMING_FAN_IN)
         norm = batch_norm(train, self.dtype, self.axis_name)
-        x = conv(self.channels(64), (7, 7), 2, name="stem")(images)
+        x = conv(self.channels_of()["stem"], (7, 7), 2, name="stem")(images)
         x = max_pool(nn.relu(norm(name="stem_norm")(x)))
-        for name, spec in stages(*PLANS[self.depth], width=self.channels(64)):
-            x = ResidualBlock(spec, conv, norm, name=name)(x)
+        for name, spec, shortcut in self.blocks():
+            x = ResidualBlock(spec, conv, norm, shortcut, name=name)(x)
         return self.classify(x, KAIMING_FAN_IN)
 
 
-class CifarResNet(Network):
+class CifarResNet(ResidualNetwork):
     """ResNet-20, -32 or -56 for images of 32×32 pixels.
 
     A 3×3 convolution; three stages of basic blocks with 16, 32 and 64 features; the mean over
@@ -235,10 +343,12 @@ class CifarResNet(Network):
 
     Attributes:
       depth: 20, 32 or 56; the others are those of `Network`.
+      places: where a padded shortcut takes its channels from, by the name of its block, as
+        `subsample_and_pad` is told; ``None``: as the paper has it.
 
     Raises:
       ValueError: another depth; as `Network`; images are not (batch, height ≥ 4, width ≥ 4,
-        channels).
+        channels); ``features`` or ``places`` of which channels do not fit together.
 
     Example:
       >>> import jax
@@ -253,13 +363,56 @@ class CifarResNet(Network):
     """
 
     depth: int
+    places: Mapping[str, Sequence[int]] | None = None
 
     narrowest = 16
 
     def __post_init__(self) -> None:
         """Checks the attributes."""
         check_choice("depth", self.depth, CIFAR_PLANS)
+        if self.places is not None:
+            known = isinstance(self.places, Mapping)
+            check(known, "places", self.places, "numbers of channels, by the names of blocks")
+            # Lists, as a file has them, could not be hashed.
+            places = {block: tuple(own) for block, own in self.places.items()}
+            self.places = FrozenDict(places)  # type: ignore[no-untyped-call]
         super().__post_init__()
+        self._check_places()
+
+    @nn.nowrap
+    def planned(self) -> Iterator[Stage]:
+        """The blocks as the plan has them."""
+        blocks = [CIFAR_PLANS[self.depth]] * 3
+        return stages(basic, blocks, width=self.channels(16), changing=PADDING)
+
+    @nn.nowrap
+    def places_of(self) -> dict[str, Sequence[int]]:
+        """Of each block with a padded shortcut, where its channels are taken from."""
+        found, inputs = {}, self.channels_of()["stem"]
+        for name, spec, shortcut in self.blocks():
+            outputs = spec[-1].features
+            if shortcut == PADDING:
+                found[name] = (self.places or {}).get(name) or padded_places(inputs, outputs)
+            inputs = outputs
+        return found
+
+    @nn.nowrap
+    def _check_places(self) -> None:
+        known, inputs = self.places_of(), self.channels_of()["stem"]
+        for block in self.places or {}:
+            check_choice("a block of places", block, known)
+        for name, spec, _ in self.blocks():
+            outputs = spec[-1].features
+            if name in known:
+                named = f"places of {name}", (self.places or {}).get(name)
+                if named[1] is None:
+                    allowed = f"{outputs} places, for {inputs} channels do not fit into {outputs}"
+                    check(inputs <= outputs, *named, allowed)
+                right = len(known[name]) == outputs and all(
+                    isinstance(i, int) and -1 <= i < inputs for i in known[name]
+                )
+                check(right, *named, f"{outputs} numbers from -1 to {inputs - 1}")
+            inputs = outputs
 
     @nn.compact
     def __call__(self, images: Array, train: bool) -> Array:
@@ -267,9 +420,11 @@ class CifarResNet(Network):
         check_images(images, least=4)
         conv = partial(convolution, dtype=self.dtype, kernel_init=KAIMING_FAN_IN)
         norm = batch_norm(train, self.dtype, self.axis_name)
-        x = nn.relu(norm(name="stem_norm")(conv(self.channels(16), (3, 3), name="stem")(images)))
-        for name, spec in stages(basic, [CIFAR_PLANS[self.depth]] * 3, width=self.channels(16)):
-            x = ResidualBlock(spec, conv, norm, project=False, name=name)(x)
+        x = conv(self.channels_of()["stem"], (3, 3), name="stem")(images)
+        x = nn.relu(norm(name="stem_norm")(x))
+        for name, spec, shortcut in self.blocks():
+            places = (self.places or {}).get(name)
+            x = ResidualBlock(spec, conv, norm, shortcut, places, name=name)(x)
         return self.classify(x, KAIMING_FAN_IN)
 
 

@@ -1,6 +1,6 @@
 """SEW ResNet: residual networks of spiking neurons, joined spike element by spike element."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,14 +14,24 @@ from lats_optax.models.layers import (
     KAIMING_FAN_OUT,
     TORCH_DEFAULT,
     Maker,
-    Network,
     batch_norm,
     check,
     check_choice,
     check_images,
     convolution,
 )
-from lats_optax.models.resnet import PLANS, BlockSpec, branch, max_pool, projection, stages
+from lats_optax.models.resnet import (
+    IDENTITY,
+    PLANS,
+    PROJECTION,
+    BlockSpec,
+    ResidualNetwork,
+    Stage,
+    branch,
+    max_pool,
+    projection,
+    stages,
+)
 from lats_optax.models.spiking import Neuron, SpikingLayer
 
 CONNECTIONS: dict[str, Callable[[Array, Array], Array]] = {
@@ -46,9 +56,10 @@ class SEWBlock(nn.Module):
       norm: makes a normalisation from a name.
       spike: makes a layer of neurons from a name.
       connection: ``"ADD"``, ``"AND"`` or ``"IAND"``.
+      shortcut: ``"identity"`` or ``"projection"``; ``None``: the identity where the shape stays.
 
     Raises:
-      ValueError: the connection is not one of these.
+      ValueError: the connection or the shortcut is not one of these.
 
     Example:
       >>> from lats_optax.models.resnet import basic
@@ -67,10 +78,12 @@ class SEWBlock(nn.Module):
     norm: Maker
     spike: Maker
     connection: str = "ADD"
+    shortcut: str | None = None
 
     def __post_init__(self) -> None:
-        """Checks the connection."""
+        """Checks the connection and the shortcut."""
         check_choice("connection", self.connection, CONNECTIONS)
+        check_choice("shortcut", self.shortcut, [None, IDENTITY, PROJECTION])
         super().__post_init__()
 
     @nn.compact
@@ -82,13 +95,13 @@ class SEWBlock(nn.Module):
 
         y = branch(x, self.spec, self.conv, self.norm, spike)
         y = spike(y, str(len(self.spec)))
-        if x.shape != y.shape:
+        if (self.shortcut or (IDENTITY if x.shape == y.shape else PROJECTION)) == PROJECTION:
             x = projection(x, self.spec, self.conv, self.norm)
             x = self.spike(name="shortcut_neuron")(x)
         return CONNECTIONS[self.connection](x, y)
 
 
-class SEWResNet(Network, kw_only=True):
+class SEWResNet(ResidualNetwork, kw_only=True):
     """SEW ResNet-18, -34 or -50 for ImageNet: an image is shown for some steps, logits averaged.
 
     The plan is `ResNet`'s. The first convolution sees real numbers, the same at every step, so it
@@ -140,6 +153,11 @@ class SEWResNet(Network, kw_only=True):
         check_choice("stem", self.stem, ["imagenet", "cifar"])
         super().__post_init__()
 
+    @nn.nowrap
+    def planned(self) -> Iterator[Stage]:
+        """The blocks as the plan has them."""
+        return stages(*PLANS[self.depth], width=self.channels(64))
+
     @nn.compact
     def __call__(self, images: Array, train: bool) -> Array:
         """Maps images (batch, height, width, channels) to logits (batch, num_classes)."""
@@ -148,13 +166,13 @@ class SEWResNet(Network, kw_only=True):
         conv = partial(convolution, dtype=self.dtype, kernel_init=KAIMING_FAN_OUT)
         norm = batch_norm(train, self.dtype, self.axis_name)
         spike = partial(SpikingLayer, self.neuron)
-        width = self.channels(64)
+        features = self.channels_of()["stem"]
         kernel_size, strides = ((3, 3), 1) if small else ((7, 7), 2)
-        x = norm(name="stem_norm")(conv(width, kernel_size, strides, name="stem")(images))
+        x = norm(name="stem_norm")(conv(features, kernel_size, strides, name="stem")(images))
         x = spike(name="stem_neuron")(jnp.broadcast_to(x, (self.steps, *x.shape)))
         x = x if small else max_pool(x)
-        for name, spec in stages(*PLANS[self.depth], width=width):
-            x = SEWBlock(spec, conv, norm, spike, self.connection, name=name)(x)
+        for name, spec, shortcut in self.blocks():
+            x = SEWBlock(spec, conv, norm, spike, self.connection, shortcut, name=name)(x)
         logits = self.classify(x, TORCH_DEFAULT, _uniform(x.shape[-1]))
         self.sow("intermediates", "logits_per_step", logits)
         return logits.mean(axis=0)

@@ -43,17 +43,26 @@ class VGG16BN(Network):
     Efficient ConvNets" (ICLR 2017).
     """
 
+    @nn.nowrap
+    def plan(self) -> dict[str, int]:
+        """Channels of the thirteen convolutions."""
+        return {
+            f"stage{stage}_conv{index}": self.channels(features)
+            for stage, (features, count) in enumerate(_PLAN, 1)
+            for index in range(1, count + 1)
+        }
+
     @nn.compact
     def __call__(self, images: Array, train: bool) -> Array:
         """Maps images (batch, height, width, channels) to logits (batch, num_classes)."""
         check_images(images, least=32)
         conv = partial(convolution, dtype=self.dtype, kernel_init=KAIMING_FAN_IN)
         norm = batch_norm(train, self.dtype, self.axis_name)
-        x = images
-        for stage, (features, count) in enumerate(_PLAN, 1):
+        x, channels = images, self.channels_of()
+        for stage, (_, count) in enumerate(_PLAN, 1):
             for index in range(1, count + 1):
                 name = f"stage{stage}_conv{index}"
-                x = conv(self.channels(features), (3, 3), name=name)(x)
+                x = conv(channels[name], (3, 3), name=name)(x)
                 x = nn.relu(norm(name=f"{name}_norm")(x))
             x = nn.max_pool(x, (2, 2), (2, 2))  # type: ignore[no-untyped-call]
         return self.classify(x, KAIMING_FAN_IN)

@@ -126,13 +126,18 @@ class PruneConfig:
     mode: Literal["during-training", "early", "at-initialization", "fine-tuning"] = (
         "during-training"
     )
-    """When: to the end; early, then frozen; by a search beforehand; or not: zeros of `initial`."""
+    """When: to the end; early, then frozen; in a search before; fine-tuning: `initial`'s zeros."""
     search_epochs: int | None = None
     """Epochs of the search: the first of the run if early, before its own if at-initialization."""
     distribution: Literal["global", "uniform", "er", "erk"] = "global"
     """Layers share target_sparsity freely, equally, or by Erdős–Rényi or Erdős–Rényi-kernel."""
     layer_sparsity: tuple[tuple[str, float], ...] = ()
     """With distribution uniform, EXPRESSION SPARSITY ...: layers with a target of their own."""
+    structure: Literal["none", "output-channels", "input-channels", "filters", "blocks"] = "none"
+    """What is zeroed as a whole; filters are of convolutions alone. Unless include names them,
+    output-channels keeps the classifier's, input-channels layers that have but one."""
+    block: tuple[int, int] | None = None
+    """With structure blocks, INPUTS OUTPUTS in a block of a layer's matrix, at each tap."""
 
     @property
     def enabled(self) -> bool:
@@ -178,6 +183,7 @@ class PruneConfig:
             _check(not self.exclude, "prune.exclude", self.exclude, dense)
         self._check_search()
         self._check_layers()
+        self._check_structure()
 
     def _check_search(self) -> None:
         mode, epochs = self.mode, self.search_epochs
@@ -206,6 +212,17 @@ class PruneConfig:
         for _, value in layers:
             _check(0 <= value < 1, "prune.layer_sparsity", value, "0 <= sparsity < 1")
 
+    def _check_structure(self) -> None:
+        structure, block = self.structure, self.block
+        if not self.enabled:
+            allowed = "none in a dense run"
+            _check(structure == "none", "prune.structure", structure, allowed)
+        if structure == "blocks":
+            sides = block is not None and len(block) == 2 and min(block) >= 1
+            _check(sides, "prune.block", block, "with structure blocks, two numbers of 1 or more")
+        else:
+            _check(block is None, "prune.block", block, "None, but for structure blocks")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -225,7 +242,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     prune: PruneConfig = PruneConfig()
     initial: Path | None = None
-    """Model file of a run, to begin from; what `model` says has to be so of the model in it."""
+    """Model file of another run to begin from; options of `model` that are None are its own."""
     label_smoothing: float = 0.0
     """Mass that the training loss's target spreads evenly over all classes."""
     average_decay: float | None = None
@@ -235,7 +252,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initial parameters and of the order of the images."""
     workdir: Path = Path("runs/digits")
-    """Where metrics and checkpoints are written."""
+    """Where metrics, checkpoints and the file of the trained model are written."""
     resume: bool = False
     """Go on from the last checkpoint in workdir; begin where there is none."""
     overwrite: bool = False
@@ -365,10 +382,11 @@ def prune_from_json(config: dict[str, Any]) -> PruneConfig:
 def check_resumable(saved: dict[str, Any], config: TrainConfig) -> None:
     """Checks that a run that was begun with `saved` (of `to_json`) can go on with `config`.
 
+    A field that `saved` does not have, because it is newer than that run, had its default value.
+
     Raises:
       ValueError: a field that decides what the run computes differs; names all of them.
     """
-    # A field that is newer than the checkpoint had its default.
     before, now = _flat(to_json(TrainConfig())) | _flat(saved), _flat(to_json(config))
     changed = [
         f"{field} is {now.get(field)!r} and was {before.get(field)!r}"

@@ -190,7 +190,9 @@ def fit(experiment: Experiment) -> RunResult:
         test_accuracy_averaged=test.get("test_average", {}).get("accuracy"),
         seconds=time.perf_counter() - started,
         state=state,
-        sparsity=lats_optax.sparsity(state.params, experiment.optimizer.mask),
+        sparsity=lats_optax.sparsity(
+            state.params, experiment.optimizer.mask, groups=experiment.optimizer.groups
+        ),
         checkpoint=workdir.checkpoint_path(config.workdir, step),
         metrics=log.records,
         is_primary=parallel.is_primary,
@@ -246,7 +248,7 @@ def _write_models(
     states = {"test": state}
     if config.prune.has_threshold and optimizer.frozen is None:
         # Adding an update rounds: without it the weights may be an ulp from those of the method.
-        exact = lats_optax.finalize(state.params, state.opt_state)
+        exact = lats_optax.finalize(state.params, state.opt_state, operator=optimizer.groups)
         states["test"] = state._replace(params=exact)
     if "test_average" in test:
         mask = optimizer.mask if config.prune.enabled else None

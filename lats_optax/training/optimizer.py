@@ -1,13 +1,17 @@
 """From a config to an optax transform: SGD, its learning rate, and soft threshold pruning."""
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 import lats_optax
+from lats_optax.groups import GroupOperator
+from lats_optax.masks import paths
 from lats_optax.thresholds import tabulate
 from lats_optax.training.config import PruneConfig, TrainConfig
 
@@ -20,6 +24,7 @@ class Optimizer(NamedTuple):
       learning_rate: `step -> rate`, over the whole run.
       learning_rate_sums: the sums of that rate over the first 0, 1, … steps.
       mask: the weights that are (or, in a dense run, would be) pruned.
+      groups: the operator of a structured run, by whose groups they are; None: one by one.
       search_steps: how many steps `transform` takes; None: all of them.
       frozen: what goes on after these on a fixed support, the zeros of the parameters that its
         `init` is given; None where `search_steps` is.
@@ -29,6 +34,7 @@ class Optimizer(NamedTuple):
     learning_rate: optax.Schedule
     learning_rate_sums: np.ndarray
     mask: Callable[[Any], Any]
+    groups: GroupOperator | None = None
     search_steps: int | None = None
     frozen: optax.GradientTransformation | None = None
 
@@ -58,17 +64,21 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> Optimizer:
     # Of the parameters that its init is given: the zeros of these stay.
     keep = lats_optax.keep_support(lambda params: lats_optax.support(params, mask))
     kept = optax.chain(_sgd(config, training_rate), keep)
+    operator = group_operator(prune)
     if not prune.has_threshold:
-        transform = kept if prune.mode == "fine-tuning" else _sgd(config, training_rate)
-        return Optimizer(transform, learning_rate, sums, mask)
+        plain = kept if prune.mode == "fine-tuning" else _sgd(config, training_rate)
+        return Optimizer(plain, learning_rate, sums, mask, operator)
     threshold = _threshold(config, searching_rate, steps_per_epoch)
     sgd = _sgd(config, searching_rate)
     if prune.weight_decay_on == "latent":
-        transform = lats_optax.soft_threshold(threshold, inner=sgd, mask=mask)
+        transform: optax.GradientTransformation = lats_optax.soft_threshold(
+            threshold, inner=sgd, mask=mask, operator=operator
+        )
     else:
-        transform = optax.chain(sgd, lats_optax.soft_threshold(threshold, mask=mask))
+        sparse = lats_optax.soft_threshold(threshold, mask=mask, operator=operator)
+        transform = optax.chain(sgd, sparse)
     frozen = None if search_steps is None else kept
-    return Optimizer(transform, learning_rate, sums, mask, search_steps, frozen)
+    return Optimizer(transform, learning_rate, sums, mask, operator, search_steps, frozen)
 
 
 def _sgd(config: TrainConfig, learning_rate: optax.Schedule) -> optax.GradientTransformation:
@@ -120,9 +130,47 @@ def cosine(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
 
 def pruned_mask(prune: PruneConfig) -> Callable[[Any], Any]:
     """From parameters to a tree of bools: the leaves that are pruned, or would be."""
+    chosen: Callable[[Any], Any] = lats_optax.prunable
     if prune.include or prune.exclude:
-        return lats_optax.select(prune.include or None, prune.exclude)
-    return lats_optax.prunable
+        chosen = lats_optax.select(prune.include or None, prune.exclude)
+    if prune.include or prune.structure in ("none", "blocks"):
+        return chosen
+
+    def has_groups(path: str, leaf: Any) -> bool:
+        """Whether a layer can lose a group, and the network with it goes on."""
+        match prune.structure:
+            case "output-channels":  # an output of the classifier is a class
+                return not re.search("(^|/)classifier/", path)
+            case "input-channels":  # one alone is the layer, as of a depth-wise convolution
+                return bool(jnp.ndim(leaf) >= 2 and jnp.shape(leaf)[-2] > 1)
+            case _:
+                return jnp.ndim(leaf) >= 3
+
+    def mask(params: Any) -> Any:
+        return jax.tree.map(
+            lambda masked, path, leaf: masked and has_groups(path, leaf),
+            chosen(params),
+            paths(params),
+            params,
+        )
+
+    return mask
+
+
+def group_operator(prune: PruneConfig) -> GroupOperator | None:
+    """The operator of `prune.structure`; None: weights are zeroed one by one."""
+    match prune.structure:
+        case "output-channels":
+            return lats_optax.groups.output_channels()
+        case "input-channels":
+            return lats_optax.groups.input_channels()
+        case "filters":
+            return lats_optax.groups.filters()
+        case "blocks":
+            assert prune.block is not None
+            return lats_optax.groups.blocks(*prune.block)
+        case _:
+            return None
 
 
 def _threshold(config: TrainConfig, learning_rate: optax.Schedule, steps_per_epoch: int) -> Any:

@@ -228,7 +228,10 @@ PRESETS: dict[str, Preset] = {
     ),
     "digits-lats": Preset(
         "the same with 95 % of the weights zero; 15 s on two CPU cores, accuracy 100 %.",
-        "Another sparsity: lats-train digits-lats --prune.target-sparsity 0.9.",
+        "Another sparsity: lats-train digits-lats --prune.target-sparsity 0.9.\n\n"
+        "To train on what it leaves, without shrinkage: lats-train digits "
+        "--initial runs/digits-lats/model.safetensors --prune.mode fine-tuning "
+        "--optimizer.learning-rate 0.03 --workdir runs/fine-tuned.",
         TrainConfig(workdir=Path("runs/digits-lats"), prune=PruneConfig(target_sparsity=0.95)),
     ),
 } | {name: _preset(name, *run) for name, run in _RUNS.items()}

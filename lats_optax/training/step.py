@@ -59,12 +59,12 @@ def create_state(
       The state. A pure function: to be compiled, or asked for shapes alone.
     """
     if variables is None:
-        variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
-    assert variables is not None
+        begun = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
+    else:
+        begun = jax.tree.map(jnp.copy, dict(variables))
+    params = begun["params"]
+    stats = begun.get("batch_stats", {})
     # Copies: the state is donated, and a buffer can be given away once.
-    variables = jax.tree.map(jnp.copy, dict(variables))
-    params = variables["params"]
-    stats = variables.get("batch_stats", {})
     averages = Average(*jax.tree.map(jnp.copy, (params, stats))) if average else ()
     return TrainState(jnp.zeros((), jnp.int32), params, stats, transform.init(params), averages)
 

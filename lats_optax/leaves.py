@@ -1,0 +1,113 @@
+"""Operators of one array over the leaves of pytrees, and the float types that they compute in."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+def over_leaves(function: Callable[..., jax.Array], x: Any, strength: Any, **keywords: Any) -> Any:
+    """``function(array, strength, **keywords)`` of each leaf, computed in at least float32."""
+    for leaf in jax.tree.leaves(strength):
+        check_not_negative("strength", leaf)
+
+    def one(leaf: Any, d: Any) -> jax.Array:
+        leaf = as_real(leaf)
+        # Sixteen-bit weights are thresholded in float32, so that d is not rounded to their grid.
+        wide = widen(leaf)
+        d = jnp.asarray(d, wide.dtype)
+        check_broadcasts(d, leaf.shape)
+        z = function(wide, d, **keywords)
+        return z if z.dtype == leaf.dtype else positive_zero(z.astype(leaf.dtype))
+
+    try:
+        strengths = jax.tree.broadcast(strength, x)
+    except ValueError as error:
+        raise ValueError(
+            f"strength: the structure {jax.tree.structure(strength)} is neither a scalar nor that "
+            f"of x, {jax.tree.structure(x)}"
+        ) from error
+    return jax.tree.map(one, x, strengths)
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype in which weights of a float dtype are compared with a threshold."""
+    # promote_types would refuse sixteen-bit types under strict promotion.
+    return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
+
+
+def as_real(x: Any) -> jax.Array:
+    """A float array, of integers too; complex numbers are a TypeError."""
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(f"x: {x.dtype} is complex; proximal operators take real arrays")
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """A float array in the precision in which it is compared with a threshold."""
+    return x.astype(at_least_float32(x.dtype))
+
+
+def positive_zero(z: jax.Array) -> jax.Array:
+    """The array with +0.0 for -0.0."""
+    # What underflows, in a product or in a cast, may have become -0.0. The difference is +0.0 and
+    # has the derivative of z, which a zero within a living group needs.
+    return jnp.where(z == 0, z - lax.stop_gradient(z), z)
+
+
+def check_broadcasts(d: jax.Array, shape: tuple[int, ...]) -> None:
+    """Refuses a strength that does not broadcast to a shape."""
+    try:
+        fits = np.broadcast_shapes(d.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"strength: its shape {d.shape} does not broadcast against {shape}")
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """Refuses negative numbers, as far as they are known without waiting for a device."""
+    # Only what is on the host: a device array may be traced, and reading it would block.
+    if isinstance(value, int | float | np.ndarray | np.generic) and np.any(np.asarray(value) < 0):
+        raise ValueError(f"{name}: {value} is negative; allowed are numbers >= 0")
+
+
+def check_fits(
+    argument: str, operator: Callable[[Any, Any], Any], arrays: Mapping[str, Any]
+) -> None:
+    """Refuses arrays that an operator has no value for, such as ones that lack an axis of its.
+
+    Args:
+      argument: what errors call the operator.
+      operator: it is asked for shapes alone.
+      arrays: by path.
+
+    Raises:
+      ValueError: names the paths and shapes, and how to leave them out.
+    """
+    reasons: dict[Any, ValueError] = {}
+    unfit: dict[str, ValueError] = {}
+    asked = set()
+    for path, array in arrays.items():
+        kind = (jnp.shape(array), jnp.asarray(array).dtype)
+        if kind not in asked:
+            asked.add(kind)
+            try:
+                jax.eval_shape(operator, jax.ShapeDtypeStruct(*kind), 0.0)  # type: ignore[no-untyped-call]
+            except ValueError as error:
+                reasons[kind] = error
+        if kind in reasons:
+            unfit[path] = reasons[kind]
+    if unfit:
+        shapes = [f"{path} of shape {jnp.shape(arrays[path])}" for path in unfit]
+        exclude = [f"^{re.escape(path)}$" for path in unfit]
+        first = next(iter(unfit.values()))
+        raise ValueError(
+            f"{argument}: it does not fit {', '.join(shapes)}: {first}. Leave what it does not fit "
+            f"out of the mask, as mask=lats_optax.select(exclude={exclude}) does"
+        ) from first
