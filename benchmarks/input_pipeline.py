@@ -29,14 +29,9 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from lats_optax.data.images import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ImageNetPreprocessing,
-    Normalisation,
-    decode,
-    random_crop_box,
-)
+from lats_optax.data.decoding import decode
+from lats_optax.data.images import ImageNetPreprocessing, random_crop_box
+from lats_optax.data.normalisation import IMAGENET_MEAN, IMAGENET_STD, Normalisation
 
 WIDTH, HEIGHT = 500, 375
 QUALITY = {"photograph": 96, "noise": 92}  # about 110 kB on average

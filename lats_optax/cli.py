@@ -12,7 +12,7 @@ import tyro
 
 from lats_optax import data
 from lats_optax.training import demo as demonstration
-from lats_optax.training import loop
+from lats_optax.training import loop, pictures
 from lats_optax.training.demo import DemoConfig, DemoResult
 from lats_optax.training.experiment import Experiment, build
 from lats_optax.training.presets import PRESETS
@@ -45,7 +45,14 @@ def train(args: Sequence[str] | None = None) -> int:
         )
         return build(_in_one_line(parse, presets, "lats-train", description, args))
 
-    return _run("lats-train", prepare, lambda experiment: _print_run(loop.fit(experiment)))
+    def execute(experiment: Experiment) -> None:
+        result = loop.fit(experiment)
+        _print_run(result)
+        # Last, so that a picture that cannot be written takes nothing with it.
+        if drawn := pictures.write(result):
+            print(f"pictures      {', '.join(map(str, drawn))}")
+
+    return _run("lats-train", prepare, execute)
 
 
 def demo(args: Sequence[str] | None = None) -> int:
@@ -97,6 +104,29 @@ def prepare(args: Sequence[str] | None = None) -> int:
         return prepare_data(**dataclasses.asdict(config))
 
     return _run("lats-prepare", prepared, print)
+
+
+def inspect(args: Sequence[str] | None = None) -> int:
+    """`lats-inspect schedule ...` and `lats-inspect model FILE`: tables and pictures.
+
+    Args:
+      args: as for `train`.
+
+    Returns:
+      As `train`.
+    """
+
+    def inspected() -> str:
+        # No other command draws all this.
+        from lats_optax.inspection import lineup, model_file
+
+        parse = tyro.extras.subcommand_cli_from_dict
+        kinds = {"schedule": lineup.Request, "model": model_file.Request}
+        request = _in_one_line(parse, kinds, "lats-inspect", "Look at what was asked for.", args)
+        of = lineup if isinstance(request, lineup.Request) else model_file
+        return of.report_on(of.build(request), request.out)
+
+    return _run("lats-inspect", inspected, print)
 
 
 def _run(program: str, prepare: Callable[[], Ready], execute: Callable[[Ready], None]) -> int:
@@ -157,7 +187,7 @@ def _unframed(box: str) -> str:
     message = re.sub(r"Error parsing (?!--)\S+: ", "", sections[0].strip())
     for section in sections[1:]:
         if section.startswith(" Available subcommands"):
-            message += f"; presets: {section.partition(':')[2].strip()}"
+            message += f"; known are: {section.partition(':')[2].strip()}"
         elif section.startswith(" Perhaps you meant"):
             options = dict.fromkeys(re.findall(r"(?<= )--[\w.-]+\w(?= )", section))
             options.pop("--help", None)
@@ -175,18 +205,24 @@ def _print_run(result: loop.RunResult) -> None:
     more = "" if averaged is None else f", with averaged weights {averaged:.2%},"
     print(f"test accuracy {result.test_accuracy:.2%}{more} after {result.seconds:.0f} s")
     if result.config.data.skip_corrupt:
-        skipped = {record["split"]: record["skipped"] for record in result.metrics}
+        counted = [record for record in result.metrics if "skipped" in record]
+        skipped = {record["split"]: record["skipped"] for record in counted}
         print(f"skipped       {skipped['train']} corrupt records in training", end=", ")
         print(f"{skipped['test']} in the last evaluation")
     workdir = result.config.workdir
     print(f"metrics       {workdir}/metrics.jsonl; tensorboard --logdir {workdir}")
     print(f"checkpoint    {result.checkpoint}")
+    print(f"model         {result.model}")
+    if result.model_averaged is not None:
+        print(f"averaged      {result.model_averaged}")
 
 
 def _print_demo(result: DemoResult) -> None:
     print(result.table)
     print()
     print(f"picture      {result.picture}")
+    print(f"weights      {result.weights}")
     print(f"summary      {result.summary}")
     for name, run in result.runs.items():
         print(f"{name + ' run':<12} {run.checkpoint} (checkpoint)")
+        print(f"{name + ' file':<12} {run.model}")

@@ -63,8 +63,18 @@ def style(index: int) -> dict[str, Any]:
     >>> style(2)
     {'color': '#D55E00', 'linestyle': '--'}
     """
-    place = index % len(_COLOURS)
-    return {"color": _COLOURS[place], "linestyle": _LINES[place]}
+    turn, place = divmod(index, len(_COLOURS))
+    # Colours come again after seven curves, with another line: the first two have the same.
+    return {"color": _COLOURS[place], "linestyle": _LINES[(place + 2 * turn) % len(_LINES)]}
+
+
+def shortened(name: str, length: int = 48) -> str:
+    """A name of which there is room for the end alone, such as a long path.
+
+    >>> shortened("runs/digits-lats/model.safetensors", 20)
+    '…s/model.safetensors'
+    """
+    return name if len(name) <= length else "…" + name[1 - length :]
 
 
 def say(axes: "Axes", what: str) -> None:

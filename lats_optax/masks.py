@@ -166,12 +166,13 @@ def spread_support(support: Any, params: Any) -> Any:
     """
 
     def copy(path: str, kept: Any, leaf: jax.Array) -> jax.Array:
-        kept = jnp.array(kept)
+        allowed = f"allowed is bool{list(jnp.shape(leaf))} or a bool scalar"
+        try:
+            kept = jnp.array(kept)
+        except TypeError as error:
+            raise ValueError(f"support: at {path} it is {kept!r}; {allowed}") from error
         if kept.dtype != bool or kept.shape not in ((), jnp.shape(leaf)):
-            raise ValueError(
-                f"support: at {path} it is {kept.dtype}{list(kept.shape)}; allowed is "
-                f"bool{list(jnp.shape(leaf))} or a bool scalar"
-            )
+            raise ValueError(f"support: at {path} it is {kept.dtype}{list(kept.shape)}; {allowed}")
         return kept
 
     return jax.tree.map(copy, paths(params), spread("support", support, params), params)
@@ -265,10 +266,26 @@ def spread(argument: str, tree: Any, params: Any) -> Any:
     try:
         return jax.tree.broadcast(present, params)
     except ValueError as error:
+        its, theirs = _unlike(tree, params)
         raise ValueError(
-            f"{argument}: its structure {jax.tree.structure(tree)} is not that of the parameters, "
-            f"{jax.tree.structure(params)}, nor a prefix of it"
+            f"{argument}: its structure, with {its}, is not that of the parameters, with {theirs}, "
+            "nor a prefix of it"
         ) from error
+
+
+def _unlike(tree: Any, params: Any) -> tuple[str, str]:
+    """What a tree has and the parameters have not, and what they have that it says nothing of."""
+    its, theirs = (jax.tree.leaves(paths(node)) for node in (tree, params))
+    alone = [name for name in its if not any(f"{path}/".startswith(f"{name}/") for path in theirs)]
+    more = [path for path in theirs if not any(f"{path}/".startswith(f"{name}/") for name in its)]
+    if not alone and not more:  # lists where the others are dicts, and the like
+        return str(jax.tree.structure(tree)), str(jax.tree.structure(params))
+    return _some(alone), _some(more)
+
+
+def _some(names: list[str]) -> str:
+    others = f" and {len(names) - 4} others" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + others if names else "nothing more"
 
 
 def is_dense(node: Any) -> bool:

@@ -35,7 +35,8 @@ def freeze(state: Any, frozen: optax.GradientTransformation, params: Any) -> Any
       The state for ``frozen.update``. A pure function; it can be jitted and exported.
 
     Raises:
-      ValueError: the two transforms differ in more than that.
+      ValueError: the two transforms differ in more than that; the state is not that of such
+        parameters.
 
     Example:
       >>> import jax.numpy as jnp, optax, lats_optax
@@ -63,6 +64,11 @@ def freeze(state: Any, frozen: optax.GradientTransformation, params: Any) -> Any
     def carry(new: Any, old: Any) -> Any:
         if _is_kept(new) != _is_search(old):
             raise ValueError(_DIFFERS)
+        if not _is_kept(new) and jnp.shape(new) != jnp.shape(old):
+            raise ValueError(
+                f"state: it has an array of shape {jnp.shape(old)} where params give "
+                f"{jnp.shape(new)}; it is not that of these parameters"
+            )
         return new if _is_kept(new) else old
 
     new, structure = jax.tree.flatten(fresh, is_leaf=_is_kept)

@@ -32,6 +32,11 @@ def test_a_run_prints_its_table_and_where_things_are(tmp_path, capsys):
     assert str(workdir / "metrics.jsonl") in out
     assert str(workdir / "checkpoints" / "6") in out
     assert (workdir / "checkpoints" / "6").is_dir()
+    model = workdir / "model.safetensors"
+    assert f"model         {model} ({model.stat().st_size:,} bytes, " in out
+    for picture in ("report.png", "weights.png"):
+        assert str(workdir / picture) in out
+        assert (workdir / picture).read_bytes().startswith(b"\x89PNG")
     assert err == ""  # No progress bar where nobody looks at one.
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["split"] == "test"
@@ -57,6 +62,16 @@ def test_a_run_prints_its_table_and_where_things_are(tmp_path, capsys):
         (["digits-lats", "--prune.block", "4", "4"], ["prune.block", "(4, 4)", "blocks"]),
         (["digits-lats", "--prune.structure", "blocks"], ["prune.block", "two numbers"]),
         (["digits", "--resume", "--overwrite"], ["resume", "overwrite"]),
+        (["digits", "--prune.mode", "fine-tuning"], ["prune.mode", "with initial"]),
+        (["digits", "--initial", "no", "--prune.mode", "fine-tuning"], ["initial is 'no'"]),
+        (
+            ["digits-lats", "--initial", "no", "--prune.mode", "fine-tuning"],
+            ["prune.target_sparsity", "0.95", "None with mode fine-tuning"],
+        ),
+        (
+            ["digits-lats", "--prune.mode", "early", "--prune.search-epochs", "20"],
+            ["prune.search_epochs", "20", "less than epochs, 20"],
+        ),
         (["digits", "--distributed"], ["distributed", "SLURM"]),
         (["digits", "--coordinator", "host:1"], ["coordinator", "'host:1'", "distributed"]),
         (["digits", "--process-count", "2"], ["process_count", "2", "with coordinator"]),

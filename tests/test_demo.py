@@ -38,11 +38,19 @@ def test_it_trains_both_and_says_where_everything_is(tmp_path, capsys):
     weights = summary["dense"]["nonzero_weights"]
     assert summary["sparse"]["nonzero_weights"] == weights - round(0.75 * weights)
     assert summary["sparse"]["sparsity"] == pytest.approx(0.75, abs=1 / weights)
-    with Image.open(workdir / "report.png") as picture:
-        assert picture.format == "PNG"
+    for name in ("report.png", "weights.png"):
+        with Image.open(workdir / name) as picture:
+            assert picture.format == "PNG"
     for words in ("Conv_0/kernel", "non-zero weights", "test accuracy", "75.00%"):
         assert words in out
-    for path in ("report.png", "summary.json", "dense/checkpoints/12", "sparse/checkpoints/12"):
+    files = (
+        "report.png",
+        "weights.png",
+        "summary.json",
+        "dense/model.safetensors",
+        "sparse/model.safetensors",
+    )
+    for path in (*files, "dense/checkpoints/12", "sparse/checkpoints/12"):
         assert str(workdir / path) in out
         assert (workdir / path).exists()
 

@@ -14,7 +14,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 import scipy.stats
@@ -22,13 +21,8 @@ from PIL import Image
 
 from benchmarks.input_pipeline import encode, pictures
 from lats_optax.data import images
-from lats_optax.data.images import (
-    CorruptImageError,
-    ImageNetPreprocessing,
-    Normalisation,
-    SmallImagePreprocessing,
-    decode,
-)
+from lats_optax.data.decoding import CorruptImageError, decode, decode_opencv, opened
+from lats_optax.data.images import ImageNetPreprocessing, SmallImagePreprocessing
 
 PHOTOGRAPH, NOISE = pictures(2)
 PHOTOGRAPH_JPEG = encode(PHOTOGRAPH, quality=90)
@@ -202,8 +196,8 @@ def test_opencv_resizes_as_pillow_antialiases(size):
 @pytest.mark.parametrize("name", FILES)
 def test_opencv_decodes_to_pillows_pixels(name):
     encoded = FILES[name]
-    with images._opened(encoded) as image:
-        pixels = images._decode_opencv(encoded, image)
+    with opened(encoded) as image:
+        pixels = decode_opencv(encoded, image)
     if "JPEG" not in name or name in ("CMYK JPEG", "JPEG with bytes after it"):
         assert pixels is None  # left to Pillow
     else:
@@ -453,47 +447,6 @@ def test_what_is_wrong_is_said(encoded, message):
             make(encoded)
 
 
-# Normalisation.
-
-
-@pytest.mark.parametrize("name", sorted(images.NORMALISATION))
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_normalisation_against_a_loop(name, dtype):
-    mean, std = images.NORMALISATION[name]
-    image = rng().integers(256, size=(7, 9, len(mean)), dtype=np.uint8)
-    made = Normalisation(mean, std, dtype)(image)
-    assert made.dtype == (np.float32 if dtype == "float32" else ml_dtypes.bfloat16)
-    expected = np.empty(image.shape)
-    for index in np.ndindex(image.shape):
-        expected[index] = (float(image[index]) / 255 - mean[index[-1]]) / std[index[-1]]
-    # Half a unit in the last of 24 or 8 bits of what is at most 4, and float32's rounding of terms.
-    np.testing.assert_allclose(
-        made.astype(np.float64), expected, rtol=0, atol=1e-6 if dtype == "float32" else 2**-7
-    )
-
-
-def test_normalisation_of_batches_and_views():
-    normalise = Normalisation(images.IMAGENET_MEAN, images.IMAGENET_STD)
-    batch = rng().integers(256, size=(2, 3, 4, 5, 3), dtype=np.uint8)
-    made = normalise(batch)
-    for i in range(2):
-        for j in range(3):
-            np.testing.assert_array_equal(made[i, j], normalise(batch[i, j]))
-    view = batch[0, 0, :, ::-1]
-    np.testing.assert_array_equal(normalise(view), made[0, 0, :, ::-1])
-    assert normalise(batch[:0]).shape == (0, 3, 4, 5, 3)
-    assert pickle.loads(pickle.dumps(normalise)) == normalise
-
-
-def test_statistics_of_unknown_data_sets():
-    assert images.channel_statistics("mnist", 1) == ((0.1307,), (0.3081,))
-    assert images.channel_statistics("imagenette/320px-v2:1.0.0", 3)[0] == images.IMAGENET_MEAN
-    assert images.channel_statistics("oxford_flowers102", 3)[1] == images.IMAGENET_STD
-    assert images.channel_statistics("kmnist", 1) == ((0.5,), (0.5,))
-    # A data set of that name and other channels is not the one that was measured.
-    assert images.channel_statistics("mnist", 3)[0] == images.IMAGENET_MEAN
-
-
 # Arguments.
 
 
@@ -515,21 +468,7 @@ def test_statistics_of_unknown_data_sets():
         (lambda: SmallImagePreprocessing((32, 32, 2)), "with 1 or 3 channels"),
         (lambda: SmallImagePreprocessing((0, 32, 3)), "of integers"),
         (lambda: SmallImagePreprocessing(padding=-1), "padding is -1; allowed is an integer of at"),
-        (lambda: Normalisation((), ()), r"mean is \(\); allowed is a tuple of a number for each"),
-        (lambda: Normalisation((123.7,), (58.4,)), r"mean is \(123\.7,\); .* scale from 0 to 1"),
-        (lambda: Normalisation((math.nan,), (0.5,)), "mean is"),
-        (lambda: Normalisation((0.5,), (0.0,)), r"std is \(0\.0,\); zeros"),
-        (lambda: Normalisation((0.5,), (0.5, 0.5)), "mean has 1 channels and std 2"),
-        (lambda: Normalisation((0.5,), (0.5,), "float16"), "dtype is 'float16'; allowed are"),
         (lambda: decode(PHOTOGRAPH_JPEG, 4), "channels is 4; allowed are 1 and 3"),
-        (
-            lambda: Normalisation((0.5,), (0.5,))(np.zeros((2, 2, 1), np.float32)),
-            r"image is float32 of shape \(2, 2, 1\); allowed is uint8",
-        ),
-        (
-            lambda: Normalisation((0.5,), (0.5,))(np.zeros((2, 2, 3), np.uint8)),
-            r"of shape \(2, 2, 3\); allowed is uint8 of shape \(…, height, width, 1\)",
-        ),
     ],
 )
 def test_wrong_arguments_are_named(make, message):

@@ -12,7 +12,8 @@ import lats_optax
 PACKAGE = pathlib.Path(lats_optax.__file__).parent
 CORE = {
     *("__init__", "atomic", "distributions", "files", "finalize", "groups", "leaves", "masks"),
-    *("operations", "phases", "prox", "sparsity", "target", "thresholds", "transforms"),
+    *("multiply_adds", "operations", "phases", "prox", "sparsity", "target", "thresholds"),
+    *("transforms",),
 }
 # What a core module may import besides, within its functions.
 BESIDES = {"files": {"safetensors"}}
@@ -23,7 +24,8 @@ ALLOWED = {
     "data": set(),
     "drawing": {"core"},
     "training": {"core", "models", "data", "drawing"},
-    "cli": {"core", "models", "data", "training"},
+    "inspection": {"core", "models", "drawing", "training"},
+    "cli": {"core", "models", "data", "training", "inspection"},
     "examples": {"core"},
 }
 OPTIONAL = (

@@ -1,7 +1,9 @@
 """What every model promises: names, shapes, dtypes, and batch statistics that NumPy agrees with."""
 
+import json
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,3 +146,51 @@ def test_statistics_are_shared_over_the_named_axis(images, variables):
 def test_unknown_name():
     with pytest.raises(ValueError, match="model 'resnet' is not known; known are 'digits-cnn'"):
         models.create("resnet", num_classes=10)
+
+
+# --- descriptions -------------------------------------------------------------------------------
+
+LEAKY = models.Neuron("lif", reset="soft", tau=3.0, surrogate=models.Surrogate("sigmoid", 4.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("digits-cnn", {"num_classes": 10}),
+        ("resnet50", {"num_classes": 1000, "dtype": jnp.bfloat16, "classifier_bias": True}),
+        ("resnet56", {"num_classes": 7, "width": 0.5}),
+        ("mobilenet-v1", {"num_classes": 3, "axis_name": "batch"}),
+        ("vgg16-bn", {"num_classes": 3}),
+        ("sew-resnet34", {"num_classes": 3, "steps": 2, "stem": "cifar", "neuron": LEAKY}),
+    ],
+)
+def test_a_description_in_json_makes_the_model_again(name, options):
+    model = models.create(name, **options)
+    description = models.describe(model)
+    assert description["name"] == name
+    assert "axis_name" not in description
+    again = models.create(**json.loads(json.dumps(description)))
+    assert models.describe(again) == description
+    assert jnp.dtype(again.dtype) == jnp.dtype(model.dtype)
+    assert again.clone(dtype=model.dtype, axis_name=model.axis_name) == model
+
+
+def test_only_models_of_the_zoo_have_a_description():
+    with pytest.raises(ValueError, match="model is Dense, not one of the zoo: 'digits-cnn', 'res"):
+        models.describe(nn.Dense(3))
+
+
+@pytest.mark.parametrize(
+    ("neuron", "message"),
+    [
+        ({"kind": "if", "level": 1}, "a value of the neuron is 'level'; allowed: 'kind', "),
+        (
+            {"surrogate": {"beta": 1}},
+            "a value of the surrogate is 'beta'; allowed: 'name', 'alpha'",
+        ),
+        ({"kind": "of"}, "neuron kind is 'of'"),
+    ],
+)
+def test_a_description_of_a_neuron_that_does_not_exist(neuron, message):
+    with pytest.raises(ValueError, match=message):
+        models.create("sew-resnet18", num_classes=3, neuron=neuron)

@@ -137,6 +137,14 @@ def test_another_transform_is_refused(search, frozen, message):
         freeze(state, frozen(), params)
 
 
+def test_a_state_of_other_parameters_is_refused():
+    params = dense_start()
+    state = chained(lambda inner: soft_threshold(0.3, inner=inner)).init(params)
+    wider = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), params)
+    with pytest.raises(ValueError, match=r"^state: .* shape .* where params give"):
+        freeze(state, kept(SGD), wider)
+
+
 # --- pruning at initialization --------------------------------------------------------------------
 
 

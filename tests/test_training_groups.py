@@ -26,22 +26,19 @@ def _tiny(monkeypatch, compile_once):
 @pytest.mark.parametrize(
     ("prune", "groups"),
     [
-        (
-            dataclasses.replace(
-                OUTPUTS, include=("^Conv_0",), mode="at-initialization", search_epochs=1
-            ),
-            "output_channels",
-        ),
+        (dataclasses.replace(OUTPUTS, include=("^Conv_0",)), "output_channels"),
         pytest.param(
             dataclasses.replace(BLOCKS, mode="early", search_epochs=1),
             "blocks",
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            PruneConfig(0.5, structure="input-channels"), "input_channels", marks=pytest.mark.slow
+            PruneConfig(0.5, structure="input-channels", mode="at-initialization", search_epochs=1),
+            "input_channels",
+            marks=pytest.mark.slow,
         ),
     ],
-    ids=["at-initialization-output-channels", "early-blocks", "input-channels"],
+    ids=["output-channels", "early-blocks", "at-initialization-input-channels"],
 )
 def test_a_run_ends_with_whole_groups_at_zero(tmp_path, prune, groups):
     config = tiny.config(tmp_path / "run", prune=prune, epochs=2, eval_every=2, checkpoint_every=2)

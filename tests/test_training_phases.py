@@ -17,6 +17,7 @@ from lats_optax.training.config import PruneConfig, TrainConfig, prune_from_json
 from lats_optax.training.optimizer import cosine, make_optimizer, schedule_to
 from tests import tiny
 from tests.test_checkpoint import assert_equal_runs, at_step
+from tests.test_statistics import events
 
 EARLY = PruneConfig(target_sparsity=0.75, mode="early", search_epochs=1)
 BEFORE = PruneConfig(target_sparsity=0.75, mode="at-initialization", search_epochs=1)
@@ -57,6 +58,16 @@ def test_a_run_is_the_plain_loop(tmp_path, mode):
     total = 18 if early else 24
     assert int(result.state.step) == result.metrics[-1]["step"] == total
     assert result.sparsity.zeros == round(0.75 * result.sparsity.size)
+    # From the search on, no weight dies or revives, and there are no latent ones.
+    searched, *frozen = [r for r in result.metrics if r["split"] == "weights"]
+    zeros = result.sparsity.zeros
+    assert [searched[key] for key in ("step", "zeros", "pruned", "revived")] == [6, zeros, zeros, 0]
+    assert len(frozen) == total / 6 - 1
+    assert {(r["zeros"], r["pruned"], r["revived"]) for r in frozen} == {(zeros, 0, 0)}
+    tags = events(config.workdir)
+    assert tags["latent/Conv_0/kernel"].keys() == {6}
+    assert len(tags["sparse/Conv_0/kernel"]) == total / 6
+    assert all(layer.latent is layer.threshold is None for layer in result.weights.values())
 
     # The oracle: one transform that freezes by itself; or a search, and masked sgd from scratch.
     batches = [b for _, b in zip(range(total), tiny.dataset().train_batches(8, seed=0))]

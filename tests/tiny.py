@@ -63,6 +63,13 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         models, "create", lambda name, **arguments: Model(**arguments), raising=False
     )
+    monkeypatch.setattr(models, "describe", describe)
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """What `models.describe` gives, of the tiny model under the name that runs have by default."""
+    dtype = jnp.dtype(model.dtype).name
+    return {"name": "digits-cnn", "num_classes": model.num_classes, "dtype": dtype}
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[int]:

@@ -115,7 +115,7 @@ def _tfds(
     eval_split: str | None,
     shared: dict[str, Any],
 ) -> Dataset:
-    from lats_optax.data import images, tfds_source
+    from lats_optax.data import images, normalisation, tfds_source
 
     builder = tfds_source.open_builder(name, data_dir)
     image, label = tfds_source.image_and_label(builder)
@@ -131,9 +131,9 @@ def _tfds(
         preprocessing = images.ImageNetPreprocessing(
             IMAGE_SIZE if image_size is None else image_size
         )
-    mean, std = images.channel_statistics(builder.info.name, preprocessing.shape[2])
-    normalisation = images.Normalisation(mean, std, shared["dtype"])
-    transform = tfds_source.Transform(preprocessing, normalisation)
+    mean, std = normalisation.channel_statistics(builder.info.name, preprocessing.shape[2])
+    normalise = normalisation.Normalisation(mean, std, shared["dtype"])
+    transform = tfds_source.Transform(preprocessing, normalise)
     return Dataset(
         name=name,
         image_shape=preprocessing.shape,

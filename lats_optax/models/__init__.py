@@ -1,6 +1,7 @@
 """The model zoo, by name: Flax modules, one file an architecture. They know nothing of pruning."""
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = [
     "SEWResNet",
     "Surrogate",
     "create",
+    "describe",
 ]
 
 _MODELS: dict[str, partial[Any]] = {
@@ -56,7 +58,7 @@ def create(
       axis_name: mapped axis over which batch statistics are averaged; ``None`` leaves to each
         device the statistics of its own part of the batch.
       **options: attributes of that model's class, such as ``classifier_bias`` of a ResNet or
-        ``neuron`` of a SEW ResNet.
+        ``neuron`` of a SEW ResNet; values as `describe` gives them will do.
 
     Returns:
       A module that is called as ``apply(variables, images, train, mutable=["batch_stats"])``, with
@@ -82,4 +84,57 @@ def create(
     fields = [field.name for field in dataclasses.fields(model.func)]  # type: ignore[arg-type]
     for option in options:
         check_choice(f"an option of {name!r}", option, [f for f in fields if f not in settled])
+    if isinstance(options.get("neuron"), Mapping):
+        options["neuron"] = _neuron(options["neuron"])
     return model(num_classes=num_classes, dtype=dtype, axis_name=axis_name, **options)
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What `create` needs to build a model again, as values that JSON can hold.
+
+    All options are there, those that have their default too; ``axis_name``, which belongs to the
+    program that runs the model, is not.
+
+    Args:
+      model: a model of the zoo.
+
+    Returns:
+      ``{"name": …, "num_classes": …, "dtype": …, **options}``: the arguments of `create`, made of
+      strings, numbers, bools, None and dicts.
+
+    Raises:
+      ValueError: the model is not one of the zoo.
+
+    Example:
+      >>> describe(create("resnet20", num_classes=10, dtype=jnp.bfloat16))
+      {'name': 'resnet20', 'num_classes': 10, 'dtype': 'bfloat16', 'width': 1.0, ...}
+    """
+    name = _name(model)
+    left_out = {"parent", "name", "axis_name", "num_classes", "dtype", *_MODELS[name].keywords}
+    fields = [f.name for f in dataclasses.fields(model) if f.name not in left_out]
+    options = {option: _plain(getattr(model, option)) for option in fields}
+    num_classes, dtype = (getattr(model, option) for option in ("num_classes", "dtype"))
+    return {"name": name, "num_classes": num_classes, "dtype": jnp.dtype(dtype).name, **options}
+
+
+def _name(model: nn.Module) -> str:
+    for name, known in _MODELS.items():
+        settled = known.keywords.items()
+        if type(model) is known.func and all(getattr(model, k) == v for k, v in settled):
+            return name
+    names = ", ".join(repr(name) for name in _MODELS)
+    raise ValueError(f"model is {type(model).__name__}, not one of the zoo: {names}")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _neuron(values: Mapping[str, Any]) -> Neuron:
+    for kind, given in (("neuron", values), ("surrogate", values.get("surrogate", {}))):
+        fields = dataclasses.fields(Neuron if kind == "neuron" else Surrogate)
+        for key in given:
+            check_choice(f"a value of the {kind}", key, [field.name for field in fields])
+    return Neuron(**{**values, "surrogate": Surrogate(**values.get("surrogate", {}))})

@@ -1,7 +1,8 @@
 """Checkpoints: the one file that names Orbax.
 
-A checkpoint holds the training state, where the data iterator is, and the config. Orbax marks one
-as complete when all of it is written; others, of a run that was killed, are never read.
+A checkpoint holds the training state, where the data iterator is, the config, and the support that
+the log compares the next one with. Orbax marks one as complete when all of it is written; others,
+of a run that was killed, are never read.
 """
 
 import logging
@@ -15,6 +16,7 @@ import orbax.checkpoint as ocp
 from lats_optax.training import config as configs
 from lats_optax.training import step
 from lats_optax.training.optimizer import pruned_mask
+from lats_optax.training.statistics import Support
 from lats_optax.training.step import TrainState
 from lats_optax.training.workdir import CHECKPOINTS
 
@@ -23,10 +25,11 @@ logging.getLogger("absl").setLevel(logging.WARNING)
 
 
 class Checkpoint(NamedTuple):
-    """What training goes on from: `state` in host memory, the rest as JSON types."""
+    """What training goes on from: `state` and `support` in host memory, the rest as JSON types."""
 
     state: TrainState
     data_state: dict[str, Any]
+    support: Support
 
 
 class Checkpoints:
@@ -59,21 +62,31 @@ class Checkpoints:
         """Step of the last complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, data_state: dict[str, Any], config: dict[str, Any]) -> None:
+    def save(
+        self,
+        state: TrainState,
+        data_state: dict[str, Any],
+        config: dict[str, Any],
+        support: Support,
+    ) -> None:
         """Writes a checkpoint of `state.step`, and returns when it is complete.
 
         Args:
           state: equal in every process.
           data_state: what the data iterator's `get_state` gives.
           config: what `config.to_json` gives.
+          support: that of the last evaluation, which need not be that of the state; empty in a
+            dense run.
         """
         # As host arrays: they are the same for any number of devices that reads them.
-        host = jax.device_get(state)
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(host),
-            run=ocp.args.JsonSave({"config": config, "data_state": data_state}),
-        )
-        self._manager.save(int(host.step), args=items)
+        host, support = jax.device_get((state, support))
+        items = {
+            "state": ocp.args.StandardSave(host),
+            "run": ocp.args.JsonSave({"config": config, "data_state": data_state}),
+        }
+        if support:  # Orbax refuses to write nothing
+            items["support"] = ocp.args.StandardSave(support)
+        self._manager.save(int(host.step), args=ocp.args.Composite(**items))
 
     def config(self) -> dict[str, Any] | None:
         """The config in the last checkpoint; None where there is no checkpoint."""
@@ -83,13 +96,19 @@ class Checkpoints:
         config: dict[str, Any] = self._manager.restore(self.latest_step, args=items).run["config"]
         return config
 
-    def restore(self, like: TrainState) -> Checkpoint:
-        """The last checkpoint, of which there is one; `like` has its tree, shapes and dtypes."""
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(jax.device_get(like)), run=ocp.args.JsonRestore()
-        )
-        restored = self._manager.restore(self.latest_step, args=items)
-        return Checkpoint(restored.state, restored.run["data_state"])
+    def restore(self, like: TrainState, support: Support) -> Checkpoint:
+        """The last checkpoint, of which there is one.
+
+        Args:
+          like: a state of its tree, shapes and dtypes.
+          support: a support of its shapes.
+        """
+        like, support = jax.device_get((like, support))
+        items = {"state": ocp.args.StandardRestore(like), "run": ocp.args.JsonRestore()}
+        if support:
+            items["support"] = ocp.args.StandardRestore(support)
+        restored = self._manager.restore(self.latest_step, args=ocp.args.Composite(**items))
+        return Checkpoint(restored.state, restored.run["data_state"], restored.get("support", []))
 
 
 def load_state(workdir: Path | str) -> TrainState:

@@ -123,8 +123,10 @@ class PruneConfig:
     """Regular expressions on parameter paths: what stays dense."""
     weight_decay_on: Literal["latent", "weights"] = "latent"
     """Weights that weight decay acts on: the latent ones, as in the paper's code, or the pruned."""
-    mode: Literal["during-training", "early", "at-initialization"] = "during-training"
-    """When: to the end; early, with the zeros frozen after a search; or by a search beforehand."""
+    mode: Literal["during-training", "early", "at-initialization", "fine-tuning"] = (
+        "during-training"
+    )
+    """When: to the end; early, then frozen; by a search beforehand; or not: zeros of `initial`."""
     search_epochs: int | None = None
     """Epochs of the search: the first of the run if early, before its own if at-initialization."""
     distribution: Literal["global", "uniform", "er", "erk"] = "global"
@@ -139,7 +141,12 @@ class PruneConfig:
 
     @property
     def enabled(self) -> bool:
-        """Whether anything is pruned."""
+        """Whether the run's weights have zeros that are meant to be there."""
+        return self.has_threshold or self.mode == "fine-tuning"
+
+    @property
+    def has_threshold(self) -> bool:
+        """Whether weights are pruned in the run."""
         return self.target_sparsity is not None or self.final_threshold is not None
 
     def __post_init__(self) -> None:
@@ -161,7 +168,7 @@ class PruneConfig:
             _check(rises, "prune.schedule", self.schedule, with_target)
         if final is not None:
             _check(final >= 0 and math.isfinite(final), "prune.final_threshold", final, "0 or more")
-        if self.enabled and self.schedule == "pgh":
+        if self.has_threshold and self.schedule == "pgh":
             usable = beta is not None and beta > 0 and math.isfinite(beta)
             _check(usable, "prune.beta", beta, "with schedule pgh, a number above 0")
         else:
@@ -171,7 +178,7 @@ class PruneConfig:
         else:
             _check(every is None or every >= 1, "prune.update_every", every, "None, or 1 or more")
         if not self.enabled:
-            dense = "none without prune.target_sparsity or prune.final_threshold"
+            dense = "none without prune.target_sparsity, prune.final_threshold or mode fine-tuning"
             _check(not self.include, "prune.include", self.include, dense)
             _check(not self.exclude, "prune.exclude", self.exclude, dense)
         self._check_search()
@@ -180,12 +187,18 @@ class PruneConfig:
 
     def _check_search(self) -> None:
         mode, epochs = self.mode, self.search_epochs
-        if mode == "during-training":
+        if mode in ("during-training", "fine-tuning"):
             allowed = "None, but for the modes early and at-initialization"
             _check(epochs is None, "prune.search_epochs", epochs, allowed)
+            for field in ("target_sparsity", "final_threshold"):
+                none = getattr(self, field) is None or mode != "fine-tuning"
+                _check(none, f"prune.{field}", getattr(self, field), f"None with mode {mode}")
             return
-        allowed = "during-training without prune.target_sparsity or prune.final_threshold"
-        _check(self.enabled, "prune.mode", mode, allowed)
+        allowed = (
+            "during-training, or fine-tuning, without prune.target_sparsity or "
+            "prune.final_threshold"
+        )
+        _check(self.has_threshold, "prune.mode", mode, allowed)
         enough = epochs is not None and epochs >= 1
         _check(enough, "prune.search_epochs", epochs, f"with mode {mode}, 1 or more")
 
@@ -201,7 +214,7 @@ class PruneConfig:
 
     def _check_structure(self) -> None:
         structure, block = self.structure, self.block
-        if not self.enabled:
+        if not self.has_threshold:
             allowed = "none without prune.target_sparsity or prune.final_threshold"
             _check(structure == "none", "prune.structure", structure, allowed)
         if structure == "blocks":
@@ -228,6 +241,8 @@ class TrainConfig:
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     prune: PruneConfig = PruneConfig()
+    initial: Path | None = None
+    """Model file of a run, to begin from; what `model` says has to be so of the model in it."""
     label_smoothing: float = 0.0
     """Mass that the training loss's target spreads evenly over all classes."""
     average_decay: float | None = None
@@ -278,6 +293,12 @@ class TrainConfig:
             "optimizer.warmup_epochs",
             warmup,
             f"less than epochs, {self.epochs}",
+        )
+        _check(
+            self.prune.mode != "fine-tuning" or self.initial is not None,
+            "prune.mode",
+            self.prune.mode,
+            "fine-tuning with initial, the model file whose zeros stay",
         )
         search = self.prune.search_epochs
         _check(
@@ -361,11 +382,10 @@ def prune_from_json(config: dict[str, Any]) -> PruneConfig:
 def check_resumable(saved: dict[str, Any], config: TrainConfig) -> None:
     """Checks that a run that was begun with `saved` (of `to_json`) can go on with `config`.
 
-    A field that `saved` does not have, because it is newer than that run, had its default value.
-
     Raises:
       ValueError: a field that decides what the run computes differs; names all of them.
     """
+    # A field that is newer than the checkpoint had its default.
     before, now = _flat(to_json(TrainConfig())) | _flat(saved), _flat(to_json(config))
     changed = [
         f"{field} is {now.get(field)!r} and was {before.get(field)!r}"

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from lats_optax.atomic import replacing
-from lats_optax.training import experiment, loop, report
+from lats_optax.training import experiment, loop, pictures, report, weights_report
 from lats_optax.training.config import PruneConfig, TrainConfig
 from lats_optax.training.experiment import Experiment
 from lats_optax.training.presets import PRESETS
 
-PICTURE, SUMMARY = "report.png", "summary.json"
+PICTURE, WEIGHTS, SUMMARY = "report.png", "weights.png", "summary.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class DemoConfig:
     data_dir: str | None = None
     """Where prepared data sets are kept; None: the TFDS default."""
     workdir: Path = Path("runs/demo")
-    """Where the two runs, the picture and the summary are written."""
+    """Where the two runs, the pictures and the summary are written."""
     overwrite: bool = False
     """Throw away the demonstration that is in workdir."""
 
@@ -61,7 +61,8 @@ class DemoResult:
 
     Attributes:
       table: the comparison, as plain text.
-      picture: path of the PNG.
+      picture: path of the PNG that compares the two.
+      weights: path of the PNG of the sparse run's weights.
       summary: path of the JSON file: for `dense` and `sparse` the test accuracy, the sparsity of
         the prunable weights, how many are not zero, and the seconds it took.
       runs: the finished runs by name.
@@ -69,6 +70,7 @@ class DemoResult:
 
     table: str
     picture: Path
+    weights: Path
     summary: Path
     runs: dict[str, loop.RunResult]
 
@@ -95,7 +97,7 @@ def build(config: DemoConfig) -> dict[str, Experiment]:
 
 
 def fit(config: DemoConfig, experiments: dict[str, Experiment]) -> DemoResult:
-    """Trains both networks and writes the picture and the summary.
+    """Trains both networks and writes the pictures and the summary.
 
     Args:
       config: where to write.
@@ -108,16 +110,14 @@ def fit(config: DemoConfig, experiments: dict[str, Experiment]) -> DemoResult:
       NonFiniteError: training diverged.
       KeyboardInterrupt: as `loop.fit`.
     """
-    summary, picture = config.workdir / SUMMARY, config.workdir / PICTURE
+    summary, picture, weights = (config.workdir / name for name in (SUMMARY, PICTURE, WEIGHTS))
     # If this one is interrupted, nothing of an older demonstration stands beside its runs.
-    for file in (summary, picture):
+    for file in (summary, picture, weights):
         file.unlink(missing_ok=True)
     results = {name: loop.fit(ready) for name, ready in experiments.items()}
-    runs = [
-        report.Run(name, r.test_accuracy, r.seconds, r.sparsity, r.metrics)
-        for name, r in results.items()
-    ]
+    runs = [pictures.as_run(name, result) for name, result in results.items()]
     report.write_picture(picture, runs)
+    weights_report.write_picture(weights, results["sparse"].metrics, results["sparse"].weights)
     _write_json(
         summary,
         {
@@ -130,7 +130,7 @@ def fit(config: DemoConfig, experiments: dict[str, Experiment]) -> DemoResult:
             for run in runs
         },
     )
-    return DemoResult(report.comparison_table(runs), picture, summary, results)
+    return DemoResult(report.comparison_table(runs), picture, weights, summary, results)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

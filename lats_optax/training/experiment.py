@@ -5,7 +5,7 @@ without a data set, and a data set without a model.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,8 @@ from lats_optax.training import config as configs
 from lats_optax.training import workdir
 from lats_optax.training.checkpoint import Checkpoints
 from lats_optax.training.config import TrainConfig
+from lats_optax.training.export import SavedModel
+from lats_optax.training.initial import load_initial
 from lats_optax.training.optimizer import Optimizer, make_optimizer
 from lats_optax.training.parallel import AXIS, DataParallel, join_processes
 from lats_optax.training.step import (
@@ -49,6 +51,7 @@ class Experiment:
       train_step: `(state, sharded batch) -> (state, metrics)`, which uses up the state.
       frozen_step: the same on a fixed support, after a search; None in a run without one.
       eval_step: `(state, sharded batch) -> sums`.
+      initial: what the run begins from; None: from weights that its seed gives.
     """
 
     config: TrainConfig
@@ -60,6 +63,7 @@ class Experiment:
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     frozen_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]] | None
     eval_step: Callable[[TrainState, Batch], Metrics]
+    initial: SavedModel | None = None
 
     @property
     def total_steps(self) -> int:
@@ -91,10 +95,13 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
         )
     model = make_model(config, dataset.num_classes)
     optimizer = make_optimizer(config, steps_per_epoch)
-    if config.resume and (config.workdir / workdir.CHECKPOINTS).is_dir():
-        with Checkpoints(config.workdir) as checkpoints:
-            if (saved := checkpoints.config()) is not None:
-                configs.check_resumable(saved, config)
+    resumes = _check_resumable(config)
+    initial = None
+    if config.initial is not None:
+        # A run that goes on needs nothing but its work directory.
+        path = config.workdir / workdir.INITIAL if resumes else config.initial
+        initial = load_initial(path, config, model, dataset.image_shape, optimizer.mask)
+        model = initial.model
     frozen_step = None
     if optimizer.frozen is not None:
         frozen_step = parallel.train_step(make_train_step(config, model, optimizer, frozen=True))
@@ -108,10 +115,22 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
         train_step=parallel.train_step(make_train_step(config, model, optimizer)),
         frozen_step=frozen_step,
         eval_step=parallel.eval_step(make_eval_step(model)),
+        initial=initial,
     )
     # Expressions that match no parameter are found when the mask meets the parameters.
     jax.eval_shape(partial(make_state, config, model, optimizer, dataset.image_shape))
     return experiment
+
+
+def _check_resumable(config: TrainConfig) -> bool:
+    """Whether there is a checkpoint to go on from, after a look at whether it is of this run."""
+    if not config.resume or not (config.workdir / workdir.CHECKPOINTS).is_dir():
+        return False
+    with Checkpoints(config.workdir) as checkpoints:
+        saved = checkpoints.config()
+    if saved is not None:
+        configs.check_resumable(saved, config)
+    return saved is not None
 
 
 def make_model(config: TrainConfig, num_classes: int) -> nn.Module:
@@ -165,7 +184,11 @@ def make_eval_step(model: nn.Module) -> EvalStep:
 
 
 def make_state(
-    config: TrainConfig, model: nn.Module, optimizer: Optimizer, image_shape: tuple[int, ...]
+    config: TrainConfig,
+    model: nn.Module,
+    optimizer: Optimizer,
+    image_shape: tuple[int, ...],
+    variables: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """The state before the first step, a pure function: see `step.create_state`.
 
@@ -174,9 +197,10 @@ def make_state(
       model: of `make_model`.
       optimizer: of `make_optimizer`.
       image_shape: (height, width, channels).
+      variables: to begin with; None: those that the config's seed gives.
     """
     average = config.average_decay is not None
-    return create_state(model, optimizer.transform, image_shape, config.seed, average)
+    return create_state(model, optimizer.transform, image_shape, config.seed, average, variables)
 
 
 def load_data(config: TrainConfig) -> data.Dataset:
@@ -187,19 +211,27 @@ def load_data(config: TrainConfig) -> data.Dataset:
 
 
 def new_state(
-    config: TrainConfig, model: nn.Module, optimizer: Optimizer, image_shape: tuple[int, ...]
+    config: TrainConfig,
+    model: nn.Module,
+    optimizer: Optimizer,
+    image_shape: tuple[int, ...],
+    variables: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """`make_state`, compiled and computed on the default device."""
     # It runs once: XLA's optimizations of so many random draws take longer than they save.
     options = {"xla_backend_optimization_level": 0}
     make = partial(make_state, config, model, optimizer, image_shape)
-    return jax.jit(make, compiler_options=options)()
+    return jax.jit(make, compiler_options=options)(variables)
 
 
 def initial_state(experiment: Experiment) -> TrainState:
     """The state before the first step, not yet on the run's devices."""
     return new_state(
-        experiment.config, experiment.model, experiment.optimizer, experiment.dataset.image_shape
+        experiment.config,
+        experiment.model,
+        experiment.optimizer,
+        experiment.dataset.image_shape,
+        None if experiment.initial is None else experiment.initial.variables,
     )
 
 

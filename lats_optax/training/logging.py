@@ -1,6 +1,7 @@
 """What a run tells while it runs: metrics.jsonl, TensorBoard events, a progress bar."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -9,6 +10,8 @@ import tensorboardX
 import tqdm
 
 from lats_optax.atomic import replacing
+from lats_optax.training import statistics
+from lats_optax.training.statistics import Histogram, LayerStatistics
 from lats_optax.training.workdir import METRICS
 
 Record = dict[str, Any]
@@ -60,16 +63,54 @@ class MetricsLog:
 
     def write(self, record: Record) -> None:
         """Writes a record: `split`, `step`, `epoch`, and metrics, which are floats."""
-        self.records.append(record)
+        self._append(record)
         if not self._enabled:
             return
-        self._file.write(json.dumps(record) + "\n")
         for name in record.keys() - {"split", "step"}:
             self._events.add_scalar(f"{record['split']}/{name}", record[name], record["step"])
         if record["split"] == "train":
             self._bar.set_postfix(loss=record["loss"], accuracy=record["accuracy"], refresh=False)
         else:
             self._bar.write(_line(record))
+
+    def write_weights(self, step: int, epoch: float, layers: Mapping[str, LayerStatistics]) -> None:
+        """Writes what has become of the weights of each layer, with histograms for TensorBoard."""
+        record = {"split": "weights", "step": step, "epoch": epoch, **statistics.counts(layers)}
+        self._append(record)
+        if not self._enabled:
+            return
+        for name in ("pruned", "revived"):
+            self._events.add_scalar(f"weights/{name}", record[name], step)
+            for path, counts in record["layers"].items():
+                self._events.add_scalar(f"{name}/{path}", counts[name], step)
+        for path, layer in layers.items():
+            self._events.add_scalar(f"sparsity/{path}", layer.zeros / max(layer.size, 1), step)
+            self._add_histogram(f"sparse/{path}", layer.weights, step)
+            if layer.latent is not None:
+                self._add_histogram(f"latent/{path}", layer.latent, step)
+        pruned, revived = record["pruned"], record["revived"]
+        self._bar.write(f"epoch {epoch:7.2f}  weights pruned {pruned:,}  revived {revived:,}")
+
+    def _add_histogram(self, tag: str, histogram: Histogram, step: int) -> None:
+        counts, edges = histogram.counts, histogram.edges
+        middles = (edges[1:] + edges[:-1]) / 2
+        self._events.add_histogram_raw(
+            tag,
+            min=-histogram.limit,
+            max=histogram.limit,
+            num=int(counts.sum()),
+            # To the width of a bin, as TensorBoard shows the numbers themselves.
+            sum=float(counts @ middles),
+            sum_squares=float(counts @ middles**2),
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )
+
+    def _append(self, record: Record) -> None:
+        self.records.append(record)
+        if self._enabled:
+            self._file.write(json.dumps(record) + "\n")
 
     def _rewrite(self, path: Path) -> None:
         with replacing(path) as kept:

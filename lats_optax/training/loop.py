@@ -20,13 +20,15 @@ import optax
 import lats_optax
 from lats_optax import data
 from lats_optax.training import config as configs
-from lats_optax.training import workdir
+from lats_optax.training import statistics, workdir
 from lats_optax.training.checkpoint import Checkpoints
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.experiment import Experiment, build, fix_support, initial_state
+from lats_optax.training.export import ModelFile, save_model
 from lats_optax.training.interruption import Interruption
 from lats_optax.training.logging import MetricsLog, Record
 from lats_optax.training.parallel import DataParallel, ahead
+from lats_optax.training.statistics import LayerStatistics
 from lats_optax.training.step import Batch, Metrics, TrainState, averaged
 
 
@@ -48,6 +50,10 @@ class RunResult:
       checkpoint: the directory of the last checkpoint.
       metrics: all records of metrics.jsonl, those from before a resume included.
       is_primary: whether this is the process that speaks for the run.
+      weights: by path, the layers that are pruned, at the end; empty in a dense run.
+      model: the file of the weights, exactly as sparse as the state; None where `is_primary` is
+        False.
+      model_averaged: that of the averaged weights; None where there are none.
     """
 
     config: TrainConfig
@@ -59,6 +65,9 @@ class RunResult:
     metrics: list[Record]
     is_primary: bool = True
     test_accuracy_averaged: float | None = None
+    weights: dict[str, LayerStatistics] = dataclasses.field(default_factory=dict)
+    model: ModelFile | None = None
+    model_averaged: ModelFile | None = None
 
 
 def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> RunResult:
@@ -93,6 +102,8 @@ def fit(experiment: Experiment) -> RunResult:
     parallel.barrier("all have looked into the work directory")
     if parallel.is_primary:
         workdir.prepare(config)
+        if (initial := experiment.initial) is not None:
+            save_model(config.workdir / workdir.INITIAL, *initial)
     parallel.barrier("the work directory is ready")
 
     batches = dataset.train_batches(
@@ -102,17 +113,20 @@ def fit(experiment: Experiment) -> RunResult:
         shard_count=parallel.process_count,
     )
     state, step, skipped_before = initial_state(experiment), 0, 0
+    mask = experiment.optimizer.mask if config.prune.enabled else None
+    # Of the weights at the last evaluation; before the first, of the initial ones.
+    support = [] if mask is None else statistics.support_bits(state.params, mask)
 
     with Checkpoints(config.workdir, config.keep_checkpoints) as checkpoints:
         search_steps = experiment.optimizer.search_steps
         if config.resume and (latest := checkpoints.latest_step) is not None:
             if search_steps is not None and latest > search_steps:
                 state = fix_support(experiment, state)
-            saved = checkpoints.restore(like=state)
-            state, step = saved.state, int(saved.state.step)
+            saved = checkpoints.restore(like=state, support=support)
+            state, step, support = saved.state, int(saved.state.step), saved.support
             batches.set_state(saved.data_state)
             skipped_before = saved.data_state["skipped"]
-        state = parallel.replicate(state)
+        state, support = parallel.replicate((state, support))
 
         with (
             MetricsLog(config.workdir, step, experiment.total_steps, parallel.is_primary) as log,
@@ -120,6 +134,7 @@ def fit(experiment: Experiment) -> RunResult:
             contextlib.closing(batches),
         ):
             test: dict[str, dict[str, float]] = {}
+            weights: dict[str, LayerStatistics] = {}
             window: list[Metrics] = []
             window_started = time.perf_counter()
             remaining = experiment.total_steps - step
@@ -145,6 +160,11 @@ def fit(experiment: Experiment) -> RunResult:
                     counted = {"skipped": skipped} if config.data.skip_corrupt else {}
                     rates = counted | {"images_per_second": rate}
                     log.write({"split": "train"} | progress | means | rates)
+                    if evaluation_due and mask is not None:
+                        weights, support = statistics.measure(
+                            state.params, state.opt_state, mask, support
+                        )
+                        log.write_weights(step, progress["epoch"], weights)
                     if evaluation_due:
                         test = evaluate_all(experiment, state)
                         for split, measured in test.items():
@@ -152,7 +172,7 @@ def fit(experiment: Experiment) -> RunResult:
                     if checkpoint_due:
                         _check_finite(state, step, config, checkpoints)
                         position = sent.position | {"skipped": skipped}
-                        checkpoints.save(state, position, configs.to_json(config))
+                        checkpoints.save(state, position, configs.to_json(config), support)
                     if interrupted and step < experiment.total_steps:
                         raise KeyboardInterrupt(
                             f"interrupted after step {step}; --resume goes on from there"
@@ -161,6 +181,9 @@ def fit(experiment: Experiment) -> RunResult:
 
     # The last step is followed by an evaluation, but a run may be resumed when it is over.
     test = test or evaluate_all(experiment, state)
+    if mask is not None and not weights:
+        weights, _ = statistics.measure(state.params, state.opt_state, mask, support)
+    files = _write_models(experiment, state, test) if parallel.is_primary else {}
     return RunResult(
         config=config,
         test_accuracy=test["test"]["accuracy"],
@@ -173,6 +196,9 @@ def fit(experiment: Experiment) -> RunResult:
         checkpoint=workdir.checkpoint_path(config.workdir, step),
         metrics=log.records,
         is_primary=parallel.is_primary,
+        weights=weights,
+        model=files.get("test"),
+        model_averaged=files.get("test_average"),
     )
 
 
@@ -211,6 +237,35 @@ def evaluate(experiment: Experiment, state: TrainState) -> dict[str, float]:
     if experiment.config.data.skip_corrupt:
         means["skipped"] = parallel.total(batches.skipped)
     return means
+
+
+def _write_models(
+    experiment: Experiment, state: TrainState, test: dict[str, dict[str, float]]
+) -> dict[str, ModelFile]:
+    """The model files of a run that is over, by the name of what `evaluate_all` says of them."""
+    config, optimizer = experiment.config, experiment.optimizer
+    state = jax.device_get(state)
+    states = {"test": state}
+    if config.prune.has_threshold and optimizer.frozen is None:
+        # Adding an update rounds: without it the weights may be an ulp from those of the method.
+        exact = lats_optax.finalize(state.params, state.opt_state, operator=optimizer.groups)
+        states["test"] = state._replace(params=exact)
+    if "test_average" in test:
+        mask = optimizer.mask if config.prune.enabled else None
+        states["test_average"] = averaged(state, mask)
+    files = {}
+    for split, of in states.items():
+        path = config.workdir / (workdir.MODEL if split == "test" else workdir.AVERAGED)
+        variables = {"params": of.params, "batch_stats": of.batch_stats}
+        told = {
+            "data": config.data.name,
+            "step": str(int(of.step)),
+            "test_accuracy": f"{test[split]['accuracy']:.4f}",
+        }
+        save_model(path, experiment.model, variables, experiment.dataset.image_shape, told)
+        dense_size = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+        files[split] = ModelFile(path, path.stat().st_size, dense_size)
+    return files
 
 
 class _Sent(NamedTuple):

@@ -61,21 +61,20 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> Optimizer:
         learning_rate = optax.join_schedules([searching_rate, training_rate], [search_steps])
     rates = tabulate(learning_rate, config.total_epochs * steps_per_epoch)
     sums = np.concatenate([[0.0], np.cumsum(rates)])
-    if not prune.enabled:
-        return Optimizer(_sgd(config, training_rate), learning_rate, sums, mask)
+    # Of the parameters that its init is given: the zeros of these stay.
+    keep = lats_optax.keep_support(lambda params: lats_optax.support(params, mask))
+    kept = optax.chain(_sgd(config, training_rate), keep)
+    if not prune.has_threshold:
+        transform = kept if prune.mode == "fine-tuning" else _sgd(config, training_rate)
+        return Optimizer(transform, learning_rate, sums, mask)
     threshold = _threshold(config, searching_rate, steps_per_epoch)
     sgd, operator = _sgd(config, searching_rate), group_operator(prune)
     if prune.weight_decay_on == "latent":
-        transform: optax.GradientTransformation = lats_optax.soft_threshold(
-            threshold, inner=sgd, mask=mask, operator=operator
-        )
+        transform = lats_optax.soft_threshold(threshold, inner=sgd, mask=mask, operator=operator)
     else:
         sparse = lats_optax.soft_threshold(threshold, mask=mask, operator=operator)
         transform = optax.chain(sgd, sparse)
-    frozen = None
-    if search_steps is not None:
-        keep = lats_optax.keep_support(lambda params: lats_optax.support(params, mask))
-        frozen = optax.chain(_sgd(config, training_rate), keep)
+    frozen = None if search_steps is None else kept
     return Optimizer(transform, learning_rate, sums, mask, operator, search_steps, frozen)
 
 

@@ -52,8 +52,7 @@ def comparison_table(runs: Sequence[Run]) -> str:
       ValueError: there are no runs.
 
     Example:
-      >>> from lats_optax import drawing
-    from lats_optax.sparsity import LayerSparsity
+      >>> from lats_optax.sparsity import LayerSparsity
       >>> layers = (LayerSparsity("fc/kernel", (64, 10), 640, 608, prunable=True),
       ...           LayerSparsity("fc/bias", (10,), 10, 0, prunable=False))
       >>> print(comparison_table([Run("lats", 0.9875, 12.3, SparsityReport(layers), [])]))
@@ -142,9 +141,10 @@ def write_picture(path: str | os.PathLike[str], runs: Sequence[Run]) -> None:
         _draw_l1(panels["l1"], runs)
         _draw_sparsity(panels["sparsity"], runs)
         _draw_accuracy(panels["accuracy"], runs)
+        epochs = max((r["epoch"] for run in runs for r in run.metrics), default=None)
         for over_time in set(panels) - {"layers"}:
             panels[over_time].set_xlabel("epoch")
-            panels[over_time].set_xlim(left=0)
+            panels[over_time].set_xlim(0, epochs)
         _draw_layers(panels["layers"], runs)
         lines = panels["accuracy"].get_lines()
         labels = [

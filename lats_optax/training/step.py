@@ -43,6 +43,7 @@ def create_state(
     image_shape: tuple[int, ...],
     seed: int,
     average: bool = False,
+    variables: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """The state before the first step.
 
@@ -52,14 +53,18 @@ def create_state(
       image_shape: (height, width, channels).
       seed: of the initial parameters.
       average: whether averages are kept.
+      variables: `params` and `batch_stats` to begin with; None: those that the seed gives.
 
     Returns:
       The state. A pure function: to be compiled, or asked for shapes alone.
     """
-    variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
+    if variables is None:
+        variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
+    assert variables is not None
+    # Copies: the state is donated, and a buffer can be given away once.
+    variables = jax.tree.map(jnp.copy, dict(variables))
     params = variables["params"]
     stats = variables.get("batch_stats", {})
-    # Copies: the state is donated, and a buffer can be given away once.
     averages = Average(*jax.tree.map(jnp.copy, (params, stats))) if average else ()
     return TrainState(jnp.zeros((), jnp.int32), params, stats, transform.init(params), averages)
 

@@ -7,6 +7,10 @@ from lats_optax.training.config import TrainConfig
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
+INITIAL = "initial.safetensors"
+MODEL = "model.safetensors"
+AVERAGED = "model_averaged.safetensors"
+REPORT, WEIGHTS = "report.png", "weights.png"
 _EVENTS = "events.out.tfevents.*"
 
 
@@ -40,7 +44,9 @@ def prepare(config: TrainConfig) -> None:
     config.workdir.mkdir(parents=True, exist_ok=True)
     if config.overwrite:
         shutil.rmtree(config.workdir / CHECKPOINTS, ignore_errors=True)
-        for file in [config.workdir / METRICS, *config.workdir.glob(_EVENTS)]:
+        written = (METRICS, INITIAL, MODEL, AVERAGED, REPORT, WEIGHTS)
+        files = [config.workdir / name for name in written]
+        for file in [*files, *config.workdir.glob(_EVENTS)]:
             file.unlink(missing_ok=True)
 
 

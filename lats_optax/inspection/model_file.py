@@ -1,0 +1,189 @@
+"""What `lats-inspect model` is asked for, and what comes of it."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import linen as nn
+
+import lats_optax
+from lats_optax import models
+from lats_optax.inspection import model as inspection
+from lats_optax.inspection.model import ModelReport, in_short
+from lats_optax.inspection.schedule import check_picture
+from lats_optax.operations import OperationsReport
+from lats_optax.training.export import differences, load_model, variables_of
+from lats_optax.training.workdir import MODEL
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Look at a sparse model: its layers, zeros and multiply-adds, as a table and a picture."""
+
+    file: tyro.conf.Positional[Path]
+    """A model file of lats-train, the work directory of a run, or any file of save_sparse."""
+    model: str | None = None
+    """For a file that does not say it: which model of the zoo the parameters are of."""
+    image_shape: tuple[int, int, int] | None = None
+    """Height, width and channels of the image that operations are counted for; None: the file's."""
+    out: Path = Path("model.png")
+    """The picture to write; one that is there is replaced."""
+
+    def __post_init__(self) -> None:
+        check_picture(self.out)
+        if self.image_shape is not None and min(self.image_shape) < 1:
+            raise ValueError(f"image_shape is {self.image_shape}; allowed: three of 1 or more.")
+        if self.model is not None and self.image_shape is None:
+            raise ValueError(
+                f"model is {self.model!r} and image_shape is None; allowed: both, as in "
+                "--model resnet50 --image-shape 224 224 3."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspected:
+    """A file that was asked for, read and measured.
+
+    Attributes:
+      path: of the file.
+      report: what is in it.
+      call: what was counted, or why nothing was.
+      file_bytes: of the file.
+      dense_bytes: of its arrays, zeros included.
+    """
+
+    path: Path
+    report: ModelReport
+    call: str
+    file_bytes: int
+    dense_bytes: int
+
+
+def build(request: Request) -> Inspected:
+    """Reads and measures the file; writes nothing.
+
+    Args:
+      request: the file, and what it does not say of itself.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged or foreign, or not of the model that is named.
+    """
+    path = request.file / MODEL if request.file.is_dir() else request.file
+    if not path.is_file():
+        hint = "" if path is request.file else ", which lats-train writes when a run ends"
+        raise FileNotFoundError(f"there is no file {path}{hint}")
+    found = _read(path, request)
+    if not jax.tree.leaves(found.params):
+        raise ValueError(f"{path} holds no parameters")
+    operations = None
+    call = "not counted: the file does not say of which model it is; --model and --image-shape do"
+    if found.model is not None:
+        operations = _count(found)
+        dense, effective = operations.dense, operations.effective or 0
+        call = (
+            f"{_short(dense)} dense, {_short(effective)} effective ({_share(effective, dense)}), "
+            f"for an image of {'×'.join(map(str, found.image_shape))}"
+        )
+    return Inspected(
+        path,
+        inspection.inspect_model(found.params, operations),
+        call,
+        path.stat().st_size,
+        sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(found.tree)),
+    )
+
+
+def report_on(inspected: Inspected, out: Path) -> str:
+    """Writes the picture.
+
+    Args:
+      inspected: of :func:`build`.
+      out: where to.
+
+    Returns:
+      The table, and where the picture is, as lines of plain text.
+    """
+    size, dense = inspected.file_bytes, inspected.dense_bytes
+    share = _share(size, dense)
+    sizes = f"{_short(size, 'B')}, {share} of the {_short(dense, 'B')} that its arrays take dense"
+    inspection.write_picture(out, inspected.report, f"{inspected.path}: {sizes}")
+    lines = [
+        str(inspected.report),
+        "",
+        f"multiply-adds  {inspected.call}",
+        f"file           {sizes}",
+        f"picture        {out}",
+    ]
+    return "\n".join(lines)
+
+
+def _short(number: int, unit: str = "") -> str:
+    value, prefix = in_short(number)
+    return f"{value:.3g} {prefix}{unit}".rstrip()
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole if whole else 1:.1%}"
+
+
+class _Found(NamedTuple):
+    """What a file holds: all its arrays, and of which model and for which images they are."""
+
+    tree: Any
+    params: Any
+    statistics: Any = None
+    model: nn.Module | None = None
+    image_shape: tuple[int, ...] = ()
+
+
+def _read(path: Path, request: Request) -> _Found:
+    if request.model is None and {"model", "image_shape"} <= lats_optax.read_metadata(path).keys():
+        saved = load_model(path)
+        tree, image_shape = saved.variables, request.image_shape or saved.image_shape
+        return _Found(tree, tree["params"], tree["batch_stats"], saved.model, image_shape)
+    tree = lats_optax.load_sparse(path)
+    variables = tree if isinstance(tree, Mapping) and "params" in tree else {"params": tree}
+    params = variables["params"]
+    if request.model is None:
+        return _Found(tree, params)
+    assert request.image_shape is not None
+    try:
+        classes = params["classifier"]["kernel"].shape[-1]
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} has no classifier/kernel, as the models of the zoo do") from error
+    model = models.create(request.model, num_classes=classes)
+    with _explained(request.image_shape):
+        expected = variables_of(model, request.image_shape)
+    if wrong := differences({"batch_stats": expected["batch_stats"], **variables}, expected):
+        raise ValueError(f"{path}: its arrays are not those of {request.model}: {wrong}")
+    return _Found(tree, params, expected["batch_stats"], model, request.image_shape)
+
+
+def _count(found: _Found) -> OperationsReport:
+    model = found.model
+    assert model is not None
+    images = jax.eval_shape(lambda: jnp.zeros((1, *found.image_shape)))
+
+    def call(params: Any, statistics: Any, images: Any) -> Any:
+        return model.apply({"params": params, "batch_stats": statistics}, images, train=False)
+
+    with _explained(found.image_shape):
+        return lats_optax.count_operations(call, found.params, found.statistics, images)
+
+
+@contextlib.contextmanager
+def _explained(image_shape: tuple[int, ...]) -> Iterator[None]:
+    """Whatever a layer says of images that it cannot take becomes a line."""
+    try:
+        yield
+    except Exception as error:
+        shape = "×".join(map(str, image_shape))
+        problem = " ".join(str(error).split()).partition(" (https:")[0]
+        raise ValueError(f"the model takes no images of {shape}: {problem[:300]}") from error

@@ -1,0 +1,338 @@
+"""The walk over a jaxpr that finds every product of arrays and the parameter that each belongs to.
+
+Here belong what is known of a value on the way, and a rule for each primitive that has one.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+
+class Part(NamedTuple):
+    """A parameter's share of the entries of a weight, and how much of that is not zero."""
+
+    parameter: int
+    share: Fraction
+    density: Fraction
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A value that depends on parameters and constants alone.
+
+    Attributes:
+      entries: how many entries of parameters went into it.
+      parts: which parameters its entries are from; the shares add up to 1.
+      nonzero: makes the bools that tell which entries are not zero; None where that is not known
+        entry by entry. It is called for slices alone: models may be large.
+    """
+
+    entries: int
+    parts: tuple[Part, ...]
+    nonzero: Callable[[], Any] | None = None
+
+    @staticmethod
+    def whole(index: int, leaf: Any) -> "Weight":
+        size, full = math.prod(leaf.shape), Fraction(1)
+        # Random keys, which some libraries keep among the parameters, have no zeros.
+        if not size or not has_values(leaf) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            return Weight(size, (Part(index, full, full),))
+        part = Part(index, full, Fraction(int(jnp.count_nonzero(leaf)), size))
+        return Weight(size, (part,), lambda: jnp.asarray(leaf) != 0)
+
+    def anywhere(self) -> "Weight":
+        """The weight, with its mean sparsity for that of each of its entries."""
+        return Weight(self.entries, self.parts)
+
+    def filled(self) -> "Weight":
+        """The weight after something that need not leave zeros zero."""
+        parts = tuple(part._replace(density=Fraction(1)) for part in self.parts)
+        return Weight(self.entries, parts)
+
+
+_CONSTANT, ACTIVATION = "constant", "activation"
+Value = Weight | str  # or one of these two
+
+
+@dataclass
+class Tally:
+    """Multiply-adds by the index of a parameter; None stands for those without one."""
+
+    dense: defaultdict[int | None, Fraction] = field(default_factory=lambda: defaultdict(Fraction))
+    effective: defaultdict[int, Fraction] = field(default_factory=lambda: defaultdict(Fraction))
+    unknown_loops: int = 0
+    uncounted: set[str] = field(default_factory=set)
+
+    def add(self, operations: int, weight: Weight | None) -> None:
+        if weight is None:
+            self.dense[None] += operations
+            return
+        for parameter, share, density in weight.parts:
+            self.dense[parameter] += operations * share
+            self.effective[parameter] += operations * share * density
+
+    def merge(self, other: "Tally") -> None:
+        for index, operations in other.dense.items():
+            self.dense[index] += operations
+        for number, operations in other.effective.items():
+            self.effective[number] += operations
+        self.unknown_loops += other.unknown_loops
+        self.uncounted |= other.uncounted
+
+
+def _join(a: Value, b: Value) -> Value:
+    """What a value is that may be either: of two iterations, or of two branches."""
+    if a is b or ACTIVATION in (a, b):
+        return a if a is b else ACTIVATION
+    if isinstance(a, Weight):
+        return a if isinstance(b, Weight) and a.parts == b.parts else a.filled()
+    return b.filled() if isinstance(b, Weight) else _CONSTANT
+
+
+def _same(a: Value, b: Value) -> bool:
+    if isinstance(a, Weight) and isinstance(b, Weight):
+        return a.parts == b.parts
+    return a is b
+
+
+def _largest(inputs: Sequence[Value]) -> Weight | None:
+    """Which weight an operation on several is put down to."""
+    weights = [value for value in inputs if isinstance(value, Weight)]
+    return max(weights, key=lambda weight: weight.entries, default=None)
+
+
+def _combine(inputs: Sequence[Value]) -> Value:
+    """What comes of several values, whatever is done with them."""
+    if ACTIVATION in inputs:
+        return ACTIVATION
+    weight = _largest(inputs)
+    return _CONSTANT if weight is None else weight.filled()
+
+
+def has_values(leaf: Any) -> bool:
+    return not isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+# --- the walk -----------------------------------------------------------------------------------
+
+
+def walk(jaxpr: Jaxpr, inputs: Sequence[Value], tally: Tally, times: int) -> list[Value]:
+    """Adds what a jaxpr multiplies, when it is run so many times, and tells what comes out."""
+    values: dict[Any, Value] = dict.fromkeys(jaxpr.constvars, _CONSTANT)
+    values.update(zip(jaxpr.invars, inputs, strict=True))
+
+    def read(atom: Any) -> Value:
+        return _CONSTANT if isinstance(atom, Literal) else values[atom]
+
+    for eqn in jaxpr.eqns:
+        rule = _RULES.get(eqn.primitive.name, _other)
+        outputs = rule(eqn, [read(atom) for atom in eqn.invars], tally, times)
+        values.update(zip(eqn.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _dot(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
+    left, right = map(_shape, eqn.invars)
+    (_, contracted), (_, batch) = eqn.params["dimension_numbers"]
+    free = [n for axis, n in enumerate(right) if axis not in {*contracted, *batch}]
+    return _product(eqn, inputs, tally, times * math.prod(left) * math.prod(free))
+
+
+def _convolution(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
+    left, right, out = map(_shape, [*eqn.invars, *eqn.outvars])
+    numbers = eqn.params["dimension_numbers"]
+    lhs, rhs, result = numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
+    operations = out[result[0]] * out[result[1]] * right[rhs[1]]
+    spatial = zip(lhs[2:], rhs[2:], result[2:], eqn.params["lhs_dilation"])
+    for axis, tap, position, dilation in spatial:
+        taps = out[position] * right[tap]
+        # Between dilated inputs lie zeros, which are in no published count.
+        operations *= taps if dilation == 1 else min(taps, left[axis] * right[tap])
+    return _product(eqn, inputs, tally, times * operations)
+
+
+def _product(eqn: JaxprEqn, inputs: list[Value], tally: Tally, operations: int) -> list[Value]:
+    tally.add(operations, _largest(inputs))
+    return [_combine(inputs)]
+
+
+def _scan(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
+    body, length = eqn.params["jaxpr"].jaxpr, eqn.params["length"]
+    first = eqn.params["num_consts"]
+    last = first + eqn.params["num_carry"]
+    consts, carry, rows = inputs[:first], inputs[first:last], _anywhere(inputs[last:])
+    carry = _settle(lambda carry: walk(body, [*consts, *carry, *rows], Tally(), 0), carry)
+    outputs = walk(body, [*consts, *carry, *rows], tally, times * length)
+    # What is stacked is no longer the array that it was in the body.
+    return [*carry, *_anywhere(outputs[last - first :])]
+
+
+def _while(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
+    test, body = eqn.params["cond_jaxpr"].jaxpr, eqn.params["body_jaxpr"].jaxpr
+    middle = eqn.params["cond_nconsts"]
+    first = middle + eqn.params["body_nconsts"]
+    consts = inputs[middle:first]
+    carry = _settle(lambda carry: walk(body, [*consts, *carry], Tally(), 0), inputs[first:])
+    iteration = Tally()
+    walk(test, [*inputs[:middle], *carry], iteration, times)
+    walk(body, [*consts, *carry], iteration, times)
+    if any(iteration.dense.values()):
+        iteration.unknown_loops += 1
+    tally.merge(iteration)
+    return carry
+
+
+def _settle(outputs: Callable[[list[Value]], list[Value]], carry: list[Value]) -> list[Value]:
+    """What a loop's carry is in every iteration, from what it is in the first."""
+    while True:
+        after = [_join(a, b) for a, b in zip(carry, outputs(carry))]
+        if all(_same(a, b) for a, b in zip(carry, after)):
+            return after
+        carry = after
+
+
+def _cond(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
+    tallies, outputs = [], []
+    for branch in eqn.params["branches"]:
+        tallies.append(Tally())
+        outputs.append(walk(branch.jaxpr, inputs[1:], tallies[-1], times))
+    tally.merge(max(tallies, key=lambda branch: sum(branch.dense.values())))
+    joined = outputs[0]
+    for branch in outputs[1:]:
+        joined = [_join(a, b) for a, b in zip(joined, branch)]
+    # Which branch is taken may depend on the activations.
+    return [ACTIVATION] * len(joined) if inputs[0] is ACTIVATION else joined
+
+
+def _shard_map(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
+    mesh, axes = eqn.params["mesh"].shape, eqn.params["newly_manual_axes"]
+    devices = math.prod(mesh[axis] for axis in axes)
+    outputs = walk(eqn.params["jaxpr"], _anywhere(inputs), tally, times * devices)
+    return _anywhere(outputs)
+
+
+def _other(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
+    """Calls of other jaxprs, and primitives of which nothing in particular is known."""
+    inner = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
+    inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+    if isinstance(inner, Jaxpr) and len(inner.invars) == len(inputs):
+        outputs = walk(inner, inputs, tally, times)
+        if len(outputs) == len(eqn.outvars):
+            return outputs
+    return [_combine(inputs)] * len(eqn.outvars)
+
+
+def _opaque(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
+    del times
+    tally.uncounted.add(eqn.primitive.name)
+    return [_combine(inputs)] * len(eqn.outvars)
+
+
+def _unchanged(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
+    """Each output has the shape of the input at its place, and zeros where that has them."""
+    del tally, times
+    return inputs[: len(eqn.outvars)]
+
+
+def _rearranged(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
+    """One array of which every entry is used, and equally often."""
+    del tally, times
+    (value, *_) = inputs
+    if not isinstance(value, Weight) or value.nonzero is None:
+        return [value]
+    before = value.nonzero
+    nonzero = lambda: eqn.primitive.bind(before(), **eqn.params)  # type: ignore[no-untyped-call]  # noqa: E731
+    return [Weight(value.entries, value.parts, nonzero)]
+
+
+def _slice(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
+    (value,) = _rearranged(eqn, inputs, tally, times)
+    if not isinstance(value, Weight) or value.nonzero is None:
+        return [value]
+    nonzero = np.asarray(value.nonzero())
+    density = Fraction(int(nonzero.sum()), nonzero.size) if nonzero.size else Fraction(1)
+    part = value.parts[0]._replace(density=density)
+    return [Weight(value.entries, (part,), lambda: nonzero)]
+
+
+def _indexed(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
+    """Part of an array, at positions that only running the function would tell."""
+    del tally, times
+    value, *positions = inputs
+    if any(position is ACTIVATION for position in positions):
+        return [ACTIVATION]  # a row of an embedding
+    if isinstance(value, Weight):
+        return [value.anywhere()]
+    return [_combine(inputs)]
+
+
+def _concatenate(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
+    del tally, times
+    total = math.prod(_shape(eqn.outvars[0]))
+    weights = [value for value in inputs if isinstance(value, Weight)]
+    if not total or len(weights) < len(inputs):
+        return [_combine(inputs)]
+    parts = [
+        part._replace(share=part.share * Fraction(math.prod(_shape(atom)), total))
+        for atom, weight in zip(eqn.invars, weights)
+        for part in weight.parts
+    ]
+    return [Weight(sum(weight.entries for weight in weights), tuple(parts))]
+
+
+def _times(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
+    """A product or quotient by elements: zeros of a factor, or of the numerator, stay."""
+    del tally, times
+    weight = _largest(inputs)
+    if weight is None or ACTIVATION in inputs:
+        return [_combine(inputs)]
+    place = inputs.index(weight)
+    whole = _shape(eqn.invars[place]) == _shape(eqn.outvars[0])
+    stay = whole and (place == 0 or eqn.primitive.name == "mul")
+    return [weight if stay else weight.filled()]
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return tuple(atom.aval.shape)
+
+
+def _anywhere(values: Sequence[Value]) -> list[Value]:
+    return [value.anywhere() if isinstance(value, Weight) else value for value in values]
+
+
+_ZEROS_STAY = (
+    *("abs", "asin", "asinh", "atan", "atanh", "cbrt", "ceil", "convert_element_type", "copy"),
+    *("copy_p", "device_put", "erf", "expm1", "floor", "imag", "log1p", "mesh_cast", "name"),
+    *("neg", "optimization_barrier", "pvary", "real", "reduce_precision", "reshard", "round"),
+    *("sharding_constraint", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh"),
+)
+_RULES: dict[str, Callable[[JaxprEqn, list[Value], Tally, int], list[Value]]] = {
+    "dot_general": _dot,
+    "conv_general_dilated": _convolution,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "shard_map": _shard_map,
+    "slice": _slice,
+    "concatenate": _concatenate,
+    "mul": _times,
+    "div": _times,
+    **dict.fromkeys(("broadcast_in_dim", "reshape", "rev", "squeeze", "transpose"), _rearranged),
+    **dict.fromkeys(("dynamic_slice", "gather"), _indexed),
+    **dict.fromkeys(_ZEROS_STAY, _unchanged),
+    **dict.fromkeys(
+        (
+            *("cholesky", "custom_linear_solve", "eigh", "ffi_call", "fft", "lu", "pallas_call"),
+            *("ragged_dot_general", "scaled_matmul", "triangular_solve"),
+        ),
+        _opaque,
+    ),
+}
