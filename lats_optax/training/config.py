@@ -134,8 +134,8 @@ class PruneConfig:
     layer_sparsity: tuple[tuple[str, float], ...] = ()
     """With distribution uniform, EXPRESSION SPARSITY ...: layers with a target of their own."""
     structure: Literal["none", "output-channels", "input-channels", "filters", "blocks"] = "none"
-    """What is zeroed as a whole; filters are of convolutions alone. Unless include names them,
-    output-channels keeps the classifier's, input-channels layers that have but one."""
+    """What is zeroed as a whole. Left out, unless `include` is given: with output-channels the
+    classifier, with input-channels layers that have one, with filters all but convolutions."""
     block: tuple[int, int] | None = None
     """With structure blocks, INPUTS OUTPUTS in a block of a layer's matrix, at each tap."""
 
