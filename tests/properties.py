@@ -138,8 +138,10 @@ CASES = [
     *(Case(threshold=name, **_MIXED) for name in ("schedule", "target")),
     *(Case(threshold=name, **_BF16) for name in ("float", "target")),
     *(Case(threshold="lats", operator=name) for name in ("non_negative", "elastic_net", "rows")),
-    *(Case(threshold="target", operator=name) for name in ("non_negative", "group", "l0")),
-    *(Case(threshold=name, operator="blocks") for name in ("lats", "target")),
+    *(
+        Case(threshold="target", operator=name)
+        for name in ("non_negative", "group", "blocks", "l0")
+    ),
     Case(threshold="lats", operator="group", **_BF16),
     Case(threshold="target", update_every=4),
     *(Case(threshold=name, freeze_after=3) for name in ("float", "target")),

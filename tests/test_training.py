@@ -318,6 +318,13 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
         (lambda: PruneConfig(final_threshold=1.0, beta=0.5), ["prune.beta", "0.5", "pgh"]),
         (lambda: PruneConfig(include=("Dense",)), ["prune.include", "Dense"]),
         (lambda: PruneConfig(exclude=("Dense",)), ["prune.exclude", "Dense"]),
+        (lambda: PruneConfig(structure="filters"), ["prune.structure", "filters", "none without"]),
+        (lambda: PruneConfig(0.9, block=(4, 4)), ["prune.block", "(4, 4)", "structure blocks"]),
+        (lambda: PruneConfig(0.9, structure="blocks"), ["prune.block", "None", "two numbers"]),
+        (
+            lambda: PruneConfig(0.9, structure="blocks", block=(4, 0)),
+            ["prune.block", "(4, 0)", "1 or more"],
+        ),
         (lambda: TrainConfig(label_smoothing=1.0), ["label_smoothing", "1.0"]),
         (lambda: TrainConfig(epochs=0), ["epochs", "0", "1 or more"]),
         (lambda: TrainConfig(log_every=0), ["log_every", "0"]),

@@ -57,6 +57,37 @@ def test_freeze_after(value):
         soft_threshold(0.1, freeze_after=value)
 
 
+@pytest.mark.parametrize(
+    ("threshold", "freeze_after", "allowed"),
+    [
+        (target_sparsity(0.9, 0.1, 100), 150, "allowed is 100, the steps of the threshold"),
+        (target_sparsity(0.9, 0.1, 100), 99, "allowed is 100, the steps of the threshold"),
+        (lats_optax.lats_threshold(0.1, 100, 0.5), 101, "allowed are whole numbers up to 100,"),
+        (lats_optax.pgh_threshold(100, 0.5, 0.1), 150, "allowed are whole numbers up to 100,"),
+    ],
+)
+def test_a_freeze_outside_of_the_run(threshold, freeze_after, allowed):
+    with pytest.raises(
+        ValueError, match=f"^freeze_after: {freeze_after} is not allowed; {allowed}"
+    ):
+        soft_threshold(threshold, freeze_after=freeze_after)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "freeze_after"),
+    [
+        (target_sparsity(0.9, 0.1, 100), 100),
+        (target_sparsity(0.9, 0.1, 100)._replace(steps=None), 50),
+        (lats_optax.lats_threshold(0.1, 100, 0.5), 100),
+        (lats_optax.lats_threshold(0.1, 100, 0.5), 50),
+        (optax.linear_schedule(0.0, 0.5, 100), 150),
+        (0.5, 150),
+    ],
+)
+def test_a_freeze_within_the_run_or_one_of_unknown_length(threshold, freeze_after):
+    soft_threshold(threshold, freeze_after=freeze_after)
+
+
 @pytest.mark.parametrize("value", [int, jnp.int8, "int32", bool, jnp.complex64], ids=str)
 def test_latent_dtype(value):
     with pytest.raises(ValueError, match=r"^latent_dtype: .* is not a float type"):

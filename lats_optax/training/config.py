@@ -134,8 +134,8 @@ class PruneConfig:
     layer_sparsity: tuple[tuple[str, float], ...] = ()
     """With distribution uniform, EXPRESSION SPARSITY ...: layers with a target of their own."""
     structure: Literal["none", "output-channels", "input-channels", "filters", "blocks"] = "none"
-    """What is zeroed as a whole; filters are of convolutions alone. Unless include names them,
-    output-channels keeps the classifier's, input-channels layers that have but one."""
+    """What is zeroed as a whole. Left out, unless `include` is given: with output-channels the
+    classifier, with input-channels layers that have one, with filters all but convolutions."""
     block: tuple[int, int] | None = None
     """With structure blocks, INPUTS OUTPUTS in a block of a layer's matrix, at each tap."""
 
@@ -214,8 +214,8 @@ class PruneConfig:
 
     def _check_structure(self) -> None:
         structure, block = self.structure, self.block
-        if not self.enabled:
-            allowed = "none in a dense run"
+        if not self.has_threshold:
+            allowed = "none without prune.target_sparsity or prune.final_threshold"
             _check(structure == "none", "prune.structure", structure, allowed)
         if structure == "blocks":
             sides = block is not None and len(block) == 2 and min(block) >= 1
@@ -382,11 +382,10 @@ def prune_from_json(config: dict[str, Any]) -> PruneConfig:
 def check_resumable(saved: dict[str, Any], config: TrainConfig) -> None:
     """Checks that a run that was begun with `saved` (of `to_json`) can go on with `config`.
 
-    A field that `saved` does not have, because it is newer than that run, had its default value.
-
     Raises:
       ValueError: a field that decides what the run computes differs; names all of them.
     """
+    # A field that is newer than the checkpoint had its default.
     before, now = _flat(to_json(TrainConfig())) | _flat(saved), _flat(to_json(config))
     changed = [
         f"{field} is {now.get(field)!r} and was {before.get(field)!r}"

@@ -71,9 +71,7 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> Optimizer:
     threshold = _threshold(config, searching_rate, steps_per_epoch)
     sgd = _sgd(config, searching_rate)
     if prune.weight_decay_on == "latent":
-        transform: optax.GradientTransformation = lats_optax.soft_threshold(
-            threshold, inner=sgd, mask=mask, operator=operator
-        )
+        transform = lats_optax.soft_threshold(threshold, inner=sgd, mask=mask, operator=operator)
     else:
         sparse = lats_optax.soft_threshold(threshold, mask=mask, operator=operator)
         transform = optax.chain(sgd, sparse)

@@ -1,0 +1,125 @@
+"""Structured runs of the trainer: what they zero, what they leave alone, and what is refused."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import lats_optax
+from lats_optax.training import checkpoint, loop
+from lats_optax.training.config import PruneConfig, check_resumable, prune_from_json, to_json
+from lats_optax.training.optimizer import group_operator, pruned_mask
+from tests import tiny
+from tests.properties import GROUPS
+
+OUTPUTS = PruneConfig(0.5, structure="output-channels")
+BLOCKS = PruneConfig(0.5, structure="blocks", block=(4, 3))
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch, compile_once):
+    tiny.install(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("prune", "groups"),
+    [
+        (dataclasses.replace(OUTPUTS, include=("^Conv_0",)), "output_channels"),
+        pytest.param(
+            dataclasses.replace(BLOCKS, mode="early", search_epochs=1),
+            "blocks",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            PruneConfig(0.5, structure="input-channels", mode="at-initialization", search_epochs=1),
+            "input_channels",
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["output-channels", "early-blocks", "at-initialization-input-channels"],
+)
+def test_a_run_ends_with_whole_groups_at_zero(tmp_path, prune, groups):
+    config = tiny.config(tmp_path / "run", prune=prune, epochs=2, eval_every=2, checkpoint_every=2)
+    result = loop.train(config, jax.devices()[:1])
+    report, params = result.sparsity, jax.device_get(result.state.params)
+    arrays = {"/".join(k.key for k in path): w for path, w in jax.tree.leaves_with_path(params)}
+    total, dead, largest, zeros = 0, 0, 0, 0
+    pruned = [layer for layer in report.layers if layer.prunable]
+    for layer in pruned:
+        kernel = arrays[layer.path]
+        for where in GROUPS[groups](kernel.shape):
+            group = kernel[where]
+            assert np.all(group == 0) or np.all(group != 0)
+            total, dead = total + 1, dead + int(np.all(group == 0))
+            largest, zeros = max(largest, group.size), zeros + int((group == 0).sum())
+    assert (report.groups, report.zero_groups, report.zeros) == (total, dead, zeros)
+    assert 0 < dead < total
+    assert round(0.5 * report.size) <= zeros < round(0.5 * report.size) + largest
+    assert f"{dead:,} of {total:,}" in str(report)
+    for layer in set(report.layers) - set(pruned):
+        assert np.all(arrays[layer.path] != 0) or "bias" in layer.path
+
+    if prune.mode == "during-training":
+        state = checkpoint.load_state(config.workdir)
+        operator = group_operator(prune)
+        found = lats_optax.finalize(state.params, state.opt_state, operator=operator)
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a == 0, b == 0), found, params)
+
+
+NETWORK = {
+    "classifier/kernel": (64, 10),
+    "depthwise/kernel": (3, 3, 1, 64),
+    "norm/scale": (64,),
+    "pointwise/kernel": (1, 1, 64, 64),
+    "stem/kernel": (3, 3, 3, 64),
+}
+
+
+@pytest.mark.parametrize(
+    ("prune", "left_out"),
+    [
+        (PruneConfig(0.5), set()),
+        (OUTPUTS, {"classifier"}),
+        (BLOCKS, set()),
+        (PruneConfig(0.5, structure="input-channels"), {"depthwise"}),
+        (PruneConfig(0.5, structure="filters"), {"classifier"}),
+        (dataclasses.replace(OUTPUTS, exclude=("^stem",)), {"classifier", "stem"}),
+        (
+            dataclasses.replace(OUTPUTS, include=("^(classifier|stem)/kernel",)),
+            {"depthwise", "pointwise"},
+        ),
+    ],
+)
+def test_what_a_structure_leaves_alone_by_default(prune, left_out):
+    layers = {name.split("/")[0]: name for name in NETWORK}
+    params = {
+        layer: {name.split("/")[1]: jax.ShapeDtypeStruct(NETWORK[name], "float32")}
+        for layer, name in layers.items()
+    }
+    mask = pruned_mask(prune)(params)
+    chosen = {layer for layer in layers if all(mask[layer].values())}
+    assert chosen == set(layers) - left_out - {"norm"}
+
+
+def test_a_layer_without_such_groups_is_one_line(tmp_path):
+    prune = PruneConfig(0.5, structure="filters", include=("kernel$",))
+    config = tiny.config(tmp_path / "run", prune=prune)
+    with pytest.raises(ValueError, match=r"^operator: it does not fit Dense_0/kernel") as caught:
+        loop.train(config)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_from_before_there_were_structures_goes_on(tmp_path):
+    plain = tiny.config(tmp_path, prune=PruneConfig(0.5))
+    saved = json.loads(json.dumps(to_json(plain)))
+    for newer in ("structure", "block"):
+        del saved["prune"][newer]
+    check_resumable(saved, plain)
+    assert prune_from_json(saved) == plain.prune
+    with pytest.raises(ValueError, match=r"prune\.structure is 'output-channels' and was 'none'"):
+        check_resumable(saved, dataclasses.replace(plain, prune=OUTPUTS))
+    restored = json.loads(json.dumps(to_json(dataclasses.replace(plain, prune=BLOCKS))))
+    assert prune_from_json(restored) == BLOCKS
