@@ -329,7 +329,7 @@ class _Cut:
 
     def _keep_constants(self) -> bool:
         """Keeps what readers need that cannot take up constants; False if nothing is missing."""
-        needy = {}
+        needy: dict[str, Vector] = {}
         for name, node in self.graph.nodes.items():
             if isinstance(node, Linear | Function):
                 strength = self.strength(node)
@@ -340,17 +340,21 @@ class _Cut:
                     return True
                 if strength.any() and self.stand_in(node) is None:
                     needy[name] = strength
-        # One channel may serve many readers of a residual stream.
-        scores = np.zeros(self._count)
-        for name, strength in needy.items():
-            np.add.at(scores, self.spaces[self.graph.nodes[name].sources[0]], strength)
-        for name, strength in needy.items():
-            node = self.graph.nodes[name]
-            if self.stand_in(node) is None:
-                spaces = self.spaces[node.sources[0]]
-                best = np.where(strength > 0, scores[spaces], -1).argmax()
-                self._keep(spaces[[best]], f"stands for the constants that {name} reads")
-        return bool(needy)
+        found = bool(needy)
+        while needy:
+            # The space that serves most readers of its residual stream best.
+            scores = np.zeros(self._count)
+            for name, strength in needy.items():
+                np.add.at(scores, self._inputs(name), strength)
+            best = int(scores.argmax())
+            served = [n for n, s in needy.items() if s[self._inputs(n) == best].any()]
+            more = f" and {len(served) - 1} more" if len(served) > 1 else ""
+            self._keep(np.array([best]), f"stands for the constants of {served[0]}{more}")
+            needy = {name: s for name, s in needy.items() if name not in served}
+        return found
+
+    def _inputs(self, name: str) -> np.ndarray:
+        return self.spaces[self.graph.nodes[name].sources[0]]
 
 
 def _why(node: Fixed, name: str) -> str:
