@@ -221,7 +221,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=default, help="of the zoo, without spikes")
     parser.add_argument("--fractions", nargs="+", type=float, default=[0.5, 0.7], help="of zeros")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--image-size", type=int, help="default: 224, or what a small model is for")
+    parser.add_argument(
+        "--image-size", type=int, help="default: 224, or less for models of small images"
+    )
     parser.add_argument("--width", type=float, default=1.0, help="multiplier of all channels")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args(arguments)

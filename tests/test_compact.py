@@ -588,6 +588,7 @@ def dense_arrays(**changes):
         (nn.Dense(3), {}, X, "model is Dense; allowed: ResNet, .*, Sequential"),
         (DENSE, dense_arrays(), None, "sample is None; allowed with a Sequential: an input"),
         (DENSE, dense_arrays(), "x", "sample: the model cannot be called with it"),
+        (DENSE, [], X, r"variables is \[\]; allowed: a dict with params in it"),
         (DENSE, {"params": {}}, X, "do not fit the model:\n  params/layers_0/bias is missing"),
         (DENSE, dense_arrays(layers_0__bias=np.ones(4)), X, r"layers_0/bias is \(4,\), wanted \(3"),
         (

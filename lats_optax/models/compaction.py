@@ -168,12 +168,12 @@ def compact(model: nn.Module, variables: Mapping[str, Any], *, sample: Any = Non
                 break
             graph = graph.fix(broken)
         folded = _fold(cut, arrays)
-    small = dict(folded)
+    small, keep = dict(folded), cut.keep
     for node in graph.nodes.values():
-        small |= node.cut(folded, cut.keep)
+        small |= node.cut(folded, keep)
     report = _report(cut, arrays, small)
     tree = traverse_util.unflatten_dict(small, sep="/")  # type: ignore[no-untyped-call]
-    return Compacted(wiring.rebuild(cut.keep), tree, report)
+    return Compacted(wiring.rebuild(keep), tree, report)
 
 
 def _checked(model: nn.Module, variables: Mapping[str, Any], sample: Any) -> dict[str, np.ndarray]:
@@ -182,6 +182,8 @@ def _checked(model: nn.Module, variables: Mapping[str, Any], sample: Any) -> dic
     if not known and type(model) is not nn.Sequential:
         names = ", ".join(kind.__name__ for kind in [*WIRED, nn.Sequential])
         raise ValueError(f"model is {type(model).__name__}; allowed: {names}.")
+    if not isinstance(variables, Mapping):
+        raise ValueError(f"variables is {variables!r}; allowed: a dict with params in it.")
     unboxed = nn.meta.unbox(variables)
     flat = traverse_util.flatten_dict(unboxed, sep="/")  # type: ignore[no-untyped-call]
     arrays = {path: np.array(leaf) for path, leaf in flat.items()}
