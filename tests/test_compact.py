@@ -8,12 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import traverse_util
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lats_optax import models
+import lats_optax
+from lats_optax import models, prox
 from lats_optax.models import torch_io
 
 KEY = jax.random.key(0)
@@ -326,6 +328,41 @@ def test_training_goes_on(name):
     assert np.isfinite(before)
     assert after < before
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, small.variables["params"])
+
+
+@pytest.mark.slow
+def test_what_group_lasso_leaves_of_a_network_in_training():
+    """The whole way: soft thresholds on output channels, then a smaller model."""
+    model, arrays = zoo("digits-cnn")
+    images, labels, steps = images_for("digits-cnn"), np.arange(3), 10
+    target = lats_optax.target_sparsity(lats_optax.uniform(0.6), 1e-2, steps)
+    mask = lats_optax.select("kernel", exclude="classifier")
+    threshold = lats_optax.soft_threshold(target, operator=prox.prox_group_lasso, mask=mask)
+    tx = optax.chain(optax.adam(1e-2), threshold)
+
+    @jax.jit
+    def step(variables, state):
+        def loss(params):
+            logits, stats = model.apply(
+                {**variables, "params": params}, images, train=True, mutable="batch_stats"
+            )
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), stats
+
+        gradients, stats = jax.grad(loss, has_aux=True)(variables["params"])
+        updates, state = tx.update(gradients, state, variables["params"])
+        return {"params": optax.apply_updates(variables["params"], updates), **stats}, state
+
+    variables = jax.tree.map(jnp.asarray, nested(arrays))
+    state = tx.init(variables["params"])
+    for _ in range(steps):
+        variables, state = step(variables, state)
+    small = models.compact(model, variables)
+    for row in small.report.layers[:-1]:
+        alive = (flat(variables)[f"params/{row.layer}/kernel"] != 0).any((0, 1, 2)).sum()
+        assert row.after - sum(row.stays.values()) == alive < row.before
+    expected = evaluate(model, variables, images)
+    actual = evaluate(small.model, small.variables, images)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet-v1"])

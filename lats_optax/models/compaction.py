@@ -74,11 +74,7 @@ class CompactReport:
 
     def __str__(self) -> str:
         """The table."""
-        rows = [
-            (row.layer, row.before, row.after, row.parameters_before, row.parameters_after)
-            for row in self.layers
-        ]
-        names = max(len("all parameters"), *(len(row[0]) for row in rows)) if rows else 14
+        names = max(len(name) for name in ["all parameters", *(row.layer for row in self.layers)])
         head = f"{'layer':<{names}}  {'channels':>14}  {'parameters':>25}  stay, computing nothing"
         rule = "-" * len(head)
         lines = [head, rule]
