@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import input_pipeline, optimizer_step, shapes, tpu_compile, train_throughput
+from benchmarks import (
+    compaction,
+    input_pipeline,
+    optimizer_step,
+    shapes,
+    tpu_compile,
+    train_throughput,
+)
+from lats_optax import models
 from lats_optax.training.config import (
     DataConfig,
     OptimizerConfig,
@@ -259,3 +267,57 @@ def test_the_peer_in_pytorch_is_the_same_network():
 
     model = torch_resnet.resnet("resnet50")
     assert sum(p.numel() for p in model.parameters()) == 25_556_032
+
+
+# --- compaction ---------------------------------------------------------------------------------
+
+
+def test_compaction_at_a_small_size(capsys):
+    arguments = "--models digits-cnn --width 0.3 --fractions 0.5 --batch-size 1 --rounds 2"
+    dense, inner, streams = compaction.main(arguments.split())
+    assert [row.zeros for row in (dense, inner, streams)] == [
+        "none",
+        "inner, 50%",
+        "streams too, 50%",
+    ]
+    assert dense.parameters > inner.parameters > streams.parameters
+    assert dense.operations > inner.operations > streams.operations
+    assert dense.speed_up == 1
+    assert all(row.difference < 1e-5 and row.milliseconds > 0 for row in (dense, inner, streams))
+    assert capsys.readouterr().out.count("digits-cnn") == 3
+
+
+def test_channels_that_go_together():
+    def groups(name, streams):
+        return compaction.groups(models.create(name, num_classes=3), streams)
+
+    inner = groups("resnet18", streams=False)
+    assert len(inner) == 8
+    assert all(layer.endswith("conv1") for (layer,) in inner)
+    stem, second, *_ = groups("resnet18", streams=True)[8:]
+    assert stem == ["stem", "stage1_block1/conv2", "stage1_block2/conv2"]
+    assert second == ["stage2_block1/conv2", "stage2_block1/shortcut", "stage2_block2/conv2"]
+    # Where a projection comes first, the stem is a stream of its own.
+    assert ["stem"] in groups("resnet50", streams=False)
+    separable = groups("mobilenet-v1", streams=True)
+    assert separable[0] == ["stem", "block1/depthwise"]
+    assert separable[-1] == ["block13/pointwise"]
+    assert len(groups("vgg16-bn", streams=False)) == 13
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "vgg"], "model 'vgg' is not known"),
+        (["--models", "sew-resnet18"], "sew-resnet18 is not allowed; models without spikes are"),
+        (["--fractions", "1"], "--fractions: 1.0 is not allowed; numbers between 0 and 1 are"),
+        (["--rounds", "1"], "--rounds is 1; allowed: 2 or more"),
+        (["--models", "resnet18", "--image-size", "8"], "at least 32"),
+        (["--width", "0"], "width is 0.0; allowed: "),
+    ],
+)
+def test_compaction_of_what_is_not_allowed(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        compaction.parse(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]

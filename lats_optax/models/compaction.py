@@ -74,11 +74,7 @@ class CompactReport:
 
     def __str__(self) -> str:
         """The table."""
-        rows = [
-            (row.layer, row.before, row.after, row.parameters_before, row.parameters_after)
-            for row in self.layers
-        ]
-        names = max(len("all parameters"), *(len(row[0]) for row in rows)) if rows else 14
+        names = max(len(name) for name in ["all parameters", *(row.layer for row in self.layers)])
         head = f"{'layer':<{names}}  {'channels':>14}  {'parameters':>25}  stay, computing nothing"
         rule = "-" * len(head)
         lines = [head, rule]
@@ -168,12 +164,12 @@ def compact(model: nn.Module, variables: Mapping[str, Any], *, sample: Any = Non
                 break
             graph = graph.fix(broken)
         folded = _fold(cut, arrays)
-    small = dict(folded)
+    small, keep = dict(folded), cut.keep
     for node in graph.nodes.values():
-        small |= node.cut(folded, cut.keep)
+        small |= node.cut(folded, keep)
     report = _report(cut, arrays, small)
     tree = traverse_util.unflatten_dict(small, sep="/")  # type: ignore[no-untyped-call]
-    return Compacted(wiring.rebuild(cut.keep), tree, report)
+    return Compacted(wiring.rebuild(keep), tree, report)
 
 
 def _checked(model: nn.Module, variables: Mapping[str, Any], sample: Any) -> dict[str, np.ndarray]:
@@ -182,6 +178,8 @@ def _checked(model: nn.Module, variables: Mapping[str, Any], sample: Any) -> dic
     if not known and type(model) is not nn.Sequential:
         names = ", ".join(kind.__name__ for kind in [*WIRED, nn.Sequential])
         raise ValueError(f"model is {type(model).__name__}; allowed: {names}.")
+    if not isinstance(variables, Mapping):
+        raise ValueError(f"variables is {variables!r}; allowed: a dict with params in it.")
     unboxed = nn.meta.unbox(variables)
     flat = traverse_util.flatten_dict(unboxed, sep="/")  # type: ignore[no-untyped-call]
     arrays = {path: np.array(leaf) for path, leaf in flat.items()}
@@ -329,7 +327,7 @@ class _Cut:
 
     def _keep_constants(self) -> bool:
         """Keeps what readers need that cannot take up constants; False if nothing is missing."""
-        needy = {}
+        needy: dict[str, Vector] = {}
         for name, node in self.graph.nodes.items():
             if isinstance(node, Linear | Function):
                 strength = self.strength(node)
@@ -340,17 +338,21 @@ class _Cut:
                     return True
                 if strength.any() and self.stand_in(node) is None:
                     needy[name] = strength
-        # One channel may serve many readers of a residual stream.
-        scores = np.zeros(self._count)
-        for name, strength in needy.items():
-            np.add.at(scores, self.spaces[self.graph.nodes[name].sources[0]], strength)
-        for name, strength in needy.items():
-            node = self.graph.nodes[name]
-            if self.stand_in(node) is None:
-                spaces = self.spaces[node.sources[0]]
-                best = np.where(strength > 0, scores[spaces], -1).argmax()
-                self._keep(spaces[[best]], f"stands for the constants that {name} reads")
-        return bool(needy)
+        found = bool(needy)
+        while needy:
+            # The space that serves most readers of its residual stream best.
+            scores = np.zeros(self._count)
+            for name, strength in needy.items():
+                np.add.at(scores, self._inputs(name), strength)
+            best = int(scores.argmax())
+            served = [n for n, s in needy.items() if s[self._inputs(n) == best].any()]
+            more = f" and {len(served) - 1} more" if len(served) > 1 else ""
+            self._keep(np.array([best]), f"stands for the constants of {served[0]}{more}")
+            needy = {name: s for name, s in needy.items() if name not in served}
+        return found
+
+    def _inputs(self, name: str) -> np.ndarray:
+        return self.spaces[self.graph.nodes[name].sources[0]]
 
 
 def _why(node: Fixed, name: str) -> str:
