@@ -286,14 +286,22 @@ def threshold_of(case: Case, t: int, before: float, magnitudes: Any) -> float:
         return before
     if (t - 1) % case.update_every == 0 or t == case.steps:
         quantile = sorted(magnitudes)[round(TARGET * len(magnitudes)) - 1]
-        first = _FIRST[case] = quantile if t == 1 else _FIRST[case]
-        slope = (quantile - first) / sum(rates[1:t]) if t > 1 else 0.0
-        _AIM[case] = quantile + slope * sum(rates[t:])
-    return max(before + rates[t - 1] / sum(rates[t - 1 :]) * (_AIM[case] - before), 0.0)
+        spent, left = sum(rates[1:t]), sum(rates[t:])
+        rise = 0.0
+        if t > 1:
+            last, rise, spent_then, left_then = _LOOK[case]
+            between = spent - spent_then
+            window = max(between, min(spent, left / 2))
+            rise = rise * left / left_then * (1 - between / window)
+            rise += left * (quantile - last) / window
+        _LOOK[case] = quantile, rise, spent, left
+    aim = sum(_LOOK[case][:2])
+    return max(before + rates[t - 1] / sum(rates[t - 1 :]) * (aim - before), 0.0)
 
 
-_FIRST: dict[Case, float] = {}
-_AIM: dict[Case, float] = {}
+# The quantile when it was last looked at, its rise from there on, and the learning rate spent on
+# the way there since the first step, and left.
+_LOOK: dict[Case, tuple[float, float, float, float]] = {}
 
 
 def shrink(operator: str, x: np.ndarray, d: float) -> np.ndarray:
