@@ -129,6 +129,26 @@ def inspect(args: Sequence[str] | None = None) -> int:
     return _run("lats-inspect", inspected, print)
 
 
+def compact(args: Sequence[str] | None = None) -> int:
+    """`lats-compact FILE [--out FILE]`: a smaller model with the same outputs.
+
+    Args:
+      args: as for `train`.
+
+    Returns:
+      As `train`.
+    """
+
+    def compacted() -> str:
+        # No other command compacts.
+        from lats_optax.training import compacting
+
+        request = _in_one_line(tyro.cli, compacting.Request, "lats-compact", None, args)
+        return compacting.report_on(compacting.build(request), request.out)
+
+    return _run("lats-compact", compacted, print)
+
+
 def _run(program: str, prepare: Callable[[], Ready], execute: Callable[[Ready], None]) -> int:
     """Turns what goes wrong into one line and an exit code."""
 

@@ -18,8 +18,7 @@ from lats_optax.inspection import model as inspection
 from lats_optax.inspection.model import ModelReport, in_short
 from lats_optax.inspection.schedule import check_picture
 from lats_optax.operations import OperationsReport
-from lats_optax.training.export import differences, load_model, variables_of
-from lats_optax.training.workdir import MODEL
+from lats_optax.training.export import differences, find_model, load_model, variables_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +74,7 @@ def build(request: Request) -> Inspected:
       FileNotFoundError: there is no such file.
       ValueError: the file is damaged or foreign, or not of the model that is named.
     """
-    path = request.file / MODEL if request.file.is_dir() else request.file
-    if not path.is_file():
-        hint = "" if path is request.file else ", which lats-train writes when a run ends"
-        raise FileNotFoundError(f"there is no file {path}{hint}")
+    path = find_model(request.file)
     found = _read(path, request)
     if not jax.tree.leaves(found.params):
         raise ValueError(f"{path} holds no parameters")

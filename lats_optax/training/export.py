@@ -19,6 +19,7 @@ from flax.core import unfreeze
 
 import lats_optax
 from lats_optax import masks, models
+from lats_optax.training.workdir import MODEL
 
 _MODEL, _IMAGE_SHAPE = "model", "image_shape"
 _COLLECTIONS = {"params", "batch_stats"}
@@ -107,6 +108,19 @@ def save_model(
         raise ValueError(f"variables: they are not those of the model: {differing}")
     texts |= {_MODEL: json.dumps(models.describe(model)), _IMAGE_SHAPE: json.dumps(shape)}
     lats_optax.save_sparse(path, tree, texts)
+
+
+def find_model(path: Path) -> Path:
+    """The model file that a path names: itself, or that of the run in a directory.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    file = path / MODEL if path.is_dir() else path
+    if not file.is_file():
+        hint = "" if file is path else ", which lats-train writes when a run ends"
+        raise FileNotFoundError(f"there is no file {file}{hint}")
+    return file
 
 
 def load_model(path: str | os.PathLike[str]) -> SavedModel:

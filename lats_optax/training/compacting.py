@@ -1,0 +1,128 @@
+"""From the file of a model with dead channels to that of a smaller one with the same outputs."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import linen as nn
+
+import lats_optax
+from lats_optax import models
+from lats_optax.training.export import ModelFile, SavedModel, find_model, load_model, save_model
+
+_IMAGES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Make a physically smaller model of one with dead channels; its outputs stay the same."""
+
+    file: tyro.conf.Positional[Path]
+    """A model file of lats-train, or the work directory of a run."""
+    out: Path = Path("compact.safetensors")
+    """The model file to write; --initial of lats-train begins from it."""
+    overwrite: bool = False
+    """Replace a file of that name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compaction:
+    """A model and its smaller one, compared.
+
+    Attributes:
+      report: what was cut, and why the rest stays.
+      small: the smaller model, ready to be saved.
+      operations: multiply-adds for one image, before and after.
+      difference: the largest between their logits, as a fraction of the largest logit, on random
+        images.
+      before: the file that was read.
+    """
+
+    report: models.CompactReport
+    small: SavedModel
+    operations: tuple[int, int]
+    difference: float
+    before: ModelFile
+
+
+def build(request: Request) -> Compaction:
+    """Reads the file, makes the smaller model and compares the two; writes nothing.
+
+    Args:
+      request: names the file, and where the smaller one shall be.
+
+    Raises:
+      FileExistsError: there is a file where one is to be written, and `overwrite` is False.
+      FileNotFoundError: there is no such file, or no directory to write to.
+      ValueError: the file is not one of a model; a layer would be left without a channel; or the
+        outputs differ by more than rounding explains.
+    """
+    path = find_model(request.file)
+    if not request.out.parent.is_dir():
+        raise FileNotFoundError(f"there is no directory {request.out.parent} to write to")
+    if request.out.exists() and not request.overwrite:
+        raise FileExistsError(
+            f"{request.out} is there: --overwrite replaces it, --out names others"
+        )
+    saved = load_model(path)
+    model, variables, report = models.compact(saved.model, saved.variables)
+    small = saved._replace(model=model, variables=variables)
+    images = np.random.default_rng(0).normal(size=(_IMAGES, *saved.image_shape))
+    logits = [_logits(which, jnp.asarray(images, jnp.float32)) for which in (saved, small)]
+    difference = float(np.abs(logits[0] - logits[1]).max() / np.abs(logits[0]).max())
+    # Sixteen bits are rounded anew in every layer.
+    limit = 1e-3 if jnp.dtype(saved.model.dtype).itemsize >= 4 else 0.1
+    if not difference <= limit:
+        raise ValueError(
+            f"{path}: the outputs of the smaller model differ by {difference:.1e} of the largest, "
+            f"which rounding does not explain (allowed: {limit:g})"
+        )
+    counts = (_operations(saved), _operations(small))
+    return Compaction(report, small, counts, difference, _file(path, saved))
+
+
+def report_on(found: Compaction, out: Path) -> str:
+    """Writes the file of the smaller model.
+
+    Args:
+      found: of `build`.
+      out: where to.
+
+    Returns:
+      The report and the sizes, as lines of plain text.
+    """
+    save_model(out, *found.small)
+    before, after = found.operations
+    lines = [
+        str(found.report),
+        "",
+        f"multiply-adds  {before:,} -> {after:,} for an image, {after / before:.1%}",
+        f"outputs        equal to {found.difference:.1e} of the largest, on random images",
+        f"before         {found.before}",
+        f"written        {_file(out, found.small)}",
+    ]
+    return "\n".join(lines)
+
+
+def _logits(saved: SavedModel, images: jax.Array) -> np.ndarray:
+    return np.asarray(jax.jit(_evaluation(saved.model))(saved.variables, images), np.float64)
+
+
+def _operations(saved: SavedModel) -> int:
+    image = jax.eval_shape(lambda: jnp.zeros((1, *saved.image_shape)))
+    counted = lats_optax.count_operations(_evaluation(saved.model), saved.variables, image)
+    return counted.dense
+
+
+def _evaluation(model: nn.Module) -> Any:
+    return partial(model.apply, train=False)
+
+
+def _file(path: Path, saved: SavedModel) -> ModelFile:
+    dense = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(saved.variables))
+    return ModelFile(path, path.stat().st_size, dense)
