@@ -64,6 +64,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         models, "create", lambda name, **arguments: Model(**arguments), raising=False
     )
     monkeypatch.setattr(models, "describe", describe)
+    monkeypatch.setattr(models, "in_zoo", lambda model: True)
 
 
 def describe(model: Model) -> dict[str, Any]:

@@ -33,6 +33,7 @@ __all__ = [
     "compact",
     "create",
     "describe",
+    "in_zoo",
 ]
 
 _MODELS: dict[str, partial[Any]] = {
@@ -115,6 +116,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
       {'name': 'resnet20', 'num_classes': 10, 'dtype': 'bfloat16', 'width': 1.0, ...}
     """
     name = _name(model)
+    if name is None:
+        names = ", ".join(repr(name) for name in _MODELS)
+        raise ValueError(f"model is {type(model).__name__}, not one of the zoo: {names}")
     left_out = {"parent", "name", "axis_name", "num_classes", "dtype", *_MODELS[name].keywords}
     fields = [f.name for f in dataclasses.fields(model) if f.name not in left_out]
     options = {option: _plain(getattr(model, option)) for option in fields}
@@ -122,13 +126,21 @@ def describe(model: nn.Module) -> dict[str, Any]:
     return {"name": name, "num_classes": num_classes, "dtype": jnp.dtype(dtype).name, **options}
 
 
-def _name(model: nn.Module) -> str:
+def in_zoo(model: nn.Module) -> bool:
+    """Whether `describe` knows the model.
+
+    >>> in_zoo(create("resnet20", num_classes=10)), in_zoo(nn.Dense(3))
+    (True, False)
+    """
+    return _name(model) is not None
+
+
+def _name(model: nn.Module) -> str | None:
     for name, known in _MODELS.items():
         settled = known.keywords.items()
         if type(model) is known.func and all(getattr(model, k) == v for k, v in settled):
             return name
-    names = ", ".join(repr(name) for name in _MODELS)
-    raise ValueError(f"model is {type(model).__name__}, not one of the zoo: {names}")
+    return None
 
 
 def _plain(value: Any) -> Any:

@@ -25,6 +25,9 @@ KAIMING_FAN_IN = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 KAIMING_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 TORCH_DEFAULT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
+MOMENTUM = 0.9
+"""What running batch statistics keep of themselves at each step of training."""
+
 
 def convolution(
     features: int,
@@ -95,7 +98,7 @@ def batch_norm(train: bool, dtype: DTypeLike, axis_name: str | None) -> partial[
     return partial(
         nn.BatchNorm,
         use_running_average=not train,
-        momentum=0.9,
+        momentum=MOMENTUM,
         epsilon=1e-5,
         dtype=dtype,
         axis_name=axis_name,

@@ -247,6 +247,8 @@ class TrainConfig:
     """Mass that the training loss's target spreads evenly over all classes."""
     average_decay: float | None = None
     """Decay of an average of the weights over the steps (EMA), evaluated as well; None: none."""
+    recalibrate: int | None = None
+    """Batches to estimate batch statistics on before evaluations; None: 50 with prune.structure."""
     epochs: int = 20
     """Passes over the training images, those of a search at initialization not counted."""
     seed: int = 0
@@ -284,6 +286,8 @@ class TrainConfig:
         decay = self.average_decay
         allowed = "None, or 0 <= average_decay < 1"
         _check(decay is None or 0 <= decay < 1, "average_decay", decay, allowed)
+        batches = self.recalibrate
+        _check(batches is None or batches >= 0, "recalibrate", batches, "None, or 0 or more")
         for field in ("epochs", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
             _check(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
         _check(0 <= self.seed < 2**32, "seed", self.seed, "0 <= seed < 2**32")
@@ -310,6 +314,13 @@ class TrainConfig:
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite are both True; allowed: one of the two.")
         self._check_processes()
+
+    @property
+    def recalibration_batches(self) -> int:
+        """Batches that batch statistics are estimated on before an evaluation."""
+        if self.recalibrate is None:
+            return 50 if self.prune.structure != "none" else 0
+        return self.recalibrate
 
     @property
     def total_epochs(self) -> int:

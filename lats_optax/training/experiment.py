@@ -30,6 +30,7 @@ from lats_optax.training.step import (
     TrainState,
     create_state,
     eval_step,
+    statistics_step,
     train_step,
 )
 
@@ -51,6 +52,7 @@ class Experiment:
       train_step: `(state, sharded batch) -> (state, metrics)`, which uses up the state.
       frozen_step: the same on a fixed support, after a search; None in a run without one.
       eval_step: `(state, sharded batch) -> sums`.
+      statistics_step: the same, of the batch statistics of the state's weights.
       initial: what the run begins from; None: from weights that its seed gives.
     """
 
@@ -63,6 +65,7 @@ class Experiment:
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     frozen_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]] | None
     eval_step: Callable[[TrainState, Batch], Metrics]
+    statistics_step: Callable[[TrainState, Batch], Metrics]
     initial: SavedModel | None = None
 
     @property
@@ -115,6 +118,7 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
         train_step=parallel.train_step(make_train_step(config, model, optimizer)),
         frozen_step=frozen_step,
         eval_step=parallel.eval_step(make_eval_step(model)),
+        statistics_step=parallel.eval_step(partial(statistics_step, apply=model.apply)),
         initial=initial,
     )
     # Expressions that match no parameter are found when the mask meets the parameters.

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import lats_optax
-from lats_optax import data
+from lats_optax import data, models
 from lats_optax.training import config as configs
 from lats_optax.training import statistics, workdir
 from lats_optax.training.checkpoint import Checkpoints
@@ -28,6 +28,7 @@ from lats_optax.training.export import ModelFile, save_model
 from lats_optax.training.interruption import Interruption
 from lats_optax.training.logging import MetricsLog, Record
 from lats_optax.training.parallel import DataParallel, ahead
+from lats_optax.training.recalibration import recalibrated
 from lats_optax.training.statistics import LayerStatistics
 from lats_optax.training.step import Batch, Metrics, TrainState, averaged
 
@@ -166,6 +167,7 @@ def fit(experiment: Experiment) -> RunResult:
                         )
                         log.write_weights(step, progress["epoch"], weights)
                     if evaluation_due:
+                        state = recalibrated(experiment, state)
                         test = evaluate_all(experiment, state)
                         for split, measured in test.items():
                             log.write({"split": split} | progress | measured)
@@ -262,7 +264,10 @@ def _write_models(
             "step": str(int(of.step)),
             "test_accuracy": f"{test[split]['accuracy']:.4f}",
         }
-        save_model(path, experiment.model, variables, experiment.dataset.image_shape, told)
+        if models.in_zoo(experiment.model):
+            save_model(path, experiment.model, variables, experiment.dataset.image_shape, told)
+        else:  # which no description could build again
+            lats_optax.save_sparse(path, variables, told)
         dense_size = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
         files[split] = ModelFile(path, path.stat().st_size, dense_size)
     return files

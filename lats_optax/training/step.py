@@ -12,6 +12,7 @@ import optax
 from flax import linen as nn
 
 import lats_optax
+from lats_optax.models import layers
 
 Tree = TypeVar("Tree")
 Reduce = Callable[[Tree], Tree]
@@ -168,6 +169,33 @@ def averaged(state: TrainState, mask: Callable[[Any], Any] | None) -> TrainState
     if mask is not None:
         params = lats_optax.restrict(params, lats_optax.support(state.params, mask))
     return state._replace(params=params, batch_stats=average.batch_stats)
+
+
+def statistics_step(
+    state: TrainState, batch: Batch, total: Reduce[Any], *, apply: Callable[..., Any]
+) -> Metrics:
+    """The batch statistics of the state's weights themselves, not of those that led to them.
+
+    Args:
+      state: its parameters are looked at; its statistics give the tree.
+      batch: as for `train_step`.
+      total: takes a tree to its sum over replicas.
+      apply: as for `train_step`.
+
+    Returns:
+      Sums of `batch_stats` over the replicas, and how many these are, `count`.
+    """
+    # Running statistics that begin at zero have taken a known share of the batch's.
+    nothing = jax.tree.map(jnp.zeros_like, state.batch_stats)
+    _, updated = apply(
+        {"params": state.params, "batch_stats": nothing},
+        batch["image"],
+        train=True,
+        mutable=["batch_stats"],
+    )
+    stats = updated.get("batch_stats", nothing)
+    own = jax.tree.map(lambda leaf: leaf / (1 - layers.MOMENTUM), stats)
+    return total({"batch_stats": own, "count": jnp.ones(())})
 
 
 def eval_step(
