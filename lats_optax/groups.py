@@ -195,6 +195,8 @@ def output_channels() -> Tiles:
     magnitudes then lie close together, and most groups go in the last steps of the threshold: let
     it end early (``freeze_after``, ``lats_optax.freeze``) or before training
     (``lats_optax.prune_at_initialization``), so that there are steps left to learn without them.
+    Near the threshold an output changes faster than running batch statistics follow: estimate
+    these anew, on some batches, before the model is evaluated.
 
     Returns:
       An operator for ``soft_threshold``, for leaves of 2 dimensions or more.
