@@ -11,6 +11,8 @@ have either sign. Channels that have to go together are one group: those of a po
 and of the depth-wise one behind it. A residual stream has many writers: "inner" leaves the streams
 whole, "streams too" takes what all of its writers write to one of its channels as one group.
 
+`--multiple-of 16` rounds the channels of each layer up: more multiply-adds, perhaps in less time.
+
 Dense and compacted models take turns: a round is one call of each, and a speed-up is the median
 over the rounds of (time of the dense model / its own in the same round); in brackets are the
 quartiles. The difference is the largest one between their logits, as a fraction of the largest
@@ -145,7 +147,7 @@ def variants(name: str, options: argparse.Namespace) -> Iterator[Variant]:
         what = what.replace("inner", "streams too") if streams else what
         for fraction in options.fractions:
             variables = zeroed(arrays, together, fraction)
-            small = models.compact(model, variables)
+            small = models.compact(model, variables, multiple_of=options.multiple_of)
             program = compiled(small.model, small.variables, images)
             run = partial(program, place(small.variables), images)
             expected = dense(place(variables), images)
@@ -225,9 +227,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--image-size", type=int, help="default: 224, or less for models of small images"
     )
     parser.add_argument("--width", type=float, default=1.0, help="multiplier of all channels")
+    parser.add_argument("--multiple-of", type=int, default=1, help="channels are rounded to")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args(arguments)
-    for name, least in (("batch_size", 1), ("image_size", 1), ("rounds", 2)):
+    for name, least in (("batch_size", 1), ("image_size", 1), ("multiple_of", 1), ("rounds", 2)):
         value = getattr(options, name)
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} is {value}; allowed: {least} or more")

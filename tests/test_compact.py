@@ -365,6 +365,40 @@ def test_what_group_lasso_leaves_of_a_network_in_training():
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("multiple", [1, 4, 1000])
+@pytest.mark.parametrize("name", ["digits-cnn", "resnet20", "mobilenet-v1"])
+def test_channels_are_rounded_up(name, multiple):
+    model, arrays = zoo(name)
+    everything(arrays, np.random.default_rng(0))
+    exact = models.compact(model, nested(arrays))
+    small = models.compact(model, nested(arrays), multiple_of=multiple)
+    for before, after in zip(exact.report.layers, small.report.layers):
+        assert before.after <= after.after <= after.before
+        assert after.after % multiple == 0 or after.after == after.before
+    if multiple == 1:
+        assert str(small.report) == str(exact.report)
+    elif multiple == 4:
+        assert small.report.parameters_after < small.report.parameters_before
+        assert "for a multiple of 4" in str(small.report)
+        if name == "digits-cnn":
+            images = images_for(name)
+            np.testing.assert_allclose(
+                evaluate(small.model, small.variables, images),
+                evaluate(model, nested(arrays), images),
+                rtol=1e-4,
+                atol=1e-5,
+            )
+    else:
+        assert small.report.parameters_after == small.report.parameters_before
+
+
+@pytest.mark.parametrize("multiple", [0, -4, 2.0, True, None])
+def test_a_multiple_that_is_not_one(multiple):
+    model, arrays = zoo("digits-cnn")
+    with pytest.raises(ValueError, match=f"multiple_of is {multiple}; allowed: a whole number of"):
+        models.compact(model, nested(arrays), multiple_of=multiple)
+
+
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet-v1"])
 def test_a_compacted_model_is_described_and_built_again(name):
     model, arrays = zoo(name)

@@ -55,6 +55,7 @@ def test_a_mistake_is_one_line(saved, tmp_path, capsys):
         ([str(there), "--out", str(tmp_path / "x")], "there.safetensors is damaged"),
         ([str(saved), "--out", str(there)], "there.safetensors is there: --overwrite"),
         ([str(saved), "--out", str(tmp_path / "no" / "x")], "no directory"),
+        ([str(saved), "--out", str(tmp_path / "x"), "--multiple-of", "0"], "multiple_of is 0"),
         ([str(tmp_path / "dead.safetensors"), "--out", str(tmp_path / "x")], "block2/conv1"),
     ):
         files = sorted(tmp_path.iterdir())

@@ -28,6 +28,8 @@ class Request:
     """The model file to write; --initial of lats-train begins from it."""
     overwrite: bool = False
     """Replace a file of that name."""
+    multiple_of: int = 1
+    """Round the channels of each layer up to a multiple of this; hardware may be faster for it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,9 @@ def build(request: Request) -> Compaction:
             f"{request.out} is there: --overwrite replaces it, --out names others"
         )
     saved = load_model(path)
-    model, variables, report = models.compact(saved.model, saved.variables)
+    model, variables, report = models.compact(
+        saved.model, saved.variables, multiple_of=request.multiple_of
+    )
     small = saved._replace(model=model, variables=variables)
     images = np.random.default_rng(0).normal(size=(_IMAGES, *saved.image_shape))
     logits = [_logits(which, jnp.asarray(images, jnp.float32)) for which in (saved, small)]
