@@ -122,7 +122,7 @@ def inspect(args: Sequence[str] | None = None) -> int:
 
         parse = tyro.extras.subcommand_cli_from_dict
         kinds = {"schedule": lineup.Request, "model": model_file.Request}
-        request = _in_one_line(parse, kinds, "lats-inspect", "Look at what was asked for.", args)
+        request = _in_one_line(parse, kinds, "lats-inspect", "Tables and pictures of threshold schedules and of sparse models.", args)
         of = lineup if isinstance(request, lineup.Request) else model_file
         return of.report_on(of.build(request), request.out)
 
