@@ -122,7 +122,8 @@ def inspect(args: Sequence[str] | None = None) -> int:
 
         parse = tyro.extras.subcommand_cli_from_dict
         kinds = {"schedule": lineup.Request, "model": model_file.Request}
-        request = _in_one_line(parse, kinds, "lats-inspect", "Tables and pictures of threshold schedules and of sparse models.", args)
+        what = "Tables and pictures of threshold schedules and of sparse models."
+        request = _in_one_line(parse, kinds, "lats-inspect", what, args)
         of = lineup if isinstance(request, lineup.Request) else model_file
         return of.report_on(of.build(request), request.out)
 

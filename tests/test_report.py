@@ -1,5 +1,6 @@
 """The table against numbers written down here; the picture by what it draws and how it is saved."""
 
+import dataclasses
 import sys
 
 import matplotlib
@@ -196,6 +197,17 @@ def test_picture_shows_what_was_recorded(tmp_path, monkeypatch):
         "dense: test accuracy 99.17%, 0.00% zeros",
         "lats-95: test accuracy 98.00%, 73.68% zeros",
     ]
+
+
+def test_one_evaluation_is_a_point(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, path, **_: (figures.append(figure), path.touch())
+    )
+    once = [record for record in SPARSE.metrics if record["split"] == "test"][:1]
+    write_picture(tmp_path / "report.png", [dataclasses.replace(SPARSE, metrics=once)])
+    (line,) = figures[0].axes[4].get_lines()
+    assert (len(line.get_xdata()), line.get_marker()) == (1, "o")
 
 
 def test_failed_drawing_leaves_the_old_picture(tmp_path, monkeypatch):

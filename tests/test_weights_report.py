@@ -81,6 +81,14 @@ def test_picture_shows_what_was_recorded(tmp_path, monkeypatch):
     assert not any(axes.axison for axes in ends[2:])
 
 
+def test_where_nothing_changes_that_is_said(tmp_path, monkeypatch):
+    still = [record(10, LAYERS, 0, 0), record(20, LAYERS, 0, 0)]
+    totals, pruned, revived, *_ = drawn(tmp_path, monkeypatch, still, LAYERS).axes
+    assert totals.get_ylim() == (0, 10)
+    for axes in (pruned, revived):
+        assert [text.get_text() for text in axes.texts] == ["none"]
+
+
 def test_of_many_layers_some_are_shown_to_the_end(tmp_path, monkeypatch):
     figure = drawn(tmp_path, monkeypatch, [record(10, MANY)], MANY)
     ends = figure.axes[4:]

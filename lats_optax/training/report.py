@@ -227,7 +227,9 @@ def _draw_metric(
         records = _records(run.metrics, split, name)
         recorded = recorded or bool(records)
         epochs, values = [r["epoch"] for r in records], [scale * r[name] for r in records]
-        axes.plot(epochs, values, **drawing.style(index))
+        # A line through one record is not to be seen.
+        marker = "o" if len(records) == 1 else None
+        axes.plot(epochs, values, marker=marker, **drawing.style(index))
     if not recorded:
         drawing.say(axes, "not recorded by any run")
 

@@ -84,7 +84,8 @@ def _draw_totals(axes: "Axes", records: Sequence[Mapping[str, Any]]) -> None:
     # Logarithmic, so that the end is seen beside the beginning, but for a place for none.
     axes.set_yscale("symlog", linthresh=1)
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
+    # Room for a decade at least: on a frozen support there is nothing but zeros.
+    axes.set_ylim(0, max(10.0, axes.get_ylim()[1]))
     axes.legend(frameon=False)
 
 
@@ -105,6 +106,8 @@ def _draw_by_layer(
         [100 * record["layers"][path][name] / max(layer.size, 1) for record in records]
         for path, layer in layers.items()
     ]
+    if not np.any(share):
+        axes.text(0.5, 0.5, "none", ha="center", transform=axes.transAxes)
     # One scale for both panels and for any run, from a few in ten thousand to all.
     return axes.pcolormesh(
         _edges(records),
