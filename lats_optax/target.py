@@ -19,9 +19,10 @@ from lats_optax.thresholds import ScalarOrSchedule, check_steps, is_number, lear
 Magnitude = Callable[[jax.Array], jax.Array]
 
 _DIGIT_BITS = 4
-# Of what is left of the learning rate, the part over which the slope of the quantile is averaged.
-# Over all since the first step it is too steep at the end: the threshold then overshoots by 1 to
-# 3 % (digits, 95 and 80 %), and falls back, reviving weights, when little is left to train them.
+# Of what is left of the learning rate, the part over which the late slope of the quantile is taken.
+# The mean slope alone is too steep at the end: the threshold overshoots by 1 to 3 % (digits, 95 and
+# 80 %), and falls back, reviving weights, when little is left to train them. The late one alone
+# runs away where the threshold itself drives the quantile up (channels before normalization).
 _WINDOW = 0.5
 
 
@@ -52,10 +53,12 @@ class TargetSparsityState(NamedTuple):
 
     Attributes:
       quantile: the latest quantile of the latent magnitudes.
-      rise: how much it is expected to rise until the end of the run.
+      first: the one after the first step.
+      rise: how much it would rise until the end of the run, as it has of late.
     """
 
     quantile: jax.Array
+    first: jax.Array
     rise: jax.Array
 
 
@@ -71,16 +74,17 @@ def target_sparsity(
     ``d_{t+1} = d_t + rho_t (a_{t+1} - d_t)``, ``rho_t = eta_t / R_t``, ``R_t = sum_{r>=t} eta_r``,
     ``a_t = q_t + R_t v_t``,
     where q is the ``target`` quantile of the latent magnitudes over all pruned weights and v how
-    fast it rises, in proportion to the learning rate: its slope over the sum of these, averaged
-    over a stretch half as long as what is left of it, or since the first step. The aim a is where q
-    will be at the end if it goes on like that: the living latent weights rise with the threshold,
-    and a threshold that chased q itself would fall behind and have to prune most at the end. While
-    q moves along a line, the implied L1 coefficient is constant, and where q stands still this is
-    :func:`lats_optax.lats_threshold` with q as the final threshold. Towards the end q slows down,
-    because fewer of the weights about it are alive; v follows, and with it the L1 coefficient. At
-    the last step a is q and rho is 1, so the last threshold *is* the quantile:
-    ``round(target * N)`` of the N pruned weights are zero, more only where magnitudes tie; with a
-    target for each layer, that many of each. After ``steps`` steps the threshold stands still.
+    fast it rises, in proportion to the learning rate: the smaller of two slopes of q over the sum
+    of these, the mean one since the first step and that over a stretch half as long as what is
+    left. The aim a is where q will be at the end if it goes on like that: the living latent weights
+    rise with the threshold, and a threshold that chased q itself would fall behind and have to
+    prune most at the end. While q moves along a line, the implied L1 coefficient is constant, and
+    where q stands still this is :func:`lats_optax.lats_threshold` with q as the final threshold.
+    Towards the end q slows down, because fewer of the weights about it are alive; v follows, and
+    with it the L1 coefficient. Where q leaps, v does not. At the last step a is q and rho is 1, so
+    the last threshold *is* the quantile: ``round(target * N)`` of the N pruned weights are zero,
+    more only where magnitudes tie; with a target for each layer, that many of each. After ``steps``
+    steps the threshold stands still.
 
     Under an operator of groups, such as those of :mod:`lats_optax.groups`, the weights of a group
     tie, and the one that the quantile lies in goes as a whole: ``round(target * N)`` weights are
@@ -129,13 +133,13 @@ def target_sparsity(
     rates = learning_rates(learning_rate, steps)
     gains = _gains(rates)
     looks = np.unique(np.append(np.arange(0, steps, update_every), steps - 1))
-    kept, weights = _forecast(rates, looks)
+    kept, weights, reaches = _forecast(rates, looks)
 
     def init(latent: Any, magnitude: Magnitude) -> tuple[jax.Array, TargetSparsityState]:
         ranks = _ranks(target, latent, magnitude)
         zero = jnp.zeros(np.shape(ranks), jnp.result_type(float))
         # Copies: the state is donated, and a buffer can be given away once.
-        return zero, TargetSparsityState(zero.copy(), zero.copy())
+        return zero, TargetSparsityState(zero.copy(), zero.copy(), zero.copy())
 
     def update(
         count: jax.Array,
@@ -147,6 +151,10 @@ def target_sparsity(
         leaves = jax.tree.leaves(latent)
         if not sum(leaf.size for leaf in leaves):
             return threshold, state
+
+        def at(table: np.ndarray, index: jax.Array) -> jax.Array:
+            return jnp.asarray(table, threshold.dtype)[index]
+
         ranks = _ranks(target, latent, magnitude)
         select = kth_smallest if np.ndim(ranks) == 0 else kth_smallest_of_each
         due = ((count % update_every == 0) | (count == steps - 1)) & (count < steps)
@@ -155,19 +163,17 @@ def target_sparsity(
             lambda: select(leaves, ranks, magnitude, dtype=threshold.dtype),
             lambda: state.quantile,
         )
+        first = jnp.where(count == 0, quantile, state.first)
         look = jnp.where(count >= steps - 1, len(looks) - 1, count // update_every)
         change = jnp.where(count == 0, 0.0, quantile - state.quantile)
-        forecast = (
-            jnp.asarray(kept, threshold.dtype)[look] * state.rise
-            + jnp.asarray(weights, threshold.dtype)[look] * change
-        )
-        rise = jnp.where(due, forecast, state.rise)
-        gain = jnp.asarray(gains, threshold.dtype)[jnp.minimum(count, steps - 1)]
-        aim = quantile + rise
+        of_late = at(kept, look) * state.rise + at(weights, look) * change
+        rise = jnp.where(due, of_late, state.rise)
+        gain = at(gains, jnp.minimum(count, steps - 1))
+        aim = quantile + jnp.minimum(rise, at(reaches, look) * (quantile - first))
         # Written so that a gain of 1 gives the aim itself, which is then the quantile.
         moved = jnp.maximum((1 - gain) * threshold + gain * aim, 0.0)
         after = jnp.where(count < steps, moved, threshold)
-        return after, TargetSparsityState(quantile, rise)
+        return after, TargetSparsityState(quantile, first, rise)
 
     return ClosedLoop(init, update, steps)
 
@@ -371,18 +377,19 @@ def _gains(rates: np.ndarray) -> np.ndarray:
     return gains
 
 
-def _forecast(rates: np.ndarray, looks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _forecast(rates: np.ndarray, looks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """How the rise that is left follows from that of the look before, in float64.
 
     ``rise_n = kept_n * rise_{n-1} + weights_n * (q_n - q_{n-1})``, which is R times the mean slope
-    of q over a window that forgets exponentially.
+    of q over a window that forgets exponentially; ``reaches_n * (q_n - q_1)`` is R times that since
+    the first step.
 
     Args:
       rates: learning rates, shape (steps,).
       looks: the steps after which the quantile is looked at, shape (n,), the last one included.
 
     Returns:
-      kept and weights, shape (n,).
+      kept, weights and reaches, shape (n,).
     """
     left = np.append(np.cumsum(rates[::-1])[::-1][1:], 0.0)[looks]
     spent = np.cumsum(rates)[looks] - rates[0]
@@ -392,4 +399,5 @@ def _forecast(rates: np.ndarray, looks: np.ndarray) -> tuple[np.ndarray, np.ndar
     share = np.divide(between, window, out=np.zeros_like(window), where=window > 0)
     before = np.append(0.0, left[:-1])
     kept = np.divide(left, before, out=np.zeros_like(left), where=before > 0) * (1 - share)
-    return kept, np.divide(left, window, out=np.zeros_like(left), where=between > 0)
+    weights = np.divide(left, window, out=np.zeros_like(left), where=between > 0)
+    return kept, weights, np.divide(left, spent, out=np.zeros_like(left), where=spent > 0)

@@ -287,21 +287,23 @@ def threshold_of(case: Case, t: int, before: float, magnitudes: Any) -> float:
     if (t - 1) % case.update_every == 0 or t == case.steps:
         quantile = sorted(magnitudes)[round(TARGET * len(magnitudes)) - 1]
         spent, left = sum(rates[1:t]), sum(rates[t:])
-        rise = 0.0
+        rise, first, reach = 0.0, quantile, 0.0
         if t > 1:
-            last, rise, spent_then, left_then = _LOOK[case]
+            last, rise, spent_then, left_then, first, _ = _LOOK[case]
             between = spent - spent_then
             window = max(between, min(spent, left / 2))
             rise = rise * left / left_then * (1 - between / window)
             rise += left * (quantile - last) / window
-        _LOOK[case] = quantile, rise, spent, left
-    aim = sum(_LOOK[case][:2])
+            reach = left / spent
+        _LOOK[case] = quantile, rise, spent, left, first, reach
+    quantile, rise, _, _, first, reach = _LOOK[case]
+    aim = quantile + min(rise, reach * (quantile - first))
     return max(before + rates[t - 1] / sum(rates[t - 1 :]) * (aim - before), 0.0)
 
 
-# The quantile when it was last looked at, its rise from there on, and the learning rate spent on
-# the way there since the first step, and left.
-_LOOK: dict[Case, tuple[float, float, float, float]] = {}
+# The quantile when it was last looked at, its rise from there on, the learning rate spent since the
+# first step, and left; the first quantile, and what is left over what is spent.
+_LOOK: dict[Case, tuple[float, float, float, float, float, float]] = {}
 
 
 def shrink(operator: str, x: np.ndarray, d: float) -> np.ndarray:

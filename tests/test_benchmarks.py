@@ -200,8 +200,8 @@ def test_row_of_a_step_that_is_told_its_sparsity(small_preset, tmp_path):
     weights = 4 * (3 * 3 * 1 * 8 + 4 * 4 * 8 * 3)
     assert named.bytes - named.facts.bytes == pytest.approx(weights * 8 / 5)
     assert named.ratio == pytest.approx(named.bytes / dense.bytes)
-    # Beside theta the state has a count, a threshold and the loop's two numbers.
-    assert named.facts.arguments - dense.facts.arguments == weights + 4 * 4
+    # Beside theta the state has a count, a threshold and the loop's three numbers.
+    assert named.facts.arguments - dense.facts.arguments == weights + 5 * 4
     assert named.facts.memory >= named.facts.arguments
 
     again = compiler().row(pruned(small_preset, target_sparsity=0.9, update_every=5), "again")

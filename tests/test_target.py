@@ -184,10 +184,11 @@ def test_where_the_quantile_moves_with_the_learning_rate_the_l1_coefficient_is_c
 @pytest.mark.parametrize("every", [1, 4, 7])
 @pytest.mark.parametrize("rate", RATES.values(), ids=RATES)
 def test_the_forecast_is_that_of_a_loop(rate, every):
-    """The slope of the quantile, averaged over a window of half the learning rate that is left."""
+    """The smaller slope of two: since the first step, and over half the learning rate left."""
     steps = 30
     rates = [float(rate(t)) for t in range(steps)]
-    quantiles = [1 + t ** (1 / 3) for t in range(steps)]  # slows down
+    # Speeds up, and slows down.
+    quantiles = [1 + t**2 / 100 + 3 * max(t - 12, 0) ** (1 / 3) for t in range(steps)]
     tx = soft_threshold(target_sparsity(0.5, rate, steps, update_every=every))
     w = jnp.ones((2, 2))
     state, update = tx.init(w), jax.jit(tx.update)
@@ -202,7 +203,8 @@ def test_the_forecast_is_that_of_a_loop(rate, every):
             if t > 0 and between > 0:
                 window = max(between, min(spent, left / 2))
                 slope += between / window * ((theta - last) / between - slope)
-            aim, last, spent_at_last = theta + left * slope, theta, spent
+            mean = (theta - quantiles[0]) / spent if spent else 0.0
+            aim, last, spent_at_last = theta + left * min(slope, mean), theta, spent
         rho = 1.0 if t == steps - 1 else rates[t] / (rates[t] + left) if rates[t] else 0.0
         threshold = max(threshold + rho * (aim - threshold), 0.0)
         assert float(state.threshold) == pytest.approx(threshold, rel=2e-4), t
@@ -246,7 +248,7 @@ def selections(threshold, steps):
             lambda count: threshold.update(
                 count,
                 jnp.zeros(()),
-                lats_optax.TargetSparsityState(*[jnp.full((), -1.0)] * 2),
+                lats_optax.TargetSparsityState(*[jnp.full((), -1.0)] * 3),
                 [jnp.ones((1, 2))],
                 jnp.abs,
             )
