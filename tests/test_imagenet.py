@@ -27,8 +27,6 @@ from tests.test_checkpoint import at_step
 
 TRAIN, VALIDATION, BATCH, SIZE, WIDTH = 40, 21, 16, 64, 0.125
 STEPS = 2 * (TRAIN // BATCH)
-# The cheapest to compile, in every run of the tests; the others are slow.
-FAST = {"imagenet-mobilenet-v1-s-lats"}
 IMAGENET = [name for name in PRESETS if name.startswith("imagenet-")]
 
 
@@ -39,10 +37,9 @@ def data_dir(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in IMAGENET],
-)
+# Each compiles a network for eight devices; in `test_data_tfds` a tiny one goes the same way.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IMAGENET)
 def test_a_preset_trains_resumes_and_is_evaluated(
     data_dir, tmp_path, monkeypatch, capsys, compile_once, name
 ):

@@ -24,7 +24,7 @@ FORMS = [
     *(("resnet18", {}, layout) for layout in ("torchvision", "lats")),
     ("resnet50", {"classifier_bias": True}, "lats"),
     ("resnet34", {"classifier_bias": True}, None),
-    ("resnet101", {}, None),
+    ("resnet101", {"width": 0.25}, None),
     ("mobilenet-v1", {"width": 0.25}, "lats"),
     *((f"resnet{depth}", {}, "akamaster") for depth in (20, 32, 56)),
     ("vgg16-bn", {}, "torchvision"),
