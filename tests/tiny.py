@@ -1,6 +1,7 @@
 """A data set and a model that train in no time, for the tests of the trainer."""
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,15 @@ def describe(model: Model) -> dict[str, Any]:
     """What `models.describe` gives, of the tiny model under the name that runs have by default."""
     dtype = jnp.dtype(model.dtype).name
     return {"name": "digits-cnn", "num_classes": model.num_classes, "dtype": dtype}
+
+
+def assert_refused(make: Callable[[], Any], words: Iterable[str]) -> None:
+    """Making something is a ValueError of one line, with these words and what is allowed."""
+    with pytest.raises(ValueError, match="allowed") as error:
+        make()
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[int]:

@@ -4,6 +4,7 @@ Here belong the kinds of nodes and what each does to a channel of which the valu
 nodes an architecture has is in `wiring.py`; what is cut, in `compaction.py`.
 """
 
+import abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ Mask = np.ndarray
 
 
 @dataclass(frozen=True)
-class Node:
+class Node(abc.ABC):
     """Something that makes channels of those of its sources.
 
     Attributes:
@@ -33,9 +34,9 @@ class Node:
     sources: tuple[str, ...]
     channels: int
 
+    @abc.abstractmethod
     def constants(self, inputs: Sequence[Vector], arrays: Arrays) -> Vector:
         """The values of its channels, from those of its sources."""
-        raise NotImplementedError
 
     def reads(self, live: Mask, arrays: Arrays, channels: int) -> Mask:
         """Which of the ``channels`` of a source it reads for those of its own that are live."""

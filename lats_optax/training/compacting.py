@@ -87,7 +87,7 @@ def build(request: Request) -> Compaction:
             f"which rounding does not explain (allowed: {limit:g})"
         )
     counts = (_operations(saved), _operations(small))
-    return Compaction(report, small, counts, difference, _file(path, saved))
+    return Compaction(report, small, counts, difference, ModelFile.written(path, saved.variables))
 
 
 def report_on(found: Compaction, out: Path) -> str:
@@ -108,7 +108,7 @@ def report_on(found: Compaction, out: Path) -> str:
         f"multiply-adds  {before:,} -> {after:,} for an image, {after / before:.1%}",
         f"outputs        equal to {found.difference:.1e} of the largest, on random images",
         f"before         {found.before}",
-        f"written        {_file(out, found.small)}",
+        f"written        {ModelFile.written(out, found.small.variables)}",
     ]
     return "\n".join(lines)
 
@@ -125,8 +125,3 @@ def _operations(saved: SavedModel) -> int:
 
 def _evaluation(model: nn.Module) -> Any:
     return partial(model.apply, train=False)
-
-
-def _file(path: Path, saved: SavedModel) -> ModelFile:
-    dense = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(saved.variables))
-    return ModelFile(path, path.stat().st_size, dense)

@@ -73,6 +73,20 @@ class Experiment:
         """Steps of the whole run."""
         return self.config.total_epochs * self.steps_per_epoch
 
+    @property
+    def pruned(self) -> Callable[[Any], Any] | None:
+        """The mask of what is pruned; None in a dense run."""
+        return self.optimizer.mask if self.config.prune.enabled else None
+
+    def train_batches(self) -> data.Batches:
+        """The training images of this process, from the first epoch on."""
+        return self.dataset.train_batches(
+            self.parallel.host_batch_size(self.config.data.batch_size),
+            seed=self.config.seed,
+            shard_index=self.parallel.process_index,
+            shard_count=self.parallel.process_count,
+        )
+
     def step_after(self, step: int) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
         """What takes the next step when `step` of them are done."""
         search_steps = self.optimizer.search_steps

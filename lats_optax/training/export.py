@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.core import unfreeze
 
@@ -43,7 +44,7 @@ class SavedModel(NamedTuple):
 
 
 class ModelFile(NamedTuple):
-    """A model file that was written.
+    """A model file, and how large it is.
 
     Attributes:
       path: of the file.
@@ -54,6 +55,12 @@ class ModelFile(NamedTuple):
     path: Path
     size: int
     dense_size: int
+
+    @staticmethod
+    def written(path: Path, arrays: Any) -> "ModelFile":
+        """The file at a path, which holds a pytree of arrays."""
+        dense = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(arrays))
+        return ModelFile(path, path.stat().st_size, dense)
 
     def __str__(self) -> str:
         """The path, the size, and what part of the dense size that is."""

@@ -99,7 +99,7 @@ def fit(experiment: Experiment) -> RunResult:
       KeyboardInterrupt: after the checkpoint.
     """
     started = time.perf_counter()
-    config, parallel, dataset = experiment.config, experiment.parallel, experiment.dataset
+    config, parallel = experiment.config, experiment.parallel
     parallel.barrier("all have looked into the work directory")
     if parallel.is_primary:
         workdir.prepare(config)
@@ -107,14 +107,9 @@ def fit(experiment: Experiment) -> RunResult:
             save_model(config.workdir / workdir.INITIAL, *initial)
     parallel.barrier("the work directory is ready")
 
-    batches = dataset.train_batches(
-        parallel.host_batch_size(config.data.batch_size),
-        seed=config.seed,
-        shard_index=parallel.process_index,
-        shard_count=parallel.process_count,
-    )
+    batches = experiment.train_batches()
     state, step, skipped_before = initial_state(experiment), 0, 0
-    mask = experiment.optimizer.mask if config.prune.enabled else None
+    mask = experiment.pruned
     # Of the weights at the last evaluation; before the first, of the initial ones.
     support = [] if mask is None else statistics.support_bits(state.params, mask)
 
@@ -208,8 +203,7 @@ def evaluate_all(experiment: Experiment, state: TrainState) -> dict[str, dict[st
     """What `evaluate` gives: `test` for the weights, `test_average` for those averaged, if any."""
     found = {"test": evaluate(experiment, state)}
     if experiment.config.average_decay is not None:
-        mask = experiment.optimizer.mask if experiment.config.prune.enabled else None
-        found["test_average"] = evaluate(experiment, averaged(state, mask))
+        found["test_average"] = evaluate(experiment, averaged(state, experiment.pruned))
     return found
 
 
@@ -228,9 +222,7 @@ def evaluate(experiment: Experiment, state: TrainState) -> dict[str, float]:
         shard_index=parallel.process_index,
         shard_count=parallel.process_count,
     )
-    # Fetched in turn, two behind: batches that all wait for the devices would fill their memory.
-    evaluated = (experiment.eval_step(state, parallel.shard(batch)) for batch in batches)
-    sums = [jax.device_get(batch_sums) for batch_sums in ahead(evaluated)]
+    sums = parallel.sums(experiment.eval_step, state, batches)
     totals = {name: math.fsum(batch[name] for batch in sums) for name in sums[0]}
     if not totals["weight"]:
         name = experiment.dataset.name
@@ -253,8 +245,7 @@ def _write_models(
         exact = lats_optax.finalize(state.params, state.opt_state, operator=optimizer.groups)
         states["test"] = state._replace(params=exact)
     if "test_average" in test:
-        mask = optimizer.mask if config.prune.enabled else None
-        states["test_average"] = averaged(state, mask)
+        states["test_average"] = averaged(state, experiment.pruned)
     files = {}
     for split, of in states.items():
         path = config.workdir / (workdir.MODEL if split == "test" else workdir.AVERAGED)
@@ -268,8 +259,7 @@ def _write_models(
             save_model(path, experiment.model, variables, experiment.dataset.image_shape, told)
         else:  # which no description could build again
             lats_optax.save_sparse(path, variables, told)
-        dense_size = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
-        files[split] = ModelFile(path, path.stat().st_size, dense_size)
+        files[split] = ModelFile.written(path, variables)
     return files
 
 

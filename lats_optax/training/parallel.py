@@ -148,6 +148,19 @@ class DataParallel:
 
         return self._pmap(replica)
 
+    def sums(
+        self,
+        step: Callable[[Any, Any], Any],
+        state: Any,
+        batches: Iterable[dict[str, np.ndarray]],
+    ) -> list[Any]:
+        """What a step of `eval_step` gives for each batch of this process, on the host.
+
+        Fetched in turn, two behind: batches that all wait for the devices would fill their memory.
+        """
+        taken = (step(state, self.shard(batch)) for batch in batches)
+        return [jax.device_get(found) for found in ahead(taken)]
+
     def total(self, count: int) -> int:
         """The sum of every process's count; all of them have to ask for it."""
         if self.process_count == 1:

@@ -6,8 +6,7 @@ import itertools
 import jax
 
 from lats_optax.training.experiment import Experiment
-from lats_optax.training.parallel import ahead
-from lats_optax.training.step import Batch, TrainState, averaged
+from lats_optax.training.step import TrainState, averaged
 
 
 def recalibrated(experiment: Experiment, state: TrainState) -> TrainState:
@@ -29,8 +28,7 @@ def recalibrated(experiment: Experiment, state: TrainState) -> TrainState:
     count = experiment.config.recalibration_batches
     if not count or not jax.tree.leaves(state.batch_stats):
         return state
-    mask = experiment.optimizer.mask if experiment.config.prune.enabled else None
-    states = [state, averaged(state, mask)] if state.average else [state]
+    states = [state, averaged(state, experiment.pruned)] if state.average else [state]
     stats = [_estimate(experiment, of, count) for of in states]
     state = state._replace(batch_stats=stats[0])
     if state.average:
@@ -39,21 +37,10 @@ def recalibrated(experiment: Experiment, state: TrainState) -> TrainState:
 
 
 def _estimate(experiment: Experiment, state: TrainState, count: int) -> dict[str, jax.Array]:
-    config, parallel = experiment.config, experiment.parallel
-    batches = experiment.dataset.train_batches(
-        parallel.host_batch_size(config.data.batch_size),
-        seed=config.seed,
-        shard_index=parallel.process_index,
-        shard_count=parallel.process_count,
-    )
-    with contextlib.closing(batches):
-        sent = (parallel.shard(batch) for batch in itertools.islice(batches, count))
-        found = [_sums(experiment, state, batch) for batch in ahead(sent)]
+    parallel = experiment.parallel
+    with contextlib.closing(experiment.train_batches()) as batches:
+        first = itertools.islice(batches, count)
+        found = parallel.sums(experiment.statistics_step, state, first)
     total = jax.tree.map(lambda *leaves: sum(leaves), *found)
     means = jax.tree.map(lambda leaf: leaf / total["count"], total["batch_stats"])
     return parallel.replicate(means)
-
-
-def _sums(experiment: Experiment, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
-    # Fetched, so that no more batches wait for the devices than these have memory for.
-    return jax.device_get(experiment.statistics_step(state, batch))
