@@ -109,13 +109,7 @@ def per_layer(sparsities: Mapping[str, float]) -> Distribution:
 
     def distribute(params: Any) -> Any:
         names = masks.paths(params)
-        found = jax.tree.leaves(names)
-        for pattern in patterns:
-            if found and not any(pattern.search(name) for name in found):
-                raise ValueError(
-                    f"sparsities: the expression {pattern.pattern!r} matches no pruned weights; "
-                    f"their paths are {', '.join(found)}"
-                )
+        masks.check_matches("sparsities", patterns, jax.tree.leaves(names), "pruned weights")
 
         def value_of(name: str) -> float:
             for pattern, value in zip(patterns, values):

@@ -71,12 +71,7 @@ def select(
         found = jax.tree.leaves(names)
         # Parameters without leaves are optax's stand-ins (tree.map_params, partition).
         for argument, patterns in (("include", included or []), ("exclude", excluded)):
-            for pattern in patterns:
-                if found and not any(pattern.search(name) for name in found):
-                    raise ValueError(
-                        f"{argument}: the expression {pattern.pattern!r} matches no parameter; "
-                        f"their paths are {', '.join(found)}"
-                    )
+            check_matches(argument, patterns, found, "parameter")
 
         def chosen(name: str, leaf: Any) -> bool:
             base = _matches(included, name) if included is not None else bool(prunable(leaf))
@@ -223,9 +218,7 @@ def resolve(mask: MaskOrFunction, params: Any) -> Mask:
       >>> resolve({"encoder": True, "head": False}, {"encoder": [1.0, 2.0], "head": [3.0]})
       {'encoder': [True, True], 'head': [False]}
     """
-    # A tree of bools may be callable too, such as an Equinox module.
-    leaves = jax.tree.leaves(mask)
-    tree = mask(params) if leaves and all(map(callable, leaves)) else mask
+    tree = mask(params) if is_function(mask) else mask
     if not jax.tree.leaves(params):
         return jax.tree.map(lambda _: False, params)
     full = spread("mask", tree, params)
@@ -233,6 +226,17 @@ def resolve(mask: MaskOrFunction, params: Any) -> Mask:
         if np.ndim(leaf) or np.asarray(leaf).dtype != bool:
             raise ValueError(f"mask: it holds {leaf!r}; allowed are True and False for each leaf")
     return jax.tree.map(bool, full)
+
+
+def is_function(tree: Any) -> bool:
+    """Whether it is a function that makes a tree from parameters, and not such a tree.
+
+    >>> is_function(prunable), is_function({"kernel": True})
+    (True, False)
+    """
+    # A tree of bools may be callable too, such as an Equinox module.
+    leaves = jax.tree.leaves(tree)
+    return bool(leaves) and all(map(callable, leaves))
 
 
 def spread(argument: str, tree: Any, params: Any) -> Any:
@@ -291,6 +295,18 @@ def _some(names: list[str]) -> str:
 def is_dense(node: Any) -> bool:
     """Whether a node of a latent tree stands for a leaf that is not pruned."""
     return isinstance(node, optax.MaskedNode)
+
+
+def check_matches(
+    argument: str, patterns: Iterable[re.Pattern[str]], found: list[str], what: str
+) -> None:
+    """Refuses an expression that matches none of the paths, if there are any."""
+    for pattern in patterns:
+        if found and not any(pattern.search(name) for name in found):
+            raise ValueError(
+                f"{argument}: the expression {pattern.pattern!r} matches no {what}; their paths "
+                f"are {', '.join(found)}"
+            )
 
 
 def compile_expressions(argument: str, patterns: str | Iterable[str]) -> list[re.Pattern[str]]:

@@ -330,10 +330,9 @@ def _count_below(
 
 def _checked(target: Any) -> Any:
     """A target as far as it can be checked before there are parameters."""
-    given = jax.tree.leaves(target)
-    if given and all(map(callable, given)):
+    if masks.is_function(target):
         return target
-    for value in given or [target]:
+    for value in jax.tree.leaves(target) or [target]:
         check_sparsity("target", value)
     return float(target) if is_number(target) else target
 
@@ -348,8 +347,7 @@ def _ranks(target: Any, latent: Any, magnitude: Magnitude) -> Any:
     if isinstance(target, float):
         total = sum(sizes)
         return max(min(round(target * total), total - max(largest, default=1)), 0)
-    given = jax.tree.leaves(target)
-    tree = target(latent) if given and all(map(callable, given)) else target
+    tree = target(latent) if masks.is_function(target) else target
     targets = jax.tree.leaves(masks.spread("target", tree, latent)) if sizes else []
     names = jax.tree.leaves(masks.paths(latent))
     return [

@@ -291,9 +291,7 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
     def init(params: Any) -> KeepSupportState:
         if not jax.tree.leaves(params):
             return KeepSupportState(jax.tree.map(lambda leaf: leaf, params))
-        # A tree of bools may be callable too, such as an Equinox module.
-        leaves = jax.tree.leaves(support)
-        kept = support(params) if leaves and all(map(callable, leaves)) else support
+        kept = support(params) if masks.is_function(support) else support
         return KeepSupportState(masks.spread_support(kept, params))
 
     def update(
