@@ -30,7 +30,7 @@ import optax
 
 import lats_optax
 from benchmarks import shapes
-from lats_optax.target import kth_smallest
+from lats_optax.quantile import kth_smallest
 
 STEPS = 450_000  # 90 epochs of ImageNet at batch 256: the default update_every is then 1000
 UPDATE_EVERY = 1000

@@ -35,7 +35,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lats_optax.target import default_update_every, kth_smallest
+from lats_optax.quantile import kth_smallest
+from lats_optax.target import default_update_every
 from lats_optax.training import experiment
 from lats_optax.training.config import (
     DataConfig,

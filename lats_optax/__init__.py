@@ -1,14 +1,17 @@
 """Soft threshold pruning for optax: the public optimizer API (jax and optax alone)."""
 
 from lats_optax import groups, prox
+from lats_optax.controllers import Controller
 from lats_optax.distributions import Distribution, erdos_renyi, per_layer, uniform
 from lats_optax.files import load_sparse, read_metadata, save_sparse
 from lats_optax.finalize import finalize
+from lats_optax.laws import Law, constant_l1, sparsity_curve, threshold_curve
 from lats_optax.masks import prunable, restrict, select, support
 from lats_optax.operations import OperationsReport, ParameterOperations, count_operations
+from lats_optax.operators import Elementwise, GroupOperator, Operator
 from lats_optax.phases import freeze, prune_at_initialization
 from lats_optax.sparsity import LayerSparsity, SparsityReport, sparsity
-from lats_optax.target import ClosedLoop, TargetSparsityState, target_sparsity
+from lats_optax.target import TargetSparsity, TargetSparsityState, target_sparsity
 from lats_optax.thresholds import (
     ThresholdSchedule,
     epoch_lats_threshold,
@@ -30,17 +33,23 @@ from lats_optax.transforms import (
 __version__ = "0.1.0"
 
 __all__ = [
-    "ClosedLoop",
+    "Controller",
     "Distribution",
+    "Elementwise",
+    "GroupOperator",
     "KeepSupportState",
+    "Law",
     "LayerSparsity",
     "OperationsReport",
+    "Operator",
     "ParameterOperations",
     "ProximalStepState",
     "SoftThresholdState",
     "SparsityReport",
+    "TargetSparsity",
     "TargetSparsityState",
     "ThresholdSchedule",
+    "constant_l1",
     "count_operations",
     "epoch_lats_threshold",
     "erdos_renyi",
@@ -64,8 +73,10 @@ __all__ = [
     "select",
     "soft_threshold",
     "sparsity",
+    "sparsity_curve",
     "support",
     "target_sparsity",
+    "threshold_curve",
     "threshold_from_l1",
     "uniform",
 ]

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lats_optax import masks, prox
-from lats_optax.leaves import at_least_float32
-from lats_optax.prox import Operator
+from lats_optax import masks
+from lats_optax.leaves import compute_dtype
+from lats_optax.operators import Operator
+from lats_optax.prox import prox_l1, prox_power
 from lats_optax.transforms import SoftThresholdState
 
 
@@ -17,7 +18,7 @@ def finalize(
 ) -> Any:
     """The sparse weights that a training state stands for, after a check that ``params`` are its.
 
-    ``w = S_d(theta)`` where a weight is pruned, and what ``params`` has elsewhere. With
+    ``w = P_d(theta)`` where a weight is pruned, and what ``params`` has elsewhere. With
     ``average``: the averaged weights, restricted to the support of w.
 
     Adding an update to a parameter rounds, so ``params`` may be an ulp away from w; their zeros
@@ -31,17 +32,19 @@ def finalize(
         ``inject_hyperparams``, ``flax.nnx.Optimizer``; or such a state as a checkpoint gives it
         back without its types, in dicts and lists.
       average: averaged parameters (EMA), a pytree like ``params``.
-      operator: the proximal operator that ``soft_threshold`` was given. Default (None):
-        :func:`lats_optax.prox.prox_l1`. Where several states have one each (``optax.partition``):
-        a tree of operators like ``params``, or a prefix of it.
+      operator: the proximal operator that ``soft_threshold`` was given. Default (None): the one
+        that it takes by default, ``prox.prox_power(3)`` for a state of ``target_sparsity`` and
+        :data:`lats_optax.prox.prox_l1` otherwise. Where several states have one each
+        (``optax.partition``): a tree of operators like ``params``, or a prefix of it.
 
     Returns:
       A pytree like ``params``, or like ``average`` where that is given. Pruned entries are +0.0.
 
     Raises:
       ValueError: there is no state of ``soft_threshold``; it is that of other parameters; or
-        their zeros differ from its zeros (the message lists the paths and counts); or ``average``
-        or a tree of operators is of another structure or shape.
+        their zeros differ from its zeros (the message lists the paths and counts), or their values
+        from its values, as under another operator; or ``average`` or a tree of operators is of
+        another structure or shape.
 
     Example:
       >>> import jax.numpy as jnp, optax, lats_optax
@@ -67,28 +70,36 @@ def finalize(
             f"opt_state: its latent weights have {', '.join(unknown)}; params has no such path, "
             f"but {', '.join(names)}"
         )
-    weights, alive, differing = [], [], []
+    weights, alive, differing, unequal = [], [], [], []
     for name, w, own in zip(names, jax.tree.leaves(params), operators):
         if name not in latents:
             weights.append(w)
             alive.append(jnp.asarray(True))
             continue
-        theta, d = latents[name]
+        theta, d, default = latents[name]
         if jnp.shape(theta) != jnp.shape(w):
             raise ValueError(
                 f"opt_state: the latent weights {name} have shape {jnp.shape(theta)}; allowed is "
                 f"that of params, {jnp.shape(w)}"
             )
-        exact, only_params, only_state = _exact(w, theta, d, own)
+        exact, only_params, only_state = _exact(w, theta, d, default if own is None else own)
         weights.append(exact)
         alive.append(exact != 0)
         if only_params + only_state:
             differing.append(_difference(name, w.size, only_params, only_state))
+        elif not _is_close(w, exact):
+            unequal.append(name)
     if differing:
         raise ValueError(
             f"params: their zeros are not those of the state: {'; '.join(differing)}. Pass the "
             "parameters as the last update left them, averaged ones as average=, and the operator "
             "of soft_threshold as operator="
+        )
+    if unequal:
+        raise ValueError(
+            f"params: the values of {', '.join(unequal)} are not those of the state. Pass the "
+            "operator of soft_threshold as operator=, and the parameters as the last update left "
+            "them"
         )
     if average is None:
         return jax.tree.unflatten(structure, weights)
@@ -107,12 +118,12 @@ def finalize(
 class _Latent(NamedTuple):
     theta: jax.Array
     threshold: jax.Array
+    operator: Operator
 
 
-def _operators(operator: Operator | Any, params: Any) -> list[Operator]:
-    """The operator of each parameter."""
-    operator = prox.prox_l1 if operator is None else operator
-    if callable(operator):
+def _operators(operator: Operator | Any, params: Any) -> list[Operator | None]:
+    """The operator of each parameter; None: the default of its state."""
+    if operator is None or callable(operator):
         return [operator] * len(jax.tree.leaves(params))
     return jax.tree.leaves(masks.spread("operator", operator, params))
 
@@ -128,16 +139,18 @@ def _latents(opt_state: Any) -> dict[str, _Latent]:
             f"{jax.tree.structure(opt_state)}"
         )
     for state in states:
-        values = state._asdict() if isinstance(state, SoftThresholdState) else state
+        values: Any = state._asdict() if isinstance(state, SoftThresholdState) else state
         (threshold,) = jax.tree.leaves(values["threshold"])
         latent = values["latent"]
+        # A closed loop has a state of its own.
+        default = prox_power(3) if jax.tree.leaves(values.get("control")) else prox_l1
         thetas = jax.tree.leaves(latent)
         # One threshold for all, or one for each layer.
         thresholds = jnp.broadcast_to(threshold, (len(thetas),))
         for name, theta, d in zip(jax.tree.leaves(masks.paths(latent)), thetas, thresholds):
             if name in found:
                 raise ValueError(f"opt_state: two states have latent weights for {name}")
-            found[name] = _Latent(theta, d)
+            found[name] = _Latent(theta, d, default)
     return found
 
 
@@ -148,7 +161,7 @@ def _is_state(node: Any) -> bool:
 
 def _exact(w: Any, theta: Any, d: Any, operator: Operator) -> tuple[jax.Array, int, int]:
     """S_d(theta) with the zeros of w, and how many zeros w alone has and how many theirs alone."""
-    dtype = at_least_float32(jnp.asarray(theta).dtype)
+    dtype = compute_dtype(jnp.asarray(theta).dtype)
     wide, d = jnp.asarray(theta, dtype), jnp.asarray(d, dtype)
     # Compiled elsewhere, the norm of a group may round otherwise: that near to the threshold a
     # weight is what the parameters say.
@@ -160,6 +173,12 @@ def _exact(w: Any, theta: Any, d: Any, operator: Operator) -> tuple[jax.Array, i
     only_params, only_state = (w == 0) & (more != 0), (w != 0) & (fewer == 0)
     exact = jnp.where(w == 0, jnp.zeros_like(z), jnp.where(z == 0, w, z))
     return exact, int(only_params.sum()), int(only_state.sum())
+
+
+def _is_close(w: Any, exact: jax.Array) -> bool:
+    """Whether values are alike but for the rounding of updates; NaN is like nothing."""
+    w, exact = (jnp.asarray(x, compute_dtype(jnp.asarray(x).dtype)) for x in (w, exact))
+    return bool(jnp.sum(jnp.abs(w - exact)) <= 0.02 * jnp.sum(jnp.abs(exact)))
 
 
 def _difference(name: str, size: int, only_params: int, only_state: int) -> str:

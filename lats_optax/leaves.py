@@ -18,7 +18,7 @@ def over_leaves(function: Callable[..., jax.Array], x: Any, strength: Any, **key
     def one(leaf: Any, d: Any) -> jax.Array:
         leaf = as_real(leaf)
         # Sixteen-bit weights are thresholded in float32, so that d is not rounded to their grid.
-        wide = widen(leaf)
+        wide = upcast(leaf)
         d = jnp.asarray(d, wide.dtype)
         check_broadcasts(d, leaf.shape)
         z = function(wide, d, **keywords)
@@ -34,7 +34,7 @@ def over_leaves(function: Callable[..., jax.Array], x: Any, strength: Any, **key
     return jax.tree.map(one, x, strengths)
 
 
-def at_least_float32(dtype: Any) -> Any:
+def compute_dtype(dtype: Any) -> Any:
     """The dtype in which weights of a float dtype are compared with a threshold."""
     # promote_types would refuse sixteen-bit types under strict promotion.
     return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
@@ -48,9 +48,9 @@ def as_real(x: Any) -> jax.Array:
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
 
 
-def widen(x: jax.Array) -> jax.Array:
+def upcast(x: jax.Array) -> jax.Array:
     """A float array in the precision in which it is compared with a threshold."""
-    return x.astype(at_least_float32(x.dtype))
+    return x.astype(compute_dtype(x.dtype))
 
 
 def positive_zero(z: jax.Array) -> jax.Array:

@@ -1,32 +1,40 @@
-"""Proximal operators: pure functions ``(x, strength) -> z`` on arrays and pytrees.
+"""Proximal operators of single weights: ``operator(x, strength) -> z`` on arrays and pytrees.
 
 An operator maps ``x`` to ``argmin_z 1/2 ||z - x||^2 + strength * penalty(z)``. Here belong the
-operators, and for each of them the two facts that pruning needs to know: the *magnitude* of a
-weight (the least strength that sends it to zero) and how to *lift* a weight to a point that the
-operator sends there. Operators of groups by the terms of a layer are in `groups.py`.
+operators between soft and hard thresholding, and the group lasso over axes of an array; groups in
+the terms of a layer are in `groups.py`. What pruning asks of an operator is in `operators.py`.
 """
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lats_optax import groups
-from lats_optax.groups import GroupMagnitude, GroupOperator
-from lats_optax.leaves import as_real, check_not_negative, over_leaves, positive_zero, widen
+from lats_optax.leaves import check_not_negative, positive_zero
+from lats_optax.operators import Elementwise, GroupOperator, Operator
+from lats_optax.thresholds import is_number
+
+__all__ = [
+    "ElasticNet",
+    "Operator",
+    "prox_elastic_net",
+    "prox_firm",
+    "prox_group_lasso",
+    "prox_l0",
+    "prox_l1",
+    "prox_non_negative_l1",
+    "prox_power",
+    "prox_scad",
+]
 
 
-class Operator(Protocol):
-    """A proximal operator: ``operator(x, strength)``, on one array or on a pytree."""
-
-    def __call__(self, x: Any, strength: Any, /) -> Any:
-        """Apply the operator."""
-
-
-def prox_l1(x: Any, strength: Any = 1.0) -> Any:
-    """Soft thresholding, the proximal operator of the L1 norm.
+@dataclass(frozen=True)
+class SoftThreshold(Elementwise):
+    """Soft thresholding, the proximal operator of the L1 norm: ``prox_l1(x, strength=1.0)``.
 
     ``S_d(x) = argmin_z 1/2 (z - x)^2 + d |z| = sign(x) max(|x| - d, 0)``
 
@@ -51,24 +59,25 @@ def prox_l1(x: Any, strength: Any = 1.0) -> Any:
 
     Source: Parikh and Boyd, "Proximal Algorithms" (2014), section 6.5.2.
     """
-    return over_leaves(_soft_threshold, x, strength)
+
+    def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
+        """``sign(x) max(|x| - d, 0)``."""
+        # A comparison, not max(): NaN fails it and passes on. Two selections are cheaper than
+        # sign().
+        return jnp.where(jnp.abs(x) - d <= 0, 0.0, jnp.where(x > 0, x - d, x + d))
+
+    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
+        """``w + d sign(w)``."""
+        return w + d * jnp.sign(w)
 
 
-def prox_non_negative_l1(x: Any, strength: Any = 1.0) -> Any:
+@dataclass(frozen=True)
+class NonNegative(Elementwise):
     """The proximal operator of the L1 norm restricted to the non-negative numbers.
 
-    ``argmin_{z >= 0} 1/2 (z - x)^2 + d z = max(x - d, 0)``
+    ``prox_non_negative_l1(x, d) = argmin_{z >= 0} 1/2 (z - x)^2 + d z = max(x - d, 0)``
 
-    Args:
-      x: a real array, or a pytree of them.
-      strength: d >= 0, as in :func:`prox_l1`.
-
-    Returns:
-      What ``x`` is, with its shapes and dtypes; no entry is negative.
-
-    Raises:
-      ValueError: as :func:`prox_l1`.
-      TypeError: as :func:`prox_l1`.
+    Arguments and errors are those of :data:`prox_l1`; no entry of the result is negative.
 
     Example:
       >>> import jax.numpy as jnp
@@ -77,7 +86,207 @@ def prox_non_negative_l1(x: Any, strength: Any = 1.0) -> Any:
 
     Source: Parikh and Boyd, "Proximal Algorithms" (2014), section 6.5.2.
     """
-    return over_leaves(_non_negative, x, strength)
+
+    def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
+        """``max(x - d, 0)``."""
+        return jnp.where(x - d <= 0, 0.0, x - d)
+
+    def least(self, x: jax.Array) -> jax.Array:
+        """``max(x, 0)``: a negative number goes to zero at once."""
+        return jnp.maximum(x, 0)
+
+    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
+        """``w + d`` where w is positive."""
+        return w + jnp.where(w > 0, d, jnp.zeros_like(d))
+
+
+@dataclass(frozen=True)
+class ElasticNet(Elementwise):
+    """The operator of :func:`prox_elastic_net` with its ``l2``, for ``soft_threshold``.
+
+    Attributes:
+      l2: weight of the quadratic part relative to the L1 part, >= 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> ElasticNet(l2=3.0).preimage(jnp.array([2.0]), 1.0)
+      Array([9.], dtype=float32)
+    """
+
+    l2: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a negative number."""
+        check_not_negative("l2", self.l2)
+
+    def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
+        """``S_d(x) / (1 + d l2)``."""
+        shrunk = prox_l1.shrink(x, d)
+        # An infinite d times an l2 of zero has no value; a zero needs no division.
+        return jnp.where(shrunk == 0, 0.0, positive_zero(shrunk / (1 + d * self.l2)))
+
+    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
+        """``w (1 + d l2) + d sign(w)``."""
+        return w * (1 + d * self.l2) + d * jnp.sign(w)
+
+
+@dataclass(frozen=True)
+class HardThreshold(Elementwise):
+    """Hard thresholding, the proximal operator of the number of non-zeros: ``prox_l0(x, d)``.
+
+    ``argmin_z 1/2 (z - x)^2 + d [z != 0] = x where |x| > sqrt(2 d), else 0``
+
+    The penalty is not convex. Arguments and errors are those of :data:`prox_l1`, with the strength
+    in the units of ``x`` squared. Of the two minimizers at ``|x| = sqrt(2 d)`` it gives the sparse
+    one. ``prox_power(math.inf)`` is the same operator with a threshold in the units of ``x``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> prox_l0(jnp.array([-3.0, 1.0, 2.0]), 0.5)
+      Array([-3.,  0.,  2.], dtype=float32)
+
+    Source: Blumensath and Davies, "Iterative thresholding for sparse approximations" (2008).
+    """
+
+    def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
+        """``x`` where ``x^2 / 2 > d``, else 0."""
+        kept = jnp.where(jnp.isnan(d), d, x)
+        return jnp.where(self.least(x) <= d, 0.0, kept)
+
+    def least(self, x: jax.Array) -> jax.Array:
+        """``x^2 / 2``."""
+        # A square that underflows is still that of a weight which a strength of zero leaves alone.
+        tiny = jnp.finfo(x.dtype).tiny  # type: ignore[no-untyped-call]
+        return jnp.where(x == 0, 0.0, jnp.maximum(jnp.square(x) / 2, tiny))
+
+    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
+        """The weights themselves."""
+        del d
+        return jnp.array(w)
+
+
+@dataclass(frozen=True)
+class PowerThreshold(Elementwise):
+    """The operator that :func:`prox_power` makes."""
+
+    p: float
+
+    def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
+        """``sign(x) (|x|^p - d^p)^(1/p)`` where ``|x| > d``, else 0."""
+        if self.p == 1:
+            return prox_l1.shrink(x, d)
+        size = jnp.abs(x)
+        dead = size - d <= 0
+        if math.isinf(self.p):
+            return jnp.where(dead, 0.0, jnp.where(jnp.isnan(d), d, x))
+        # With r = d / |x| the factor is (1 - r^p)^(1/p). Where r is near 1, 1 - r is taken from
+        # the difference |x| - d, which is exact there; where |x| is infinite that has no value.
+        safe = jnp.where(dead, 1.0, size)
+        r = jnp.where(dead, 0.5, d / safe)
+        excess = jnp.where(jnp.isinf(size), 1 - r, (size - d) / safe)
+        excess = jnp.where(dead, 0.5, excess)
+        if self.p == 3:
+            factor = jnp.cbrt(excess * (1 + r + r * r))
+        else:
+            factor = (-jnp.expm1(self.p * jnp.log1p(-excess))) ** (1 / self.p)
+        return jnp.where(dead, 0.0, x * factor)
+
+    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
+        """``sign(w) (|w|^p + d^p)^(1/p)``."""
+        if math.isinf(self.p):
+            return jnp.where(w == 0, 0.0, jnp.sign(w) * jnp.maximum(jnp.abs(w), d))
+        # Scaled by the larger of the two, so that no power of a small number underflows.
+        larger = jnp.maximum(jnp.abs(w), d)
+        safe = jnp.where(larger == 0, 1.0, larger)
+        ratio = jnp.minimum(jnp.abs(w), d) / safe
+        return jnp.sign(w) * larger * (1 + ratio**self.p) ** (1 / self.p)
+
+
+@dataclass(frozen=True)
+class FirmThreshold(Elementwise):
+    """The operator that :func:`prox_firm` makes."""
+
+    gamma: float
+
+    def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
+        """0 up to d, the identity from ``gamma d`` on, linear in between."""
+        steep = prox_l1.shrink(x, d) * (self.gamma / (self.gamma - 1))
+        return jnp.where(jnp.abs(x) < self.gamma * d, steep, jnp.where(jnp.isnan(d), d, x))
+
+    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
+        """The one point in between that the operator sends to w, or w itself."""
+        between = w * ((self.gamma - 1) / self.gamma) + d * jnp.sign(w)
+        return jnp.where(jnp.abs(w) < self.gamma * d, between, w)
+
+
+@dataclass(frozen=True)
+class ScadThreshold(Elementwise):
+    """The operator that :func:`prox_scad` makes."""
+
+    a: float
+
+    def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
+        """Soft up to ``2 d``, the identity from ``a d`` on, linear in between."""
+        size = jnp.abs(x)
+        between = ((self.a - 1) * x - jnp.sign(x) * (self.a * d)) / (self.a - 2)
+        kept = jnp.where(jnp.isnan(d), d, x)
+        outer = jnp.where(size < self.a * d, between, kept)
+        return jnp.where(size <= 2 * d, prox_l1.shrink(x, d), outer)
+
+    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
+        """The point that the operator sends to w."""
+        size = jnp.abs(w)
+        between = ((self.a - 2) * w + jnp.sign(w) * (self.a * d)) / (self.a - 1)
+        outer = jnp.where(size < self.a * d, between, w)
+        return jnp.where(size <= d, w + d * jnp.sign(w), outer)
+
+
+@dataclass(frozen=True)
+class Axes(GroupOperator):
+    """The operator of :func:`prox_group_lasso` with its ``axes``, for ``soft_threshold``.
+
+    Attributes:
+      shrinkage: what is applied to the root mean square of a group. Default: :data:`prox_l1`.
+      axes: the axes of a leaf that lie within one group; None: all but the last.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> Axes(axes=0).magnitude(jnp.array([[8.0, 1.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]))
+      Array([[4., 1.]], dtype=float32)
+    """
+
+    shrinkage: Elementwise = SoftThreshold()
+    axes: int | Sequence[int] | None = None
+
+    def sums(self, x: jax.Array) -> jax.Array:
+        """The sum over the axes, which are kept."""
+        return jnp.sum(x, axis=self._within(x.ndim), keepdims=True)
+
+    def group_sizes(self, shape: tuple[int, ...]) -> np.ndarray:
+        """One size for all groups."""
+        size = math.prod(shape[axis] for axis in self._within(len(shape)))
+        return np.full((1,) * len(shape), size, np.int32)
+
+    def expand(self, each: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The axes are kept, so the values broadcast as they are."""
+        del shape
+        return each
+
+    def _within(self, ndim: int) -> tuple[int, ...]:
+        if self.axes is None:
+            return tuple(range(ndim - 1))
+        axes = tuple(np.atleast_1d(self.axes).tolist())
+        for axis in axes:
+            if not (isinstance(axis, int) and -ndim <= axis < ndim):
+                raise ValueError(f"axes: {axis} is not an axis of a leaf with {ndim} dimensions")
+        if len({axis % ndim for axis in axes}) != len(axes):
+            raise ValueError(f"axes: {axes} names an axis of a leaf with {ndim} dimensions twice")
+        return tuple(axis % ndim for axis in axes)
+
+
+prox_l1 = SoftThreshold()
+prox_non_negative_l1 = NonNegative()
+prox_l0 = HardThreshold()
 
 
 def prox_elastic_net(x: Any, strength: Any = 1.0, *, l2: float = 1.0) -> Any:
@@ -87,16 +296,17 @@ def prox_elastic_net(x: Any, strength: Any = 1.0, *, l2: float = 1.0) -> Any:
 
     Args:
       x: a real array, or a pytree of them.
-      strength: d >= 0, as in :func:`prox_l1`.
+      strength: d >= 0, as in :data:`prox_l1`.
       l2: weight of the quadratic part relative to the L1 part, >= 0. With scikit-learn's
         ``alpha`` and ``l1_ratio``: ``d = alpha * l1_ratio``, ``l2 = (1 - l1_ratio) / l1_ratio``.
 
     Returns:
-      What ``x`` is, with its shapes and dtypes.
+      What ``x`` is, with its shapes and dtypes. For ``soft_threshold``, write
+      ``operator=prox.ElasticNet(l2)``.
 
     Raises:
-      ValueError: as :func:`prox_l1`, and if ``l2`` is a negative number.
-      TypeError: as :func:`prox_l1`.
+      ValueError: as :data:`prox_l1`, and if ``l2`` is a negative number.
+      TypeError: as :data:`prox_l1`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -105,8 +315,7 @@ def prox_elastic_net(x: Any, strength: Any = 1.0, *, l2: float = 1.0) -> Any:
 
     Source: Zou and Hastie, "Regularization and variable selection via the elastic net" (2005).
     """
-    check_not_negative("l2", l2)
-    return over_leaves(_elastic_net, x, strength, l2=l2)
+    return ElasticNet(l2)(x, strength)
 
 
 def prox_group_lasso(
@@ -127,11 +336,12 @@ def prox_group_lasso(
 
     Returns:
       What ``x`` is, with its shapes and dtypes; whole groups are zero. Squares are summed as they
-      are: in float32 a group whose norm is below about 1e-19 counts as zero.
+      are: in float32 a group whose norm is below about 1e-19 counts as zero. For
+      ``soft_threshold``, write ``operator=prox.Axes(axes=axes)``.
 
     Raises:
-      ValueError: as :func:`prox_l1`, and if a leaf lacks one of ``axes``.
-      TypeError: as :func:`prox_l1`.
+      ValueError: as :data:`prox_l1`, and if a leaf lacks one of ``axes``.
+      TypeError: as :data:`prox_l1`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -145,202 +355,103 @@ def prox_group_lasso(
     Source: Yuan and Lin, "Model selection and estimation in regression with grouped variables"
     (2006), equation 2.4.
     """
-    return groups.Axes(axes)(x, strength)
+    return Axes(axes=axes)(x, strength)
 
 
-def prox_l0(x: Any, strength: Any = 1.0) -> Any:
-    """Hard thresholding, the proximal operator of the number of non-zeros.
+def prox_power(p: float) -> Elementwise:
+    """The power threshold: between soft thresholding (p = 1) and hard (p = inf).
 
-    ``argmin_z 1/2 (z - x)^2 + d [z != 0] = x where |x| > sqrt(2 d), else 0``
+    ``P_d(x) = sign(x) (|x|^p - d^p)^(1/p)`` where ``|x| > d``, else 0.
+
+    It is the proximal operator of the penalty phi with ``phi'(z) = (z^p + d^p)^(1/p) - z`` for
+    z > 0. The slope is d at zero, as that of ``d |z|``, and falls to zero: a large weight is hardly
+    shrunk. For p > 1 phi is concave in |z|, so it is not convex. With p = 3 it is the operator of
+    Feather.
 
     Args:
-      x: a real array, or a pytree of them.
-      strength: d >= 0, as in :func:`prox_l1`, in the units of ``x`` squared.
+      p: 1 <= p <= inf.
 
     Returns:
-      What ``x`` is, with its shapes and dtypes. Of the two minimizers at ``|x| = sqrt(2 d)`` the
-      sparse one.
+      An operator: ``prox_power(3)(x, d)`` on arrays and pytrees, as :data:`prox_l1`.
 
     Raises:
-      ValueError: as :func:`prox_l1`.
-      TypeError: as :func:`prox_l1`.
+      ValueError: ``p`` is not a number in [1, inf].
 
     Example:
       >>> import jax.numpy as jnp
-      >>> prox_l0(jnp.array([-3.0, 1.0, 2.0]), 0.5)
-      Array([-3.,  0.,  2.], dtype=float32)
+      >>> [round(float(z), 3) for z in prox_power(3)(jnp.array([-3.0, 1.0, 1.5]), 1.0)]
+      [-2.962, 0.0, 1.334]
 
-    Source: Blumensath and Davies, "Iterative thresholding for sparse approximations" (2008).
+    Source: Glentis Georgoulakis et al., "Feather: An elegant solution to effective DNN
+    sparsification" (BMVC 2023).
     """
-    return over_leaves(_hard_threshold, x, strength)
+    return PowerThreshold(_above("p", p, 1, inclusive=True, infinite=True))
 
 
-# --- what pruning needs to know of an operator ------------------------------------------------
+def prox_firm(gamma: float = 3.0) -> Elementwise:
+    """The firm threshold, the proximal operator of the minimax concave penalty (MCP).
 
+    0 where ``|x| <= d``; ``sign(x) (|x| - d) gamma / (gamma - 1)`` where ``|x| < gamma d``; else x.
 
-class Rule(NamedTuple):
-    """The magnitude and the lift of an operator, with the operator's own keyword arguments."""
-
-    magnitude: Callable[..., jax.Array] | None
-    lift: Callable[..., jax.Array]
-
-
-def register(
-    operator: Operator,
-    *,
-    magnitude: Callable[..., jax.Array] | None = None,
-    lift: Callable[..., jax.Array] | None = None,
-) -> None:
-    """Tell the library what it needs to know of an operator of your own.
+    The penalty has ``phi'(z) = max(d - z / gamma, 0)`` for z > 0: its slope falls from d to zero at
+    ``gamma d``. It is not convex; its sum with ``1/2 (z - x)^2`` is, because ``gamma > 1``.
 
     Args:
-      operator: the function that is given as ``operator=``, perhaps within a
-        ``functools.partial`` whose keywords are then passed on to the two functions below.
-      magnitude: ``magnitude(x)``: for each entry of an array the least strength that sends it to
-        zero, in the shape of ``x``. ``target_sparsity`` takes its quantile; without it, naming a
-        sparsity is an error.
-      lift: ``lift(w, strength)``: an x with ``operator(x, strength) == w``, where there is one.
-        It gives the first latent weights under a threshold that does not begin at zero. Default:
-        the weights themselves.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> def prox_box(x, strength):
-      ...     return jnp.where(jnp.abs(x) <= strength, 0.0, x)
-      >>> register(prox_box, magnitude=jnp.abs)
-      >>> magnitude(prox_box)(jnp.array([-2.0, 1.0]))
-      Array([2., 1.], dtype=float32)
-    """
-    _RULES[operator] = Rule(magnitude, lift or _keep)
-
-
-def magnitude(operator: Operator) -> Callable[[jax.Array], jax.Array]:
-    """The function that gives, for each weight, the least strength that sends it to zero.
-
-    Args:
-      operator: one of this module's operators, a ``functools.partial`` of one, or an operator
-        that was given to :func:`register`.
+      gamma: where shrinkage ends, in thresholds, > 1. Near 1 it is hard, for inf it is soft.
 
     Returns:
-      A function of one array that returns an array of the same shape, at least float32: in the
-      precision in which the operators compare with the strength.
+      An operator, as :func:`prox_power`.
 
     Raises:
-      ValueError: nothing is known of the operator.
-
-    Example:
-      >>> import functools, jax.numpy as jnp
-      >>> by_column = functools.partial(prox_group_lasso, axes=0)
-      >>> magnitude(by_column)(jnp.array([[8.0], [0.0], [0.0], [0.0]]))
-      Array([[4.],
-             [4.],
-             [4.],
-             [4.]], dtype=float32)
-    """
-    rule, keywords = _rule(operator)
-    if isinstance(rule, GroupOperator):
-        return GroupMagnitude(rule)
-    if rule.magnitude is None:
-        raise ValueError(
-            f"operator: the magnitude of a weight under {operator!r} is not known, so no sparsity "
-            "can be named; tell it with lats_optax.prox.register(operator, magnitude=...)"
-        )
-    least = functools.partial(rule.magnitude, **keywords)
-    # A magnitude rounded to sixteen bits would name a threshold that misses the weight it is of.
-    return lambda x: least(widen(as_real(x)))
-
-
-def lift(operator: Operator) -> Callable[[jax.Array, Any], jax.Array]:
-    """The function ``(w, strength) -> x`` with ``operator(x, strength) == w`` where possible.
-
-    ``w + d sign(w)`` for :func:`prox_l1`: the first latent weights when the threshold does not
-    begin at zero.
-
-    Args:
-      operator: any operator; for one of which nothing is known the weights are left as they are.
-
-    Returns:
-      A function of an array and a scalar that returns an array of the same shape.
+      ValueError: ``gamma`` is not a finite number > 1.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> lift(prox_l1)(jnp.array([-1.0, 0.0, 2.0]), 0.5)
-      Array([-1.5,  0. ,  2.5], dtype=float32)
+      >>> prox_firm(3.0)(jnp.array([-3.0, 1.0, 2.0]), 1.0)
+      Array([-3. ,  0. ,  1.5], dtype=float32)
+
+    Source: Zhang, "Nearly unbiased variable selection under minimax concave penalty" (2010).
     """
-    rule, keywords = _rule(operator)
-    if isinstance(rule, GroupOperator):
-        return rule.lift
-    return functools.partial(rule.lift, **keywords)
+    return FirmThreshold(_above("gamma", gamma, 1))
 
 
-# --- one array ----------------------------------------------------------------------------------
+def prox_scad(a: float = 3.7) -> Elementwise:
+    """The proximal operator of the smoothly clipped absolute deviation penalty (SCAD).
+
+    ``S_d(x)`` where ``|x| <= 2 d``; ``((a - 1) x - sign(x) a d) / (a - 2)`` where ``|x| < a d``;
+    else x.
+
+    The penalty has the slope d up to ``z = d``, then ``(a d - z) / (a - 1)``, and zero from
+    ``a d`` on. It is not convex; its sum with ``1/2 (z - x)^2`` is, because ``a > 2``.
+
+    Args:
+      a: where shrinkage ends, in thresholds, > 2.
+
+    Returns:
+      An operator, as :func:`prox_power`.
+
+    Raises:
+      ValueError: ``a`` is not a finite number > 2.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> prox_scad(3.0)(jnp.array([-4.0, 1.0, 2.0, 2.5]), 1.0)
+      Array([-4.,  0.,  1.,  2.], dtype=float32)
+
+    Source: Fan and Li, "Variable selection via nonconcave penalized likelihood and its oracle
+    properties" (2001).
+    """
+    return ScadThreshold(_above("a", a, 2))
 
 
-def _soft_threshold(x: jax.Array, d: jax.Array) -> jax.Array:
-    # A comparison, not max(): NaN fails it and passes on. Two selections are cheaper than sign().
-    return jnp.where(jnp.abs(x) - d <= 0, 0.0, jnp.where(x > 0, x - d, x + d))
-
-
-def _non_negative(x: jax.Array, d: jax.Array) -> jax.Array:
-    return jnp.where(x - d <= 0, 0.0, x - d)
-
-
-def _elastic_net(x: jax.Array, d: jax.Array, *, l2: float) -> jax.Array:
-    shrunk = _soft_threshold(x, d)
-    # An infinite d times an l2 of zero has no value; a zero needs no division.
-    return jnp.where(shrunk == 0, 0.0, positive_zero(shrunk / (1 + d * l2)))
-
-
-def _hard_threshold(x: jax.Array, d: jax.Array) -> jax.Array:
-    kept = jnp.where(jnp.isnan(d), d, x)
-    return jnp.where(_hard_magnitude(x) <= d, 0.0, kept)
-
-
-# --- magnitudes and lifts -----------------------------------------------------------------------
-
-
-def _elastic_magnitude(x: jax.Array, *, l2: float = 1.0) -> jax.Array:
-    del l2
-    return jnp.abs(x)
-
-
-def _elastic_lift(w: jax.Array, d: Any, *, l2: float = 1.0) -> jax.Array:
-    return w * (1 + d * l2) + d * jnp.sign(w)
-
-
-def _non_negative_magnitude(x: jax.Array) -> jax.Array:
-    return jnp.maximum(x, 0)
-
-
-def _hard_magnitude(x: jax.Array) -> jax.Array:
-    # A square that underflows is still that of a weight which a strength of zero leaves alone.
-    tiny = jnp.finfo(x.dtype).tiny  # type: ignore[no-untyped-call]
-    return jnp.where(x == 0, 0.0, jnp.maximum(jnp.square(x) / 2, tiny))
-
-
-def _keep(w: jax.Array, d: Any, **_: Any) -> jax.Array:
-    del d
-    return jnp.array(w)
-
-
-_RULES: dict[Any, Rule] = {
-    prox_l1: Rule(jnp.abs, lambda w, d: w + d * jnp.sign(w)),
-    prox_non_negative_l1: Rule(
-        _non_negative_magnitude, lambda w, d: w + jnp.where(w > 0, d, jnp.zeros_like(d))
-    ),
-    prox_elastic_net: Rule(_elastic_magnitude, _elastic_lift),
-    prox_l0: Rule(_hard_magnitude, _keep),
-}
-
-
-def _rule(operator: Operator) -> tuple[Rule | GroupOperator, dict[str, Any]]:
-    keywords: dict[str, Any] = {}
-    function: Any = operator
-    while isinstance(function, functools.partial):
-        keywords = {**function.keywords, **keywords}
-        function = function.func
-    if function is prox_group_lasso:
-        function = groups.Axes(**keywords)
-    if isinstance(function, GroupOperator):
-        return function, {}
-    return _RULES.get(function, Rule(None, _keep)), keywords
+def _above(
+    name: str, value: Any, least: int, *, inclusive: bool = False, infinite: bool = False
+) -> float:
+    """A number above a bound, or a ValueError that names the argument."""
+    known = is_number(value)
+    if known and (infinite or math.isfinite(value)):
+        number = float(value)
+        if number > least or (inclusive and number == least):
+            return number
+    allowed = f"numbers {'>=' if inclusive else '>'} {least}{', inf among them' * infinite}"
+    raise ValueError(f"{name}: {value!r} is not allowed; allowed are {allowed}")

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from lats_optax import masks
-from lats_optax.groups import GroupOperator
 from lats_optax.leaves import check_fits
 from lats_optax.masks import MaskOrFunction
+from lats_optax.operators import GroupOperator
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from lats_optax import masks, prox
-from lats_optax.leaves import at_least_float32, check_fits
+from lats_optax import masks
+from lats_optax.controllers import Controller, as_controller, as_schedule
+from lats_optax.leaves import check_fits, compute_dtype
 from lats_optax.masks import MaskOrFunction, is_dense
-from lats_optax.prox import Operator
-from lats_optax.target import ClosedLoop
-from lats_optax.thresholds import (
-    ScalarOrSchedule,
-    ThresholdSchedule,
-    check_steps,
-    check_threshold,
-)
+from lats_optax.operators import Operator, as_operator
+from lats_optax.prox import prox_l1
+from lats_optax.thresholds import ScalarOrSchedule, check_steps, is_number
 
 
 class SoftThresholdState(NamedTuple):
@@ -60,21 +56,26 @@ class KeepSupportState(NamedTuple):
 
 
 def soft_threshold(
-    threshold: ScalarOrSchedule | ClosedLoop,
+    threshold: ScalarOrSchedule | Controller,
     *,
     inner: optax.GradientTransformation | None = None,
     mask: MaskOrFunction | None = None,
     operator: Operator | None = None,
     latent_dtype: Any = None,
+    pruned_scale: float = 1.0,
     freeze_after: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Soft threshold pruning: the model runs on S_d(theta), the optimizer moves theta.
+    """Threshold pruning: the model runs on P_d(theta), the optimizer moves theta.
 
-    ``theta' = theta + update``, ``w' = S_{d(t+1)}(theta')``, with S_d soft thresholding. Chained
-    last, behind any optimizer; the parameters are then exactly sparse after every step::
+    ``theta' = theta + update``, ``w' = P_{d(t+1)}(theta')``, where P_d is a threshold operator:
+    soft thresholding, or one between soft and hard. Chained last, behind any optimizer; the
+    parameters are then exactly sparse after every step::
 
-        tx = optax.chain(optax.sgd(lr, momentum=0.9),
-                         soft_threshold(target_sparsity(0.95, lr, steps)))
+        tx = optax.chain(optax.adamw(lr), soft_threshold(target_sparsity(0.95, lr, steps)))
+
+    A method is a choice of ``operator``, of the law of ``threshold``, of ``pruned_scale`` and of
+    what happens at the end (the law's ``reach``, ``freeze_after``). The defaults under
+    ``target_sparsity`` are the recommended method; under a threshold schedule they are the paper's.
 
     ``optax.inject_hyperparams(soft_threshold)(threshold=0.1)`` lets a number be changed between
     steps. It takes every function for a schedule, calls schedules before a step and not after it,
@@ -85,8 +86,9 @@ def soft_threshold(
       threshold: d in the units of the weights: a number, an optax schedule ``count -> d``, or a
         closed loop such as :func:`lats_optax.target_sparsity`. After step t (counted from 0) the
         threshold is ``threshold(t + 1)``; ``threshold(0)`` is the one before the first step, and
-        where it is not zero the first latent weights are lifted, ``theta = w + d sign(w)``, so
-        that the given parameters are what the model starts from.
+        where it is not zero the first latent weights are the operator's preimage of the
+        parameters, ``theta = w + d sign(w)`` for soft thresholding, so that the given parameters
+        are what the model starts from.
       inner: an optimizer that is given theta as its parameters; the updates that arrive are then
         gradients. Weight decay in it acts on theta, as in the published code. Without it the
         updates that arrive are applied to theta as they are, and weight decay chained before acts
@@ -94,15 +96,19 @@ def soft_threshold(
       mask: which leaves to prune: a pytree of bools that matches the parameters, or a function
         that makes one from them. Default (None): :func:`lats_optax.prunable`. The other leaves
         get the update as it comes and take no memory.
-      operator: the proximal operator. Default (None): :func:`lats_optax.prox.prox_l1`. For whole
-        channels, filters or blocks: one of :mod:`lats_optax.groups`.
+      operator: the proximal operator, or a plain function ``(x, d) -> z`` where no sparsity is
+        named. Default (None): ``prox.prox_power(3)`` under ``target_sparsity``, and
+        :data:`lats_optax.prox.prox_l1` under a number or a schedule. For whole channels, filters or
+        blocks: one of :mod:`lats_optax.groups`.
       latent_dtype: float type of theta. Default (None): that of each parameter. ``jnp.float32``
         under bfloat16 parameters is mixed precision.
+      pruned_scale: factor in [0, 1] on the update of a weight that is pruned, w = 0. 1: it moves as
+        all others do (straight-through). 0: it stays where it is, as in gradual magnitude pruning.
       freeze_after: number k of steps after which the support is frozen: zeros stay zero, and the
-        survivors train on without shrinkage, under a threshold of zero (early pruning). A
-        :func:`lats_optax.target_sparsity` reaches its target at its last step and at no other, so
-        with one k is its ``steps``. A schedule of this library, which names no sparsity, may be cut
-        short: k is at most its ``steps``. Of a number or any other schedule no end is known.
+        survivors train on without shrinkage, under a threshold of zero (early pruning). Under a
+        :func:`lats_optax.target_sparsity` k is at least ``reach * steps``, where its target is met.
+        Under a schedule of this library k is at most its ``steps``. Of a number or any other
+        schedule no end is known.
 
     Returns:
       A gradient transformation with state :class:`SoftThresholdState`; read the current threshold
@@ -110,7 +116,8 @@ def soft_threshold(
 
     Raises:
       ValueError: a threshold that is negative or not finite (a schedule is asked for count 0),
-        ``freeze_after`` < 1 or not within the steps of the threshold; from ``init``, a mask of
+        ``freeze_after`` < 1 or not within the steps of the threshold, ``pruned_scale`` outside
+        [0, 1]; ``target_sparsity`` with an operator of unknown magnitude; from ``init``, a mask of
         another structure, or one that selects integer or complex parameters, or parameters that
         lack the axes of the operator's groups; from ``update``, ``params=None``.
 
@@ -126,16 +133,18 @@ def soft_threshold(
       >>> float(optax.tree.get(state, "threshold"))
       0.5
 
-    Source: Chen et al., "A Unified Framework for Soft Threshold Pruning" (ICLR 2023), algorithm 1.
+    Source: Chen et al., "A Unified Framework for Soft Threshold Pruning" (ICLR 2023), algorithm 1;
+    for other operators, Glentis Georgoulakis et al., "Feather" (BMVC 2023).
     """
-    operator = prox.prox_l1 if operator is None else operator
     mask = masks.prunable if mask is None else mask
-    control = threshold if isinstance(threshold, ClosedLoop) else _open_loop(threshold)
-    magnitude = prox.magnitude(operator) if isinstance(threshold, ClosedLoop) else jnp.abs
     if latent_dtype is not None and not jnp.issubdtype(latent_dtype, jnp.floating):
         raise ValueError(f"latent_dtype: {latent_dtype} is not a float type")
     if freeze_after is not None:
-        freeze_after = _check_freeze(freeze_after, threshold)
+        freeze_after = check_steps(freeze_after, "freeze_after")
+    pruned_scale = _check_fraction("pruned_scale", pruned_scale)
+    controller = as_controller(threshold)
+    operator = controller.default_operator if operator is None else as_operator(operator)
+    controller = controller.prepared(operator, freeze_after)
     inner = None if inner is None else optax.with_extra_args_support(inner)
 
     def init(params: Any) -> SoftThresholdState:
@@ -144,14 +153,14 @@ def soft_threshold(
             _pruned(params, mask, operator),
             params,
         )
-        first, control_state = control.init(pruned, magnitude)
+        first, control_state = controller.init(pruned, operator)
 
         def latent_of(leaf: jax.Array, d: jax.Array) -> jax.Array:
             dtype = leaf.dtype if latent_dtype is None else latent_dtype
-            wide = leaf.astype(at_least_float32(dtype))
-            return prox.lift(operator)(wide, d.astype(wide.dtype)).astype(dtype)
+            wide = leaf.astype(compute_dtype(dtype))
+            return operator.preimage(wide, d.astype(wide.dtype)).astype(dtype)
 
-        latent = _map_pruned(latent_of, pruned, spread_threshold(first, pruned))
+        latent = _map_pruned(latent_of, pruned, expand_threshold(first, pruned))
         inner_state = () if inner is None else inner.init(_where_latent(latent, params))
         return SoftThresholdState(
             jnp.zeros((), jnp.int32), first, latent, control_state, inner_state
@@ -168,16 +177,21 @@ def soft_threshold(
             latent = _map_pruned(
                 lambda theta, d: jnp.where(frozen, operator(theta, d), theta),
                 latent,
-                spread_threshold(state.threshold, latent),
+                expand_threshold(state.threshold, latent),
             )
         inner_state = state.inner_state
         if inner is not None:
             updates, inner_state = inner.update(
                 updates, inner_state, _where_latent(latent, params), **extra_args
             )
-        moved = _map_pruned(lambda theta, u: _move(theta, u, frozen), latent, updates)
-        after, control_state = control.update(
-            state.count, state.threshold, state.control, moved, magnitude
+        moved = _map_pruned(
+            lambda theta, u, w: _move(theta, _scaled(u, w, pruned_scale), frozen),
+            latent,
+            updates,
+            params,
+        )
+        after, control_state = controller.update(
+            state.count, state.threshold, state.control, moved, operator
         )
         if frozen is not None:
             after = jnp.where(frozen, 0.0, after)
@@ -186,7 +200,7 @@ def soft_threshold(
                 u if is_dense(theta) else _living_difference(operator(theta, d), w, u)
             ),
             moved,
-            spread_threshold(after, moved),
+            expand_threshold(after, moved),
             updates,
             params,
             is_leaf=is_dense,
@@ -234,9 +248,9 @@ def proximal_step(
 
     Source: Beck and Teboulle, "A fast iterative shrinkage-thresholding algorithm" (2009).
     """
-    operator = prox.prox_l1 if operator is None else operator
+    operator = prox_l1 if operator is None else as_operator(operator)
     mask = masks.prunable if mask is None else mask
-    schedule = _schedule("strength", strength)
+    schedule = as_schedule("strength", strength)
 
     def init(params: Any) -> ProximalStepState:
         _pruned(params, mask, operator)
@@ -313,8 +327,19 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
 # --- one leaf -----------------------------------------------------------------------------------
 
 
+def _scaled(update: Any, w: jax.Array, pruned_scale: float) -> Any:
+    """The update, scaled where the weight is pruned."""
+    return update if pruned_scale == 1 else jnp.where(w == 0, pruned_scale * update, update)
+
+
+def _check_fraction(name: str, value: Any) -> float:
+    if not (is_number(value) and 0 <= value <= 1):
+        raise ValueError(f"{name}: {value!r} is not allowed; allowed are numbers in [0, 1]")
+    return float(value)
+
+
 def _move(theta: jax.Array, update: Any, frozen: jax.Array | None) -> jax.Array:
-    wide = at_least_float32(theta.dtype)
+    wide = compute_dtype(theta.dtype)
     moved = _rounded(theta.astype(wide) + update.astype(wide), theta.dtype)
     if frozen is None:
         return moved
@@ -326,7 +351,7 @@ def _move(theta: jax.Array, update: Any, frozen: jax.Array | None) -> jax.Array:
 def _difference(target: jax.Array, w: jax.Array, update: Any) -> jax.Array:
     """The update w' - w, such that w + (w' - w) is zero where w' is."""
     dtype = _wider(update, w)
-    wide = at_least_float32(dtype)
+    wide = compute_dtype(dtype)
     target = _rounded(target.astype(wide), w.dtype).astype(wide)
     return _rounded(target - w.astype(wide), dtype)
 
@@ -338,7 +363,7 @@ def _living_difference(target: jax.Array, w: jax.Array, update: Any) -> jax.Arra
     in the latent weights; the next float towards zero leaves one ulp of it.
     """
     difference = _difference(target, w, update)
-    target = _rounded(target.astype(at_least_float32(w.dtype)), w.dtype)
+    target = _rounded(target.astype(compute_dtype(w.dtype)), w.dtype)
     lost = (difference == -w.astype(difference.dtype)) & (target != 0)
     return jnp.where(lost, difference * (1 - _finfo(difference.dtype).eps), difference)
 
@@ -378,7 +403,7 @@ def _map_pruned(function: Callable[..., Any], latent: Any, *rest: Any) -> Any:
     )
 
 
-def spread_threshold(threshold: jax.Array, latent: Any) -> Any:
+def expand_threshold(threshold: jax.Array, latent: Any) -> Any:
     """The threshold of each pruned leaf, in a tree like the latent weights.
 
     Args:
@@ -389,7 +414,7 @@ def spread_threshold(threshold: jax.Array, latent: Any) -> Any:
       A pytree of scalars, with `optax.MaskedNode` where ``latent`` has it.
 
     Example:
-      >>> spread_threshold(jnp.array([0.5, 2.0]), {"a": jnp.ones(3), "b": jnp.ones(4)})
+      >>> expand_threshold(jnp.array([0.5, 2.0]), {"a": jnp.ones(3), "b": jnp.ones(4)})
       {'a': Array(0.5, dtype=float32), 'b': Array(2., dtype=float32)}
     """
     if jnp.ndim(threshold) == 0:
@@ -436,41 +461,3 @@ def _require(name: str, params: Any) -> None:
             f"{name}: params is None; call update(updates, state, params) with the current "
             "parameters"
         )
-
-
-# --- thresholds ---------------------------------------------------------------------------------
-
-
-def _check_freeze(freeze_after: Any, threshold: Any) -> int:
-    steps = check_steps(freeze_after, "freeze_after")
-    if isinstance(threshold, ClosedLoop) and threshold.steps not in (None, steps):
-        raise ValueError(
-            f"freeze_after: {steps} is not allowed; allowed is {threshold.steps}, the steps of the "
-            "threshold: its target is reached at the last of them and at no other"
-        )
-    if isinstance(threshold, ThresholdSchedule) and steps > threshold.steps:
-        raise ValueError(
-            f"freeze_after: {steps} is not allowed; allowed are whole numbers up to "
-            f"{threshold.steps}, the steps of the threshold"
-        )
-    return steps
-
-
-def _schedule(name: str, value: ScalarOrSchedule) -> Callable[[Any], jax.Array]:
-    """A number or a schedule, checked as far as it is known, as count -> float array."""
-    first = value(0) if callable(value) else value
-    if not isinstance(first, jax.core.Tracer):
-        check_threshold(name, first)
-    # The default float type is asked for at each call: x64 may be enabled after construction.
-    if callable(value):
-        return lambda count: jnp.asarray(value(count), jnp.result_type(float))
-    return lambda count: jnp.asarray(value, jnp.result_type(float))
-
-
-def _open_loop(threshold: ScalarOrSchedule) -> ClosedLoop:
-    """A schedule in the form of a closed loop that looks at nothing but the count."""
-    schedule = _schedule("threshold", threshold)
-    return ClosedLoop(
-        init=lambda latent, magnitude: (schedule(0), ()),
-        update=lambda count, d, state, latent, magnitude: (schedule(count + 1), state),
-    )

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 
 import lats_optax
-from lats_optax.groups import GroupOperator
 from lats_optax.masks import paths
+from lats_optax.operators import GroupOperator
 from lats_optax.thresholds import tabulate
 from lats_optax.training.config import PruneConfig, TrainConfig
 

@@ -1,0 +1,165 @@
+"""Exact selection of the k-th smallest magnitude, without a sort.
+
+Here belongs the radix selection that the closed loop of `target.py` takes its quantile from.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lats_optax.operators import Operator
+from lats_optax.prox import prox_l1
+
+_DIGIT_BITS = 4
+
+
+def kth_smallest(
+    arrays: Sequence[jax.Array],
+    rank: Any,
+    operator: Operator = prox_l1,
+    *,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """The ``rank``-th smallest magnitude over several arrays, exactly, in a few reads of them.
+
+    A radix selection: non-negative floats are ordered as their bit patterns are, so the answer is
+    built four bits at a time, from the top. A pass counts for each of the 15 candidates of the
+    next digit how many patterns lie below it. It takes eight passes for float32, sixteen for
+    float64. Each reads the arrays once and keeps only counts: nothing is sorted, copied or
+    gathered, and arrays sharded over devices stay where they are.
+
+    Args:
+      arrays: real arrays of any shapes, fewer than 2**32 entries in all.
+      rank: k in 0 … N, a number or a traced integer: the smallest magnitude is the first; for 0 the
+        answer is 0.
+      operator: the operator under which magnitudes are taken. The magnitude of a group is computed
+        once, and counts for all of its weights.
+      dtype: float32 or float64: the type in which magnitudes are compared.
+
+    Returns:
+      A scalar of type ``dtype``. NaN magnitudes count as larger than infinity.
+
+    Raises:
+      ValueError: there are 2**32 entries or more, or ``rank`` is a number that is not in 0 … N.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> kth_smallest([jnp.array([3.0, -1.0]), jnp.array([[2.0]])], 2)
+      Array(2., dtype=float32)
+    """
+    return _select([arrays], [rank], operator, dtype)[0]
+
+
+def kth_smallest_of_each(
+    arrays: Sequence[jax.Array],
+    ranks: Any,
+    operator: Operator = prox_l1,
+    *,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """The ``ranks[i]``-th smallest magnitude of each array by itself, in one loop over them all.
+
+    Args:
+      arrays: real arrays of any shapes, fewer than 2**32 entries each.
+      ranks: one for each array, numbers or a traced vector of integers.
+      operator: as in :func:`kth_smallest`.
+      dtype: as in :func:`kth_smallest`.
+
+    Returns:
+      An array of type ``dtype`` and shape (number of arrays,).
+
+    Raises:
+      ValueError: as :func:`kth_smallest`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> kth_smallest_of_each([jnp.array([3.0, -1.0]), jnp.array([[2.0]])], [2, 1])
+      Array([3., 2.], dtype=float32)
+    """
+    return _select([[array] for array in arrays], ranks, operator, dtype)
+
+
+def _select(
+    lists: Sequence[Sequence[jax.Array]], ranks: Any, operator: Operator, dtype: Any
+) -> jax.Array:
+    """The ``ranks[i]``-th smallest magnitude over the arrays of each list."""
+    _check_ranks(lists, ranks)
+    rows = [[_measured(array, operator) for array in arrays] for arrays in lists]
+    pattern = np.dtype(f"int{jnp.dtype(dtype).itemsize * 8}")
+    bits = pattern.itemsize * 8 - 1  # all but the sign
+    passes = -(-bits // _DIGIT_BITS)
+    digits = jnp.arange(1, 2**_DIGIT_BITS, dtype=pattern)
+    wanted = jnp.asarray(ranks, jnp.uint32)[:, None]
+
+    def one_digit(index: int | jax.Array, found: jax.Array) -> jax.Array:
+        # The last digit has fewer bits left; its surplus candidates lie above the answer.
+        shift = jnp.maximum(bits - _DIGIT_BITS * (index + 1), 0).astype(pattern)
+        # Without the barrier XLA hoists the magnitudes out of the loop, as a copy of all weights.
+        arrays, found = _barrier(([[each.array for each in row] for row in rows], found))
+        pivots = found[:, None] + (digits << shift)[None, :]
+        below = jnp.stack(
+            [
+                _count_below([each._replace(array=a) for each, a in zip(row, leaves)], pivot, dtype)
+                for row, leaves, pivot in zip(rows, arrays, pivots)
+            ]
+        )
+        return found + (jnp.sum(below < wanted, axis=1, dtype=pattern) << shift)
+
+    found = lax.fori_loop(0, passes, one_digit, jnp.zeros(len(rows), pattern))
+    return lax.bitcast_convert_type(found, dtype)
+
+
+def _check_ranks(lists: Sequence[Sequence[jax.Array]], ranks: Any) -> None:
+    for index, arrays in enumerate(lists):
+        size = sum(array.size for array in arrays)
+        if size >= 2**32:
+            raise ValueError(f"arrays: {size} entries are too many to count in 32 bits")
+        rank = ranks[index]
+        if not isinstance(rank, jax.Array) and not 0 <= rank <= size:
+            raise ValueError(f"rank: {rank} is not allowed; allowed are 0 … {size}")
+
+
+class _Measured(NamedTuple):
+    """An array, the map from it to magnitudes, and the number of weights behind each of them."""
+
+    array: jax.Array
+    magnitude: Callable[[jax.Array], jax.Array]
+    sizes: np.ndarray
+
+
+def _measured(array: jax.Array, operator: Operator) -> _Measured:
+    sizes = operator.group_sizes(array.shape)
+    if np.any(sizes != 1):
+        # The magnitudes of groups are few: they are computed once, and not in every pass.
+        return _Measured(operator.magnitude(array), jnp.abs, sizes)
+    return _Measured(array, operator.magnitude, sizes)
+
+
+def _count_below(measured: Sequence[_Measured], pivots: jax.Array, dtype: Any) -> jax.Array:
+    """For each pivot the number of bit patterns below it, in one pass over the arrays."""
+    total = jnp.zeros(pivots.shape, jnp.uint32)
+    for array, magnitude, sizes in measured:
+        # abs: the order of bit patterns holds for a clear sign bit, and a magnitude may be -0.0.
+        magnitudes = jnp.abs(magnitude(array).astype(dtype))
+        patterns = lax.bitcast_convert_type(magnitudes, pivots.dtype)
+        # One reduction with fifteen results is one loop over the array, vectorized; fifteen
+        # reductions would each read it again. Signed integers: unsigned ones are slower on CPUs.
+        below = [(patterns < pivot).astype(jnp.int32) for pivot in pivots]
+        if np.any(sizes != 1):
+            below = [sizes * count for count in below]
+        counts = lax.reduce(
+            below,
+            [np.int32(0)] * len(below),
+            lambda left, right: [a + b for a, b in zip(left, right)],
+            tuple(range(array.ndim)),
+        )
+        total += jnp.stack(counts).astype(jnp.uint32)
+    return total
+
+
+def _barrier(values: Any) -> Any:
+    return lax.optimization_barrier(values)  # type: ignore[no-untyped-call]
