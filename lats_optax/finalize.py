@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from lats_optax import masks
 from lats_optax.leaves import compute_dtype
-from lats_optax.operators import Operator
-from lats_optax.prox import prox_l1, prox_power
+from lats_optax.operators import Operator, as_operator
+from lats_optax.prox import prox_annealed_power, prox_l1
 from lats_optax.transforms import SoftThresholdState
 
 
@@ -33,9 +33,9 @@ def finalize(
         back without its types, in dicts and lists.
       average: averaged parameters (EMA), a pytree like ``params``.
       operator: the proximal operator that ``soft_threshold`` was given. Default (None): the one
-        that it takes by default, ``prox.prox_power(3)`` for a state of ``target_sparsity`` and
-        :data:`lats_optax.prox.prox_l1` otherwise. Where several states have one each
-        (``optax.partition``): a tree of operators like ``params``, or a prefix of it.
+        that it takes by default, ``prox.prox_annealed_power(steps)`` for a state of
+        ``target_sparsity`` and :data:`lats_optax.prox.prox_l1` otherwise. Where several states have
+        one each (``optax.partition``): a tree of operators like ``params``, or a prefix of it.
 
     Returns:
       A pytree like ``params``, or like ``average`` where that is given. Pruned entries are +0.0.
@@ -76,13 +76,15 @@ def finalize(
             weights.append(w)
             alive.append(jnp.asarray(True))
             continue
-        theta, d, default = latents[name]
+        theta, d, default, step = latents[name]
         if jnp.shape(theta) != jnp.shape(w):
             raise ValueError(
                 f"opt_state: the latent weights {name} have shape {jnp.shape(theta)}; allowed is "
                 f"that of params, {jnp.shape(w)}"
             )
-        exact, only_params, only_state = _exact(w, theta, d, default if own is None else own)
+        exact, only_params, only_state = _exact(
+            w, theta, d, (default if own is None else as_operator(own)).at(step)
+        )
         weights.append(exact)
         alive.append(exact != 0)
         if only_params + only_state:
@@ -119,6 +121,21 @@ class _Latent(NamedTuple):
     theta: jax.Array
     threshold: jax.Array
     operator: Operator
+    step: int
+
+
+def _default_operator(control: Any) -> Operator:
+    """The one that `soft_threshold` takes by default, by the state of its controller."""
+    steps = (
+        control.get("steps") if isinstance(control, Mapping) else getattr(control, "steps", None)
+    )
+    return prox_l1 if steps is None else prox_annealed_power(int(_leaf(steps)))
+
+
+def _leaf(node: Any) -> Any:
+    """The only leaf of a node; a checkpoint without types may hold it in a box."""
+    (leaf,) = jax.tree.leaves(node)
+    return leaf
 
 
 def _operators(operator: Operator | Any, params: Any) -> list[Operator | None]:
@@ -140,17 +157,16 @@ def _latents(opt_state: Any) -> dict[str, _Latent]:
         )
     for state in states:
         values: Any = state._asdict() if isinstance(state, SoftThresholdState) else state
-        (threshold,) = jax.tree.leaves(values["threshold"])
+        threshold = _leaf(values["threshold"])
         latent = values["latent"]
-        # A closed loop has a state of its own.
-        default = prox_power(3) if jax.tree.leaves(values.get("control")) else prox_l1
+        default, count = _default_operator(values.get("control")), int(_leaf(values["count"]))
         thetas = jax.tree.leaves(latent)
         # One threshold for all, or one for each layer.
         thresholds = jnp.broadcast_to(threshold, (len(thetas),))
         for name, theta, d in zip(jax.tree.leaves(masks.paths(latent)), thetas, thresholds):
             if name in found:
                 raise ValueError(f"opt_state: two states have latent weights for {name}")
-            found[name] = _Latent(theta, d, default)
+            found[name] = _Latent(theta, d, default, count)
     return found
 
 

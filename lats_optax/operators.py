@@ -5,6 +5,7 @@ operators of groups. The operators themselves are in `prox.py` and `groups.py`.
 """
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeGuard
@@ -19,7 +20,7 @@ from lats_optax import leaves
 class Operator(Protocol):
     """A proximal operator, ``operator(x, d) = argmin_z 1/2 ||z - x||^2 + penalty_d(z)``.
 
-    A class with these four methods can be given wherever the library takes an operator. Most
+    A class with these five methods can be given wherever the library takes an operator. Most
     operators act on each weight by itself and derive from :class:`Elementwise`, which leaves two
     methods to write.
     """
@@ -67,6 +68,14 @@ class Operator(Protocol):
         Returns:
           An array of the shape of ``w``. It is the first latent weight under a threshold that does
           not begin at zero.
+        """
+
+    def at(self, count: Any, /) -> "Operator":
+        """The operator after so many steps: itself, unless it changes with time.
+
+        Args:
+          count: the number of steps taken, an int32 scalar, perhaps traced. What the other methods
+            say of magnitudes and sizes holds at every count.
         """
 
 
@@ -125,6 +134,11 @@ class Elementwise(abc.ABC):
         """One weight for each entry of the magnitude."""
         return np.ones((1,) * len(shape), np.int32)
 
+    def at(self, count: Any) -> "Elementwise":
+        """Itself."""
+        del count
+        return self
+
 
 @dataclass(frozen=True)
 class GroupOperator(abc.ABC):
@@ -169,6 +183,10 @@ class GroupOperator(abc.ABC):
         safe = jnp.where(rms == 0, 1.0, rms)
         growth = jnp.where(rms == 0, 1.0, self.shrinkage.preimage(rms, d) / safe)
         return w * self.expand(growth, w.shape)
+
+    def at(self, count: Any) -> "GroupOperator":
+        """The same groups, with the shrinkage after so many steps."""
+        return dataclasses.replace(self, shrinkage=self.shrinkage.at(count))
 
     def count(self, w: jax.Array) -> tuple[int, jax.Array]:
         """The number of groups of an array, and how many of them are wholly zero, int32."""
@@ -217,6 +235,11 @@ class Values:
         """Not known either; it is asked for after the magnitude alone."""
         return np.ones((1,) * len(shape), np.int32)
 
+    def at(self, count: Any) -> "Values":
+        """Itself."""
+        del count
+        return self
+
     def preimage(self, w: jax.Array, d: Any) -> jax.Array:
         """The weights themselves, which is exact where the threshold begins at zero."""
         del d
@@ -242,4 +265,4 @@ def as_operator(operator: Operator | Callable[[Any, Any], Any]) -> Operator:
 
 
 def _is_operator(operator: Any) -> TypeGuard[Operator]:
-    return all(hasattr(operator, name) for name in ("magnitude", "group_sizes", "preimage"))
+    return all(hasattr(operator, name) for name in ("magnitude", "group_sizes", "preimage", "at"))

@@ -16,11 +16,13 @@ import numpy as np
 
 from lats_optax.leaves import check_not_negative, positive_zero
 from lats_optax.operators import Elementwise, GroupOperator, Operator
-from lats_optax.thresholds import is_number
+from lats_optax.thresholds import check_steps, is_number
 
 __all__ = [
+    "Axes",
     "ElasticNet",
     "Operator",
+    "prox_annealed_power",
     "prox_elastic_net",
     "prox_firm",
     "prox_group_lasso",
@@ -167,39 +169,70 @@ class HardThreshold(Elementwise):
 
 @dataclass(frozen=True)
 class PowerThreshold(Elementwise):
-    """The operator that :func:`prox_power` makes."""
+    """The operator that :func:`prox_power` makes.
 
-    p: float
+    Attributes:
+      p: a number, or a traced scalar in (1, inf).
+    """
+
+    p: Any
 
     def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
         """``sign(x) (|x|^p - d^p)^(1/p)`` where ``|x| > d``, else 0."""
-        if self.p == 1:
+        if self._is(1):
             return prox_l1.shrink(x, d)
         size = jnp.abs(x)
         dead = size - d <= 0
-        if math.isinf(self.p):
-            return jnp.where(dead, 0.0, jnp.where(jnp.isnan(d), d, x))
+        if self._is(math.inf):
+            return jnp.where(dead, 0.0, jnp.where(jnp.isnan(size - d), jnp.nan, x))
         # With r = d / |x| the factor is (1 - r^p)^(1/p). Where r is near 1, 1 - r is taken from
         # the difference |x| - d, which is exact there; where |x| is infinite that has no value.
         safe = jnp.where(dead, 1.0, size)
         r = jnp.where(dead, 0.5, d / safe)
         excess = jnp.where(jnp.isinf(size), 1 - r, (size - d) / safe)
         excess = jnp.where(dead, 0.5, excess)
-        if self.p == 3:
+        if self._is(3):
             factor = jnp.cbrt(excess * (1 + r + r * r))
         else:
-            factor = (-jnp.expm1(self.p * jnp.log1p(-excess))) ** (1 / self.p)
+            p = jnp.asarray(self.p, x.dtype)
+            factor = (-jnp.expm1(p * jnp.log1p(-excess))) ** (1 / p)
         return jnp.where(dead, 0.0, x * factor)
 
     def preimage(self, w: jax.Array, d: Any) -> jax.Array:
         """``sign(w) (|w|^p + d^p)^(1/p)``."""
-        if math.isinf(self.p):
+        if self._is(math.inf):
             return jnp.where(w == 0, 0.0, jnp.sign(w) * jnp.maximum(jnp.abs(w), d))
         # Scaled by the larger of the two, so that no power of a small number underflows.
-        larger = jnp.maximum(jnp.abs(w), d)
+        p, larger = jnp.asarray(self.p, w.dtype), jnp.maximum(jnp.abs(w), d)
         safe = jnp.where(larger == 0, 1.0, larger)
         ratio = jnp.minimum(jnp.abs(w), d) / safe
-        return jnp.sign(w) * larger * (1 + ratio**self.p) ** (1 / self.p)
+        return jnp.sign(w) * larger * (1 + ratio**p) ** (1 / p)
+
+    def _is(self, value: float) -> bool:
+        """Whether p is a number, and this one."""
+        return not isinstance(self.p, jax.Array) and bool(self.p == value)
+
+
+@dataclass(frozen=True)
+class AnnealedPower(Elementwise):
+    """The operator that :func:`prox_annealed_power` makes."""
+
+    first: float
+    last: float
+    steps: int
+
+    def at(self, count: Any) -> PowerThreshold:
+        """The power threshold after so many steps."""
+        x = jnp.clip(jnp.asarray(count) / self.steps, 0.0, 1.0)
+        return PowerThreshold(self.first + (self.last - self.first) * x)
+
+    def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
+        """As at the last step."""
+        return PowerThreshold(self.last).shrink(x, d)
+
+    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
+        """As at the last step."""
+        return PowerThreshold(self.last).preimage(w, d)
 
 
 @dataclass(frozen=True)
@@ -211,7 +244,9 @@ class FirmThreshold(Elementwise):
     def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
         """0 up to d, the identity from ``gamma d`` on, linear in between."""
         steep = prox_l1.shrink(x, d) * (self.gamma / (self.gamma - 1))
-        return jnp.where(jnp.abs(x) < self.gamma * d, steep, jnp.where(jnp.isnan(d), d, x))
+        # NaN, as of inf - inf, passes on; a zero is taken from here, because it has no sign.
+        inside = (jnp.abs(x) < self.gamma * d) | (steep == 0) | jnp.isnan(steep)
+        return jnp.where(inside, steep, x)
 
     def preimage(self, w: jax.Array, d: Any) -> jax.Array:
         """The one point in between that the operator sends to w, or w itself."""
@@ -229,9 +264,9 @@ class ScadThreshold(Elementwise):
         """Soft up to ``2 d``, the identity from ``a d`` on, linear in between."""
         size = jnp.abs(x)
         between = ((self.a - 1) * x - jnp.sign(x) * (self.a * d)) / (self.a - 2)
-        kept = jnp.where(jnp.isnan(d), d, x)
-        outer = jnp.where(size < self.a * d, between, kept)
-        return jnp.where(size <= 2 * d, prox_l1.shrink(x, d), outer)
+        outer = jnp.where(size < self.a * d, between, x)
+        soft = prox_l1.shrink(x, d)
+        return jnp.where((size <= 2 * d) | jnp.isnan(soft), soft, outer)
 
     def preimage(self, w: jax.Array, d: Any) -> jax.Array:
         """The point that the operator sends to w."""
@@ -386,6 +421,38 @@ def prox_power(p: float) -> Elementwise:
     sparsification" (BMVC 2023).
     """
     return PowerThreshold(_above("p", p, 1, inclusive=True, infinite=True))
+
+
+def prox_annealed_power(steps: int, first: float = 1.5, last: float = 6.0) -> Elementwise:
+    """A power threshold whose exponent grows during a run, from nearly soft to nearly hard.
+
+    ``p = first + (last - first) min(t / steps, 1)`` after t steps, in :func:`prox_power`.
+
+    A small exponent lets weights enter and leave the support gently, and shrinks the survivors. A
+    large one leaves them as they are, and makes the support stiff. So a run begins with the first
+    and ends with the second.
+
+    Args:
+      steps: number of optimizer steps over which the exponent grows.
+      first: the exponent before the first step, > 1 and finite.
+      last: the exponent at the end, > 1 and finite.
+
+    Returns:
+      An operator. Outside of a run, ``operator(x, d)`` is that of the last step.
+
+    Raises:
+      ValueError: ``steps`` < 1, or an exponent outside (1, inf).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> operator = prox_annealed_power(steps=100)
+      >>> [round(float(operator.at(count)(jnp.array(1.2), 1.0)), 3) for count in (0, 50, 100)]
+      [0.463, 0.995, 1.121]
+
+    Source: this library; continuation from a convex problem to a non-convex one is the idea of
+    Blake and Zisserman, "Visual Reconstruction" (1987).
+    """
+    return AnnealedPower(_above("first", first, 1), _above("last", last, 1), check_steps(steps))
 
 
 def prox_firm(gamma: float = 3.0) -> Elementwise:

@@ -34,9 +34,9 @@ from jax import lax
 
 from lats_optax import masks
 from lats_optax.distributions import check_sparsity
-from lats_optax.laws import Law, threshold_curve
+from lats_optax.laws import Law, constant_l1
 from lats_optax.operators import Operator
-from lats_optax.prox import prox_power
+from lats_optax.prox import prox_annealed_power
 from lats_optax.quantile import kth_smallest, kth_smallest_of_each
 from lats_optax.thresholds import ScalarOrSchedule, check_steps, is_number, learning_rates
 
@@ -46,8 +46,6 @@ from lats_optax.thresholds import ScalarOrSchedule, check_steps, is_number, lear
 # itself drives the quantile up (channels before normalization).
 _WINDOW = 0.5
 
-_DEFAULT_OPERATOR = prox_power(3)
-
 
 class TargetSparsityState(NamedTuple):
     """The state of the controller, in the shape and the units of the threshold.
@@ -56,11 +54,13 @@ class TargetSparsityState(NamedTuple):
       quantile: q, as of the latest selection.
       first: q_0.
       speed: v, the rise of the quantile per unit of the budget, which is 1 for all K steps.
+      steps: the number of steps of the whole run, int32 scalar.
     """
 
     quantile: jax.Array
     first: jax.Array
     speed: jax.Array
+    steps: jax.Array
 
 
 def target_sparsity(
@@ -69,7 +69,7 @@ def target_sparsity(
     steps: int,
     *,
     law: Law | None = None,
-    reach: float = 0.75,
+    reach: float = 0.5,
     update_every: int | None = None,
 ) -> "TargetSparsity":
     """A threshold that reaches a named sparsity and holds it, without a search for its final value.
@@ -93,10 +93,10 @@ def target_sparsity(
       learning_rate: the optimizer's own, a number or an optax schedule ``count -> eta``. Only its
         proportions count.
       steps: number of optimizer steps of the whole run.
-      law: the way to the target. Default (None): :func:`lats_optax.threshold_curve`, a cubic
-        threshold. Also :func:`lats_optax.sparsity_curve` and :func:`lats_optax.constant_l1`; the
-        last one, with ``reach=1`` and ``operator=prox.prox_l1``, is LATS with a final threshold
-        that is found on the way.
+      law: the way to the target. Default (None): :func:`lats_optax.constant_l1`, in proportion to
+        the learning rate. Also :func:`lats_optax.threshold_curve` and
+        :func:`lats_optax.sparsity_curve`. With ``reach=1`` and ``operator=prox.prox_l1`` the
+        default law is that of LATS, with a final threshold that is found on the way.
       reach: the part of the steps after which the target is met, in (0, 1].
       update_every: the quantile is selected every so many steps, and always where the target is met
         and at the last step. After ``steps`` it is selected at every step. Default: a two-hundredth
@@ -105,8 +105,8 @@ def target_sparsity(
         times the magnitudes of the groups.
 
     Returns:
-      A controller for ``soft_threshold``. Its default operator is ``prox.prox_power(3)``, under
-      which a large weight is hardly shrunk.
+      A controller for ``soft_threshold``. Its default operator is
+      ``prox.prox_annealed_power(steps)``, nearly soft at first and nearly hard at the end.
 
     Raises:
       ValueError: ``target`` outside [0, 1); ``steps`` or ``update_every`` < 1; ``reach`` outside
@@ -134,7 +134,7 @@ def target_sparsity(
     rates = learning_rates(learning_rate, steps)
     return TargetSparsity(
         target=_checked(target),
-        law=threshold_curve() if law is None else law,
+        law=constant_l1() if law is None else law,
         rates=rates,
         horizon=max(round(float(reach) * steps), 1),
         update_every=check_steps(update_every, "update_every"),
@@ -160,7 +160,6 @@ class TargetSparsity:
     horizon: int
     update_every: int
     freeze_after: int | None = None
-    default_operator: Operator = _DEFAULT_OPERATOR
     plan: "Plan" = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -173,6 +172,11 @@ class TargetSparsity:
     def steps(self) -> int:
         """The number of steps of the whole run."""
         return len(self.rates)
+
+    @property
+    def default_operator(self) -> Operator:
+        """The exponent grows over the whole run."""
+        return prox_annealed_power(self.steps)
 
     def prepared(self, operator: Operator, freeze_after: int | None) -> "TargetSparsity":
         """The controller that has met its target where the support is frozen."""
@@ -198,7 +202,8 @@ class TargetSparsity:
         shape = np.shape(_targets(self.target, latent, operator).sizes)
         zero = jnp.zeros(shape, jnp.result_type(float))
         # Copies: the state is donated, and a buffer can be given away once.
-        return zero, TargetSparsityState(zero.copy(), zero.copy(), zero.copy())
+        steps = jnp.asarray(self.steps, jnp.int32)
+        return zero, TargetSparsityState(zero.copy(), zero.copy(), zero.copy(), steps)
 
     def update(
         self,
@@ -314,9 +319,10 @@ def control(
       d_{t+1} and the new state.
 
     Example:
+      >>> from lats_optax import threshold_curve
       >>> plan = Plan.of(threshold_curve(), np.ones(2), due=np.arange(3))
       >>> d = jnp.zeros(())
-      >>> state = TargetSparsityState(d, d, d)
+      >>> state = TargetSparsityState(d, d, d, jnp.asarray(3))
       >>> for t in range(3):
       ...     d, state = control(plan, jnp.asarray(t), d, state, jnp.asarray(0.5 + t))
       ...     print(d)
@@ -341,7 +347,7 @@ def control(
     # Written so that a gain of 1 gives the setpoint itself, which is then the quantile.
     moved = jnp.maximum((1 - gain) * threshold + gain * setpoint, 0.0)  # (5)
     after = jnp.where(count < horizon, moved, quantile)  # (6)
-    return after, TargetSparsityState(quantile, first, speed)
+    return after, TargetSparsityState(quantile, first, speed, state.steps)
 
 
 def default_update_every(steps: int) -> int:

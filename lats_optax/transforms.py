@@ -62,7 +62,7 @@ def soft_threshold(
     mask: MaskOrFunction | None = None,
     operator: Operator | None = None,
     latent_dtype: Any = None,
-    pruned_scale: float = 1.0,
+    pruned_scale: float | None = None,
     freeze_after: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Threshold pruning: the model runs on P_d(theta), the optimizer moves theta.
@@ -97,13 +97,14 @@ def soft_threshold(
         that makes one from them. Default (None): :func:`lats_optax.prunable`. The other leaves
         get the update as it comes and take no memory.
       operator: the proximal operator, or a plain function ``(x, d) -> z`` where no sparsity is
-        named. Default (None): ``prox.prox_power(3)`` under ``target_sparsity``, and
+        named. Default (None): ``prox.prox_annealed_power(steps)`` under ``target_sparsity``, and
         :data:`lats_optax.prox.prox_l1` under a number or a schedule. For whole channels, filters or
         blocks: one of :mod:`lats_optax.groups`.
       latent_dtype: float type of theta. Default (None): that of each parameter. ``jnp.float32``
         under bfloat16 parameters is mixed precision.
-      pruned_scale: factor in [0, 1] on the update of a weight that is pruned, w = 0. 1: it moves as
-        all others do (straight-through). 0: it stays where it is, as in gradual magnitude pruning.
+      pruned_scale: factor in [0, 1] on the update of a weight that is pruned, w = 0. Default
+        (None): 1, it moves as all others do (straight-through). 0: it stays where it is, as in
+        gradual magnitude pruning.
       freeze_after: number k of steps after which the support is frozen: zeros stay zero, and the
         survivors train on without shrinkage, under a threshold of zero (early pruning). Under a
         :func:`lats_optax.target_sparsity` k is at least ``reach * steps``, where its target is met.
@@ -141,7 +142,8 @@ def soft_threshold(
         raise ValueError(f"latent_dtype: {latent_dtype} is not a float type")
     if freeze_after is not None:
         freeze_after = check_steps(freeze_after, "freeze_after")
-    pruned_scale = _check_fraction("pruned_scale", pruned_scale)
+    if pruned_scale is not None and not isinstance(pruned_scale, jax.core.Tracer):
+        pruned_scale = _check_fraction("pruned_scale", pruned_scale)
     controller = as_controller(threshold)
     operator = controller.default_operator if operator is None else as_operator(operator)
     controller = controller.prepared(operator, freeze_after)
@@ -158,7 +160,7 @@ def soft_threshold(
         def latent_of(leaf: jax.Array, d: jax.Array) -> jax.Array:
             dtype = leaf.dtype if latent_dtype is None else latent_dtype
             wide = leaf.astype(compute_dtype(dtype))
-            return operator.preimage(wide, d.astype(wide.dtype)).astype(dtype)
+            return operator.at(0).preimage(wide, d.astype(wide.dtype)).astype(dtype)
 
         latent = _map_pruned(latent_of, pruned, expand_threshold(first, pruned))
         inner_state = () if inner is None else inner.init(_where_latent(latent, params))
@@ -175,7 +177,7 @@ def soft_threshold(
             # Entering the frozen phase theta becomes w, and d becomes 0: w = S_d(theta) holds on.
             frozen = state.count >= freeze_after
             latent = _map_pruned(
-                lambda theta, d: jnp.where(frozen, operator(theta, d), theta),
+                lambda theta, d: jnp.where(frozen, operator.at(state.count)(theta, d), theta),
                 latent,
                 expand_threshold(state.threshold, latent),
             )
@@ -195,9 +197,11 @@ def soft_threshold(
         )
         if frozen is not None:
             after = jnp.where(frozen, 0.0, after)
+        count = optax.safe_increment(state.count)
+        shrink = operator.at(count)
         new_updates = jax.tree.map(
             lambda theta, d, u, w: (
-                u if is_dense(theta) else _living_difference(operator(theta, d), w, u)
+                u if is_dense(theta) else _living_difference(shrink(theta, d), w, u)
             ),
             moved,
             expand_threshold(after, moved),
@@ -205,7 +209,6 @@ def soft_threshold(
             params,
             is_leaf=is_dense,
         )
-        count = optax.safe_increment(state.count)
         return new_updates, SoftThresholdState(count, after, moved, control_state, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -262,14 +265,16 @@ def proximal_step(
         del extra_args
         _require("proximal_step", params)
         current = schedule(state.count)
+        count = optax.safe_increment(state.count)
+        shrink = operator.at(count)
 
         def step(chosen: bool, u: Any, w: jax.Array) -> Any:
             if not chosen:
                 return u
-            return _difference(operator(w + u.astype(w.dtype), current), w, u)
+            return _difference(shrink(w + u.astype(w.dtype), current), w, u)
 
         new_updates = jax.tree.map(step, masks.resolve(mask, params), updates, params)
-        return new_updates, ProximalStepState(optax.safe_increment(state.count))
+        return new_updates, ProximalStepState(count)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -327,9 +332,9 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
 # --- one leaf -----------------------------------------------------------------------------------
 
 
-def _scaled(update: Any, w: jax.Array, pruned_scale: float) -> Any:
+def _scaled(update: Any, w: jax.Array, pruned_scale: float | None) -> Any:
     """The update, scaled where the weight is pruned."""
-    return update if pruned_scale == 1 else jnp.where(w == 0, pruned_scale * update, update)
+    return update if pruned_scale is None else jnp.where(w == 0, pruned_scale * update, update)
 
 
 def _check_fraction(name: str, value: Any) -> float:

@@ -21,16 +21,20 @@ from lats_optax import prox
 
 RATE, MOMENTUM, DECAY = 0.125, 0.5, 0.25
 STEPS, FINAL, TARGET = 6, 0.3, 0.7
+# The law of LATS with its final threshold found on the way.
+TO_THE_END: dict[str, Any] = {"law": lats_optax.constant_l1(), "reach": 1.0}
 
 OPERATORS = {
     "l1": prox.prox_l1,
     "non_negative": prox.prox_non_negative_l1,
-    "elastic_net": functools.partial(prox.prox_elastic_net, l2=0.5),
-    "group": prox.prox_group_lasso,
-    "rows": functools.partial(prox.prox_group_lasso, axes=-1),
+    "elastic_net": prox.ElasticNet(0.5),
+    "group": prox.Axes(),
+    "rows": prox.Axes(axes=-1),
     # Of which no side of a kernel is a multiple.
     "blocks": lats_optax.groups.blocks(4, 3),
     "l0": prox.prox_l0,
+    "power": prox.prox_power(3),
+    "annealed": prox.prox_annealed_power(STEPS, 1.5, 6.0),
 }
 
 
@@ -51,6 +55,7 @@ class Case:
     latent_dtype: Any = None
     freeze_after: int | None = None
     update_every: int = 1
+    pruned_scale: float | None = None
 
     def __str__(self) -> str:
         """Name the arguments that are not the defaults."""
@@ -60,6 +65,7 @@ class Case:
         parts += ["over_float32"] * (self.latent_dtype is not None)
         parts += ["freeze"] * (self.freeze_after is not None)
         parts += [f"every_{self.update_every}"] * (self.update_every != 1)
+        parts += [f"scale_{self.pruned_scale}"] * (self.pruned_scale is not None)
         return "-".join(parts)
 
     @property
@@ -91,10 +97,16 @@ class Case:
             "schedule": optax.linear_schedule(0.0, self.final, STEPS - 1),
             "lats": lats_optax.lats_threshold(cosine, STEPS, self.final),
             "target": lats_optax.target_sparsity(
-                TARGET, cosine, self.steps, update_every=self.update_every
+                TARGET, cosine, self.steps, update_every=self.update_every, **TO_THE_END
             ),
             "layers": lats_optax.target_sparsity(
-                lats_optax.per_layer({"kernel": TARGET, "": 0.5}), cosine, self.steps
+                lats_optax.per_layer({"kernel": TARGET, "": 0.5}), cosine, self.steps, **TO_THE_END
+            ),
+            "held": lats_optax.target_sparsity(
+                TARGET, cosine, STEPS, law=lats_optax.threshold_curve(), update_every=2
+            ),
+            "curve": lats_optax.target_sparsity(
+                TARGET, cosine, STEPS, law=lats_optax.sparsity_curve(), update_every=2
             ),
         }[self.threshold]
 
@@ -112,6 +124,7 @@ class Case:
             inner=inner,
             operator=operator,
             latent_dtype=self.latent_dtype,
+            pruned_scale=self.pruned_scale,
             freeze_after=self.freeze_after,
         )
 
@@ -144,6 +157,11 @@ CASES = [
     ),
     Case(threshold="lats", operator="group", **_BF16),
     Case(threshold="target", update_every=4),
+    Case(threshold="held", operator="annealed"),
+    Case(threshold="held", operator="power", pruned_scale=0.5),
+    Case(threshold="held", freeze_after=4),
+    Case(threshold="curve", operator="power", inner=True),
+    Case(threshold="curve", operator="annealed", pruned_scale=0.0, **_MIXED),
     *(Case(threshold=name, freeze_after=3) for name in ("float", "target")),
     Case(threshold="lats", freeze_after=3, inner=True),
     Case(threshold="schedule", freeze_after=3, **_MIXED),
@@ -159,6 +177,7 @@ FEW = [
     Case(threshold="target", update_every=4, **_MIXED),
     Case(threshold="lats", operator="group", freeze_after=3),
     Case(threshold="layers", freeze_after=4),
+    Case(threshold="held", operator="annealed"),
     Case("proximal_step", threshold="float"),
     Case("keep_support", threshold="none"),
 ]
@@ -249,7 +268,7 @@ def oracle(case: Case, start: Any, slopes: list[Any]) -> list[tuple[Any, Any, fl
         w, theta = dict(w), dict(theta)
         frozen = case.freeze_after is not None and t >= case.freeze_after
         if frozen:
-            theta = {name: shrink(case.operator, theta[name], d) for name in pruned}
+            theta = {name: shrink(case.operator, theta[name], d, t) for name in pruned}
         for name in w:
             seen = theta[name] if case.inner and name in pruned else w[name]
             decayed = slope[name] + (0 if case.narrow else DECAY * seen)
@@ -262,12 +281,14 @@ def oracle(case: Case, start: Any, slopes: list[Any]) -> list[tuple[Any, Any, fl
             elif case.kind == "proximal_step":
                 w[name] = shrink(case.operator, w[name] + moved, threshold_of(case, t, 0.0, []))
             else:
+                scale = 1.0 if case.pruned_scale is None else case.pruned_scale
+                moved = np.where(w[name] == 0, scale, 1.0) * moved
                 moved = _round(theta[name] + moved, kept_in)
                 theta[name] = np.where(frozen & (theta[name] == 0), 0.0, moved)
         if case.kind == "soft_threshold":
             sizes = np.concatenate([magnitude(case.operator, theta[n]).ravel() for n in pruned])
             d = 0.0 if frozen else threshold_of(case, t + 1, d, sizes)
-            w.update({name: shrink(case.operator, theta[name], d) for name in pruned})
+            w.update({name: shrink(case.operator, theta[name], d, t + 1) for name in pruned})
         after.append((w, theta, d))
     return after
 
@@ -281,6 +302,8 @@ def threshold_of(case: Case, t: int, before: float, magnitudes: Any) -> float:
         return case.final * min(t / (STEPS - 1), 1.0)
     if case.threshold == "lats":
         return case.final * sum(rates[:t]) / sum(rates)
+    if case.threshold in ("held", "curve"):
+        return _held(case, t, magnitudes)
     rates = rates[: case.steps]
     if t == 0 or t > case.steps or case.threshold == "none":
         return before
@@ -301,13 +324,52 @@ def threshold_of(case: Case, t: int, before: float, magnitudes: Any) -> float:
     return max(before + rates[t - 1] / sum(rates[t - 1 :]) * (aim - before), 0.0)
 
 
+def _held(case: Case, t: int, magnitudes: Any) -> float:
+    """A target that is reached after half the steps, and held: selections every second step."""
+    reached = STEPS // 2
+    if t == 0:
+        _HELD[case] = 0.0, 0.0, 0.0, 0.0
+        return 0.0
+
+    def quantile(fraction: float) -> float:
+        return sorted(magnitudes)[round(fraction * TARGET * len(magnitudes)) - 1]
+
+    d, q, first, slope = _HELD[case]
+    due = (t - 1) % 2 == 0 or t in (reached, STEPS, case.freeze_after)
+    if case.threshold == "curve":
+        d = quantile(1 - (1 - min(t / reached, 1.0)) ** 3) if due else d
+        _HELD[case] = d, q, first, slope
+        return d
+    # Increments of a cubic threshold over three steps: 19, 7 and 1 of 27.
+    increments = [19 / 27, 7 / 27, 1 / 27]
+    before, q = q, quantile(1.0) if due else q
+    if t == 1:
+        first = q
+    if t <= reached:
+        spent, left = sum(increments[1:t]), sum(increments[t:])
+        if due and t > 1:
+            since = sum(increments[1:t]) - 0.0  # the selection before this one is the first
+            window = max(since, min(spent, left / 2))
+            slope += (q - before) / window - slope * since / window
+        mean = (q - first) / spent if spent else 0.0
+        setpoint = q + left * min(slope, mean)
+        rho = increments[t - 1] / sum(increments[t - 1 :])
+        d = max(d + rho * (setpoint - d), 0.0)
+    else:
+        d = q
+    _HELD[case] = d, q, first, slope
+    return d
+
+
+_HELD: dict[Case, tuple[float, float, float, float]] = {}
+
 # The quantile when it was last looked at, its rise from there on, the learning rate spent since the
 # first step, and left; the first quantile, and what is left over what is spent.
 _LOOK: dict[Case, tuple[float, float, float, float, float, float]] = {}
 
 
-def shrink(operator: str, x: np.ndarray, d: float) -> np.ndarray:
-    """The operator, one weight or one group at a time."""
+def shrink(operator: str, x: np.ndarray, d: float, t: int = 0) -> np.ndarray:
+    """The operator after t steps, one weight or one group at a time."""
     if operator in GROUPS:
         out = np.zeros_like(x)
         for where in GROUPS[operator](x.shape):
@@ -319,8 +381,14 @@ def shrink(operator: str, x: np.ndarray, d: float) -> np.ndarray:
         "non_negative": lambda v: max(v - d, 0.0),
         "elastic_net": lambda v: math.copysign(max(abs(v) - d, 0.0), v) / (1 + 0.5 * d),
         "l0": lambda v: v if abs(v) > math.sqrt(2 * d) else 0.0,
+        "power": lambda v: _power(v, d, 3.0),
+        "annealed": lambda v: _power(v, d, 1.5 + 4.5 * min(t / STEPS, 1.0)),
     }[operator]
     return np.array([one(float(v)) for v in x.ravel()]).reshape(x.shape)
+
+
+def _power(v: float, d: float, p: float) -> float:
+    return math.copysign((abs(v) ** p - d**p) ** (1 / p), v) if abs(v) > d else 0.0
 
 
 def _tiles(
@@ -368,6 +436,8 @@ def _lift(operator: str, w: np.ndarray, d: float) -> np.ndarray:
         "non_negative": np.where(w > 0, w + d, w),
         "elastic_net": w * (1 + 0.5 * d) + d * np.sign(w),
         "l0": w,
+        "power": np.sign(w) * (np.abs(w) ** 3 + d**3) ** (1 / 3),
+        "annealed": np.sign(w) * (np.abs(w) ** 1.5 + d**1.5) ** (1 / 1.5),
     }[operator]
 
 

@@ -143,7 +143,7 @@ def test_elastic_net_with_the_quadratic_part_in_the_loss(alpha, l1_ratio, method
 @pytest.mark.parametrize(("alpha", "l1_ratio"), [(0.05, 0.6), (0.5, 0.5)])
 def test_elastic_net_with_the_quadratic_part_in_the_operator(alpha, l1_ratio):
     problem = least_squares()
-    operator = functools.partial(prox.prox_elastic_net, l2=(1 - l1_ratio) / l1_ratio)
+    operator = prox.ElasticNet((1 - l1_ratio) / l1_ratio)
     rate = 1 / problem.curvature
     step = lats_optax.proximal_step(rate * alpha * l1_ratio, operator=operator)
     w, _ = run(optax.chain(optax.sgd(rate), step), problem, LINEAR_STEPS)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import lats_optax
 from benchmarks import shapes
 from lats_optax import erdos_renyi, per_layer, soft_threshold, target_sparsity, uniform
-from lats_optax.target import kth_smallest_of_each
+from lats_optax.quantile import kth_smallest_of_each
 from tests.properties import STEPS, cosine, dense_start, gradients
 
 NETWORKS = {

@@ -1,7 +1,5 @@
 """`finalize`: the weights that every kind of state stands for, and what it refuses."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,7 @@ from lats_optax import finalize, prox, soft_threshold, target_sparsity
 from lats_optax.masks import select
 
 SGD = optax.sgd(0.1, momentum=0.9)
-GROUPS = functools.partial(prox.prox_group_lasso, axes=0)
+GROUPS = prox.Axes(axes=0)
 
 
 def start(dtype=jnp.float32):

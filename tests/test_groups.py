@@ -14,7 +14,7 @@ import pytest
 
 import lats_optax
 from lats_optax import groups, prox, proximal_step, soft_threshold, sparsity, target_sparsity
-from lats_optax.target import kth_smallest, kth_smallest_of_each
+from lats_optax.quantile import kth_smallest, kth_smallest_of_each
 from tests import properties
 from tests.properties import GROUPS, cosine, magnitude, shrink
 
@@ -100,7 +100,7 @@ def test_magnitudes_counts_and_lifts_are_those_of_the_groups(name):
         np.testing.assert_allclose(of_weights[key], magnitude(name, w.astype(float)), rtol=2e-6)
         np.testing.assert_allclose(back[key], killed[key], rtol=1e-5, atol=1e-6)
         if w.size:
-            sizes = np.broadcast_to(OPERATORS[name].sizes(w.shape), of_groups[key].shape)
+            sizes = np.broadcast_to(OPERATORS[name].group_sizes(w.shape), of_groups[key].shape)
             assert sorted(sizes.ravel()) == sorted(w[at].size for at in where)
             assert counts[key] == (len(where), len(where[::2]))
 
@@ -123,15 +123,18 @@ def known(name):
     for w in killed.values():
         for at in GROUPS[name](w.shape)[::2]:
             w[at] = 0
-    least, lift = prox.magnitude(operator), prox.lift(operator)
+
+    def of_weights(w):
+        each = operator.expand(operator.magnitude(w), w.shape)
+        return jnp.broadcast_to(each, w.shape)
 
     @quick
     def program(tree, killed):
         return (
-            jax.tree.map(least, tree),
-            jax.tree.map(least.of_groups, tree),
+            jax.tree.map(of_weights, tree),
+            jax.tree.map(operator.magnitude, tree),
             jax.tree.map(operator.count, killed),
-            jax.tree.map(lambda w: lift(w, jnp.float32(0.3)), killed),
+            jax.tree.map(lambda w: operator.preimage(w, jnp.float32(0.3)), killed),
         )
 
     return tree, killed, program(tree, killed)
@@ -328,10 +331,10 @@ def test_a_group_of_every_layer_survives():
 
 def test_the_selection_reads_the_weights_once():
     """What goes into the loop over digits has the shapes of the groups."""
-    least = prox.magnitude(groups.output_channels())
+    columns = groups.output_channels()
 
     def select(*x):
-        return kth_smallest(x, 300, least), kth_smallest_of_each(x, [100, 20], least)
+        return kth_smallest(x, 300, columns), kth_smallest_of_each(x, [100, 20], columns)
 
     x = [weights("output_channels", shape).astype(np.float32) for shape in ((40, 9), (8, 5))]
     equations = jax.make_jaxpr(select)(*x).jaxpr.eqns
@@ -431,7 +434,7 @@ TAKES = {
         (groups.blocks(4, 4), True, "dense/bias of shape (7,)", "2 dimensions or more"),
         (groups.output_channels(), True, "dense/bias of shape (7,)", "output_channels() needs 2"),
         (
-            functools.partial(prox.prox_group_lasso, axes=3),
+            prox.Axes(axes=3),
             None,
             "dense/kernel of shape (30, 7)",
             "axes: 3 is not an axis of a leaf with 2 dimensions",

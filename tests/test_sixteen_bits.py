@@ -4,8 +4,6 @@ Within a compiled program XLA may keep a sixteen-bit value in float32 from one o
 next. The weights and the threshold must be those of the latent weights that are stored.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +17,7 @@ STEPS = 20
 OPERATORS = {
     "l1": prox.prox_l1,
     "l0": prox.prox_l0,
-    "group_lasso": functools.partial(prox.prox_group_lasso, axes=(0, 1)),
+    "group_lasso": prox.Axes(axes=(0, 1)),
 }
 
 
@@ -61,8 +59,16 @@ def test_weights_and_threshold_are_those_of_the_stored_latent_weights(name, dtyp
             np.asarray(w, float), np.asarray(expected, float), atol=float(jnp.finfo(dtype).eps)
         )
 
-    of = prox.magnitude(OPERATORS[name])
-    magnitudes = np.sort(np.concatenate([np.ravel(of(leaf)) for leaf in state.latent.values()]))
+    operator = OPERATORS[name]
+    each = [
+        (operator.magnitude(leaf), operator.group_sizes(leaf.shape))
+        for leaf in state.latent.values()
+    ]
+    magnitudes = np.sort(
+        np.concatenate(
+            [np.repeat(np.ravel(m), np.broadcast_to(n, m.shape).ravel()) for m, n in each]
+        )
+    )
     rank = round(0.7 * len(magnitudes))
     np.testing.assert_allclose(state.threshold, magnitudes[rank - 1], rtol=1e-6)
     # More only where magnitudes tie.

@@ -1,7 +1,6 @@
 """What is counted of the weights, against loops written out; and that a run logs it, exactly."""
 
 import dataclasses
-import functools
 import signal
 import struct
 
@@ -125,7 +124,7 @@ def test_no_weight_is_lost(values, ends):
 
 
 def test_groups_die_and_revive_whole():
-    columns = functools.partial(prox.prox_group_lasso, axes=0)
+    columns = prox.Axes(axes=0)
     transform, mask = lats_optax.soft_threshold(0.5, operator=columns), lats_optax.prunable
     params = {"kernel": jnp.ones((4, 6))}
     state, bits = transform.init(params), statistics.support_bits(params, mask)

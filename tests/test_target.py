@@ -14,8 +14,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sklearn.datasets import load_digits
 
 import lats_optax
-from lats_optax import lats_threshold, prox, soft_threshold, target_sparsity
-from lats_optax.target import kth_smallest
+from lats_optax import lats_threshold, prox, soft_threshold
+from lats_optax.quantile import kth_smallest
+
+# The law of LATS to the last step, with soft thresholding.
+to_the_end = functools.partial(lats_optax.target_sparsity, law=lats_optax.constant_l1(), reach=1.0)
+soft = functools.partial(soft_threshold, operator=prox.prox_l1)
 
 # --- trained models -----------------------------------------------------------------------------
 
@@ -102,7 +106,7 @@ RUNS = [
 def test_a_trained_model_ends_at_its_target(model, optimizer, seed, target):
     peak, make = OPTIMIZERS[optimizer]
     rate = optax.cosine_decay_schedule(peak, TRAIN_STEPS)
-    tx = optax.chain(make(rate), soft_threshold(target_sparsity(target, rate, TRAIN_STEPS)))
+    tx = optax.chain(make(rate), soft(to_the_end(target, rate, TRAIN_STEPS)))
     update = jax.jit(lambda slopes, state, params: tx.update(slopes, state, params))
     params = start(model, seed)
     state, rng = tx.init(params), np.random.default_rng(seed)
@@ -148,7 +152,7 @@ RATES = {
 @pytest.mark.parametrize("rate", RATES.values(), ids=RATES)
 def test_where_the_quantile_stands_still_it_is_lats(rate):
     weights = jax.random.normal(jax.random.key(0), (10, 20))
-    tx = soft_threshold(target_sparsity(0.9, rate, 30))
+    tx = soft(to_the_end(0.9, rate, 30))
     thresholds, pruned = still(tx, weights, 33)
     final = np.sort(np.abs(np.ravel(weights)))[180 - 1]
     lats = lats_threshold(rate, 30, float(final))
@@ -165,7 +169,7 @@ def test_where_the_quantile_moves_with_the_learning_rate_the_l1_coefficient_is_c
     rate, growth, every
 ):
     steps = 60
-    tx = soft_threshold(target_sparsity(0.5, rate, steps, update_every=every))
+    tx = soft(to_the_end(0.5, rate, steps, update_every=every))
     rates = np.array([float(rate(t)) if callable(rate) else rate for t in range(steps)])
     w = jnp.linspace(3.0, 10.0, 20).reshape(4, 5)
     state, update = tx.init(w), jax.jit(tx.update)
@@ -189,7 +193,7 @@ def test_the_forecast_is_that_of_a_loop(rate, every):
     rates = [float(rate(t)) for t in range(steps)]
     # Speeds up, and slows down.
     quantiles = [1 + t**2 / 100 + 3 * max(t - 12, 0) ** (1 / 3) for t in range(steps)]
-    tx = soft_threshold(target_sparsity(0.5, rate, steps, update_every=every))
+    tx = soft(to_the_end(0.5, rate, steps, update_every=every))
     w = jnp.ones((2, 2))
     state, update = tx.init(w), jax.jit(tx.update)
     threshold, slope, aim, last, spent_at_last = 0.0, 0.0, 0.0, 0.0, 0.0
@@ -214,7 +218,7 @@ def test_the_forecast_is_that_of_a_loop(rate, every):
 @pytest.mark.parametrize("every", [1, 2, 7, 10, 1000])
 def test_the_quantile_is_selected_when_due_and_at_the_last_step(every):
     steps = 10
-    tx = soft_threshold(target_sparsity(0.5, 0.1, steps, update_every=every))
+    tx = soft(to_the_end(0.5, 0.1, steps, update_every=every))
     update = jax.jit(tx.update)
     w = jnp.arange(1.0, 9.0).reshape(2, 4)
     state = tx.init(w)
@@ -222,15 +226,15 @@ def test_the_quantile_is_selected_when_due_and_at_the_last_step(every):
         # Every latent weight grows by one, and the quantile with them.
         updates, state = update(jnp.ones((2, 4)), state, w)
         w = optax.apply_updates(w, updates)
-        last = steps - 1 if count >= steps - 1 else count - count % every
+        last = count if count >= steps - 1 else count - count % every
         assert float(state.control.quantile) == 4 + last + 1
-    assert float(state.threshold) == 14
-    assert int(jnp.sum(w == 0)) == 2
+    assert float(state.threshold) == 16
+    assert int(jnp.sum(w == 0)) == 4
 
 
 def test_the_last_threshold_is_the_quantile_whatever_the_last_rate():
     rate = optax.piecewise_constant_schedule(0.1, {3: 0.0})
-    tx = soft_threshold(target_sparsity(0.5, rate, 6))
+    tx = soft(to_the_end(0.5, rate, 6))
     w = jnp.arange(1.0, 9.0).reshape(2, 4)
     state, update = tx.init(w), jax.jit(tx.update)
     for _ in range(6):
@@ -248,9 +252,9 @@ def selections(threshold, steps):
             lambda count: threshold.update(
                 count,
                 jnp.zeros(()),
-                lats_optax.TargetSparsityState(*[jnp.full((), -1.0)] * 3),
+                lats_optax.TargetSparsityState(*[jnp.full((), -1.0)] * 3, jnp.asarray(steps)),
                 [jnp.ones((1, 2))],
-                jnp.abs,
+                prox.prox_l1,
             )
         )
     )
@@ -260,8 +264,10 @@ def selections(threshold, steps):
 
 @pytest.mark.parametrize(("steps", "every"), [(1, 1), (199, 1), (600, 3), (30_000, 150)])
 def test_how_often_the_quantile_is_selected_by_default(steps, every):
-    due = selections(target_sparsity(0.5, 0.1, steps), steps + 5)
-    np.testing.assert_array_equal(due, sorted({*range(0, steps, every), steps - 1}))
+    due = selections(to_the_end(0.5, 0.1, steps), steps + 5)
+    # Who trains on after the last step stays at the target.
+    after = range(steps, steps + 5)
+    np.testing.assert_array_equal(due, sorted({*range(0, steps, every), steps - 1, *after}))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10])
@@ -269,7 +275,7 @@ def test_how_often_the_quantile_is_selected_by_default(steps, every):
 def test_tiny_models(size, target):
     w = jnp.linspace(1.0, 2.0, size)[None]
     for steps in (1, 2):
-        _, pruned = still(soft_threshold(target_sparsity(target, 0.1, steps)), w, steps)
+        _, pruned = still(soft(to_the_end(target, 0.1, steps)), w, steps)
         zeros = int(jnp.sum(pruned == 0))
         assert abs(zeros - target * size) <= 1
         assert zeros < size
@@ -277,20 +283,20 @@ def test_tiny_models(size, target):
 
 def test_a_target_of_zero_prunes_nothing():
     w = jnp.array([[1e-30, -1.0, 2.0]])
-    thresholds, after = still(soft_threshold(target_sparsity(0, 0.1, 3)), w, 3)
+    thresholds, after = still(soft(to_the_end(0, 0.1, 3)), w, 3)
     assert thresholds == [0, 0, 0]
     np.testing.assert_array_equal(after, w)
 
 
 def test_ties_are_pruned_together():
     w = jnp.array([[1.0, -2.0, 2.0, 2.0, 3.0]])
-    _, after = still(soft_threshold(target_sparsity(0.4, 0.1, 1)), w, 1)
+    _, after = still(soft(to_the_end(0.4, 0.1, 1)), w, 1)
     np.testing.assert_array_equal(after, [[0, 0, 0, 0, 1]])
 
 
 def test_what_is_not_pruned_does_not_count():
     params = {"bias": jnp.full(100, 1e-3), "kernel": jnp.arange(1.0, 11.0).reshape(2, 5)}
-    _, after = still(soft_threshold(target_sparsity(0.5, 0.1, 1)), params, 1)
+    _, after = still(soft(to_the_end(0.5, 0.1, 1)), params, 1)
     assert int(jnp.sum(after["kernel"] == 0)) == 5
     np.testing.assert_array_equal(after["bias"], params["bias"])
 
@@ -299,8 +305,8 @@ def test_what_is_not_pruned_does_not_count():
 @pytest.mark.parametrize(("target", "axes"), [(0.3, None), (0.5, 1), (0.9, (0,)), (0.5, (0, 1))])
 def test_groups_end_within_one_group_of_the_target(target, axes, dtype):
     w = jax.random.normal(jax.random.key(3), (12, 10)).astype(dtype)
-    operator = functools.partial(prox.prox_group_lasso, axes=axes)
-    _, after = still(soft_threshold(target_sparsity(target, 0.1, 2), operator=operator), w, 2)
+    operator = prox.Axes(axes=axes)
+    _, after = still(soft_threshold(to_the_end(target, 0.1, 2), operator=operator), w, 2)
     zeros = np.asarray(after == 0)
     group = {None: 12, (0,): 12, 1: 10, (0, 1): 120}[axes]
     # The group in which the quantile lies goes as a whole, but the last one stays.
@@ -330,12 +336,12 @@ def test_groups_end_within_one_group_of_the_target(target, axes, dtype):
 )
 def test_what_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        target_sparsity(**{"target": 0.9, "learning_rate": 0.1, "steps": 10} | arguments)
+        to_the_end(**{"target": 0.9, "learning_rate": 0.1, "steps": 10} | arguments)
 
 
 @pytest.mark.parametrize("target", [np.float32(0.5), jnp.asarray(0.5), 0])
 def test_numbers_of_any_library_are_taken(target):
-    target_sparsity(target, jnp.asarray(0.1), np.int64(10))
+    to_the_end(target, jnp.asarray(0.1), np.int64(10))
 
 
 # --- the selection ------------------------------------------------------------------------------
@@ -407,8 +413,8 @@ def test_every_rank():
 
 def test_kth_smallest_under_vmap_and_a_magnitude_of_its_own():
     x = jax.random.normal(jax.random.key(0), (3, 4, 5))
-    select = jax.jit(jax.vmap(lambda x: kth_smallest([x[:2], x[2:]], 7, jnp.square)))
-    expected = np.sort(np.square(np.asarray(x)).reshape(3, -1), axis=1)[:, 6]
+    select = jax.jit(jax.vmap(lambda x: kth_smallest([x[:2], x[2:]], 7, prox.prox_l0)))
+    expected = np.sort(np.square(np.asarray(x)).reshape(3, -1) / 2, axis=1)[:, 6]
     np.testing.assert_array_equal(select(x), expected)
 
 
@@ -438,7 +444,7 @@ def test_more_entries_than_32_bits_count():
 
 
 def test_the_program_sorts_nothing_and_selects_within_a_conditional():
-    tx = soft_threshold(target_sparsity(0.9, 0.1, 1000, update_every=10))
+    tx = soft(to_the_end(0.9, 0.1, 1000, update_every=10))
     params = {"a": jnp.ones((32, 16)), "b": jnp.ones((3, 3, 4, 8))}
     program = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()
     assert " sort(" not in program

@@ -22,6 +22,10 @@ def follows_the_oracle(case, record):
             np.testing.assert_array_equal(got[name] == 0, expected == 0, err_msg=f"{step} {name}")
             # w' is rounded, w' - w is, and so is their sum.
             slack = 2 * eps * np.maximum(np.abs(before[name]), np.abs(expected)) + 1e-6
+            if case.operator in ("power", "annealed") and name in theta:
+                # Next to the threshold these are steep: dw/dtheta = (theta / w)^(p - 1), p <= 6.
+                steep = np.abs(theta[name]) / np.where(expected == 0, np.inf, np.abs(expected))
+                slack = slack * (1 + steep**5)
             assert np.all(np.abs(got[name] - expected) <= slack), (step, name)
         if case.kind == "soft_threshold":
             state = case.own_state(record.states[step])
@@ -163,7 +167,9 @@ def test_frozen_survivors_follow_plain_sgd_and_zeros_stay(threshold, inner, dtyp
         "target": lats_optax.target_sparsity(0.6, 0.1, FROZEN_FROM),
     }[threshold]
     optimizer = optax.chain(optax.add_decayed_weights(HEAVY), optax.sgd(0.05, momentum=STRONG))
-    options = dict(freeze_after=FROZEN_FROM, latent_dtype=jnp.float32)
+    options = dict(
+        freeze_after=FROZEN_FROM, latent_dtype=jnp.float32, operator=lats_optax.prox.prox_l1
+    )
     if inner:
         tx = soft_threshold(threshold, inner=optimizer, **options)
     else:

@@ -256,7 +256,7 @@ def test_vmap_over_thresholds():
 
 # --- devices ------------------------------------------------------------------------------------
 
-OPERATORS = {"l1": prox.prox_l1, "group": prox.prox_group_lasso}
+OPERATORS = {"l1": prox.prox_l1, "group": prox.Axes()}
 
 
 def large_start(dtype=jnp.float32):

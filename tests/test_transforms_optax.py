@@ -143,7 +143,7 @@ def test_injection_with_every_other_argument_static():
     static = ("threshold", "operator", "mask", "latent_dtype", "freeze_after")
     injected = optax.inject_hyperparams(soft_threshold, static_args=static)(
         threshold=case.strength(),
-        operator=prox.prox_group_lasso,
+        operator=prox.Axes(),
         latent_dtype=jnp.float32,
         freeze_after=3,
     )
@@ -270,6 +270,6 @@ def test_the_threshold_of_a_closed_loop_can_be_set():
         )
     )
     rates = [float(cosine(step)) for step in range(STEPS)]
-    rho = rates[0] / sum(rates)
+    rho = rates[0] / sum(rates[: STEPS // 2])  # by then the target is reached
     expected = 2.0 + rho * (magnitudes[27 - 1] - 2.0)
     assert float(state.threshold) == pytest.approx(expected, rel=1e-5)
