@@ -39,7 +39,8 @@ from benchmarks.quality.peers.base import (
 )
 from lats_optax import masks
 
-Growth = Callable[[jax.Array, jax.Array], jax.Array]  # gradient, random key -> score
+# The gradients of the prunable leaves, and a random key -> a score for each of their weights.
+Growth = Callable[[list[jax.Array], jax.Array], list[jax.Array]]
 
 
 class DynamicState(NamedTuple):
@@ -73,7 +74,7 @@ def dynamic(
     Args:
       optimizer: any optax optimizer.
       setting: the run.
-      growth: the score of each weight, from its gradient and a random key.
+      growth: the score of each weight, from the gradients and a random key.
       every: steps between two changes of the topology.
       fraction: the part of the living weights that a change at step 0 would drop.
       stop: the part of the run after which the topology stays.
@@ -94,15 +95,14 @@ def dynamic(
         sizes = [math.prod(w.shape) for w in layers]
         return np.array([size - round(s * size) for s, size in zip(sparsities, sizes)])
 
-    def keys(count: int | jax.Array, layers: list[Any]) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(setting.seed), count)
-        return jax.random.split(key, len(layers))
-
     def init(params: Any) -> DynamicState:
         chosen = masks.resolve(setting.mask, params)
         layers = leaves_of(chosen, params)
-        scores = [jax.random.uniform(key, w.shape) for key, w in zip(keys(0, layers), layers)]
-        first = smallest_of_each(scores, alive_in_each(layers))
+        rng = np.random.default_rng(setting.seed)
+        first = [
+            jnp.asarray(rng.permutation(math.prod(w.shape)).reshape(w.shape) < alive)
+            for w, alive in zip(layers, alive_in_each(layers))
+        ]
         support = with_leaves(chosen, full_support(params, setting), first)
         return DynamicState(jnp.zeros((), jnp.int32), support, inner.init(params))
 
@@ -114,7 +114,7 @@ def dynamic(
         magnitudes = [jnp.where(alive, jnp.abs(w), jnp.inf) for alive, w in zip(living, layers)]
         dropped = smallest_of_each(magnitudes, k)
         kept = [alive & ~x for alive, x in zip(living, dropped)]
-        scores = [growth(g, key) for g, key in zip(dense, keys(count, layers))]
+        scores = growth(dense, jax.random.fold_in(jax.random.key(setting.seed), count))
         # The highest scores; inf: what is alive already.
         grown = smallest_of_each([jnp.where(x, jnp.inf, -y) for x, y in zip(kept, scores)], k)
         return with_leaves(chosen, support, [x | y for x, y in zip(kept, grown)])

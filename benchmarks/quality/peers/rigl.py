@@ -34,7 +34,7 @@ def make(
     return dynamic(
         optimizer,
         setting,
-        lambda gradient, key: jnp.abs(gradient),
+        lambda gradients, key: list(map(jnp.abs, gradients)),
         every=every,
         fraction=fraction,
         stop=stop,

@@ -11,6 +11,8 @@ positive and negative weights apart, grown weights that start at zero, and no ch
 """
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from benchmarks.quality.peers.base import Setting
@@ -37,8 +39,14 @@ def make(
     return dynamic(
         optimizer,
         setting,
-        lambda gradient, key: jax.random.uniform(key, gradient.shape),
+        _at_random,
         every=every,
         fraction=fraction,
         stop=stop,
     )
+
+
+def _at_random(gradients: list[jax.Array], key: jax.Array) -> list[jax.Array]:
+    drawn = jax.random.uniform(key, sum(g.size for g in gradients))
+    ends = np.cumsum([g.size for g in gradients])[:-1]
+    return [x.reshape(g.shape) for x, g in zip(jnp.split(drawn, ends), gradients)]
