@@ -1,0 +1,1 @@
+"""The pruning methods of other papers, as optax transformations."""
