@@ -40,11 +40,11 @@ format: install  ## let ruff mend what it can
 bench: install  ## bytes and time of one optimizer update, against optax.sgd
 	$(BIN)/python -m benchmarks.optimizer_step
 
-bench-quality: install  ## accuracy of pruning methods at equal sparsity, a few of each (20 minutes)
+bench-quality: install  ## accuracy of pruning methods at equal sparsity, a few of each (under 20 minutes)
 	$(BIN)/python -m benchmarks.quality --quick --jobs 2
 	$(BIN)/python -m benchmarks.quality.table benchmarks/results/quality.jsonl
 
-bench-quality-full: install  ## the same with all tasks, methods and seeds, learning rates tuned (days)
+bench-quality-full: install  ## the same with all tasks, methods and seeds, learning rates tuned (a day or more)
 	$(BIN)/python -m benchmarks.quality --tune --jobs 2
 	$(BIN)/python -m benchmarks.quality --jobs 2
 	$(BIN)/python -m benchmarks.quality.table benchmarks/results/quality.jsonl

@@ -267,7 +267,7 @@ def test_interval_against_scipy():
 def test_interval_by_hand():
     # The 97.5 % quantile of Student's t with 4 degrees of freedom is 2.776.
     found = statistics.interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert (found.mean, found.count) == (3.0, 5)
+    assert (found.mean, found.seeds) == (3.0, 5)
     assert found.half_width == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5), rel=1e-3)
     assert math.isnan(statistics.interval([1.0]).half_width)
 

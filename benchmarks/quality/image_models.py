@@ -52,7 +52,7 @@ class SmallSpikingNet(nn.Module):
     same image at every step and is computed once.
     """
 
-    widths: Sequence[int] = (16, 32, 64)
+    widths: Sequence[int] = (12, 24, 48)
     steps: int = 4
 
     @nn.compact

@@ -94,7 +94,7 @@ def _panel(axes: "Axes", task: Scores, methods: Sequence[str], handles: dict[str
         side = _SIDE_BY_SIDE ** (0 if method == OURS else index - len(present) / 2)
         x = [100 * (1 - target) * side for target, _ in found]
         y = [scale * own.mean for _, own in found]
-        widths = [scale * (0 if own.count < 2 else own.half_width) for _, own in found]
+        widths = [scale * (0 if own.seeds < 2 else own.half_width) for _, own in found]
         look = _look(methods.index(method))
         if method == OURS:
             low, high = ([m + sign * w for m, w in zip(y, widths)] for sign in (-1, 1))

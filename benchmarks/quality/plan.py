@@ -102,7 +102,8 @@ def report_cells(
     rates: Mapping[tuple[str, str, int, int], float],
 ) -> list[Cell]:
     """The cells of the test split, seeds outermost: wherever one stops, methods are balanced."""
-    cells, firsts = [], {}
+    cells: list[Cell] = []
+    firsts: dict[tuple[str, str, float], Cell] = {}
     for seed in seeds:
         for task in tasks:
             for method in methods:
@@ -118,7 +119,8 @@ def report_cells(
 
 def tuning_cells(tasks: Sequence[Task], methods: Sequence[Method]) -> list[Cell]:
     """The cells of the validation split: all rates of a task at its middle sparsity."""
-    cells, firsts = [], {}
+    cells: list[Cell] = []
+    firsts: dict[tuple[str, str, float], Cell] = {}
     for seed in TUNING_SEEDS:
         for task in tasks:
             for method in methods:

@@ -24,6 +24,7 @@ from benchmarks.quality import plan, workers
 from benchmarks.quality.fashion_mnist import DIRECTORY
 from benchmarks.quality.methods import QUICK as QUICK_METHODS
 from benchmarks.quality.results import Key, Rate, Result, Results, Writer
+from benchmarks.quality.tasks import Task
 
 OUT = Path("benchmarks/results/quality.jsonl")
 
@@ -164,7 +165,7 @@ def _check(
         parser.error(f"--seeds is {options.seeds}; allowed: {min(plan.TUNING_SEEDS)} or fewer")
 
 
-def _sparsities(options: argparse.Namespace, task: plan.Task) -> Sequence[float]:
+def _sparsities(options: argparse.Namespace, task: Task) -> Sequence[float]:
     quick = QUICK_SPARSITIES.get(task.name, task.sparsities)
     return options.sparsities or (quick if options.quick else task.sparsities)
 

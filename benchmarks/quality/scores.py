@@ -99,7 +99,8 @@ def scores(results: Results) -> list[Scores]:
 
 
 def _scores(task: str, results: Iterable[Result]) -> Scores:
-    metric, groups = "", {}
+    metric = ""
+    groups: dict[tuple[str, float], dict[int, Result]] = {}
     for result in results:
         metric = result.metric
         groups.setdefault((result.method, result.target), {})

@@ -16,13 +16,13 @@ class Interval(NamedTuple):
       mean: of the values.
       std: their standard deviation, with n − 1; not a number for one value.
       half_width: t · std / √n, of the 95 % interval; not a number for one value.
-      count: n.
+      seeds: n, how many there are.
     """
 
     mean: float
     std: float
     half_width: float
-    count: int
+    seeds: int
 
     @property
     def contains_zero(self) -> bool:
@@ -79,7 +79,7 @@ def verdict(difference: Interval, higher_is_better: bool) -> str:
     >>> verdict(Interval(0.5, 0.1, 0.2, 5), higher_is_better=False)
     'behind the best'
     """
-    if difference.count < 2:
+    if difference.seeds < 2:
         return "one seed in common, no interval"
     if difference.contains_zero:
         return "within the interval of the best"

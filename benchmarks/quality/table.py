@@ -89,9 +89,9 @@ def verdicts(task: Scores) -> Iterator[str]:
             yield said + "no seed in common"
             continue
         paired = _number(task, difference.mean, signed=True)
-        if difference.count > 1:
+        if difference.seeds > 1:
             paired += f" ± {_number(task, difference.half_width)}"
-        seeds = "1 seed" if difference.count == 1 else f"{difference.count} seeds"
+        seeds = "1 seed" if difference.seeds == 1 else f"{difference.seeds} seeds"
         what = verdict(difference, task.higher_is_better)
         yield f"{said}paired difference {paired} over {seeds}: **{what}**"
 
@@ -158,7 +158,7 @@ def _text(task: Scores, method: str, target: float, bold: bool) -> str:
         return "–"
     text = _value(task, cell.interval)
     text = f"**{text}**" if bold else text
-    return text + _at(cell, target) + f" ({cell.interval.count})"
+    return text + _at(cell, target) + f" ({cell.interval.seeds})"
 
 
 def _at(cell: Cell, target: float) -> str:
@@ -169,7 +169,7 @@ def _value(task: Scores, found: Interval) -> str:
     if not math.isfinite(found.mean):
         return "diverged"
     mean = _number(task, found.mean)
-    return mean if found.count < 2 else f"{mean} ± {_number(task, found.half_width)}"
+    return mean if found.seeds < 2 else f"{mean} ± {_number(task, found.half_width)}"
 
 
 def _number(task: Scores, value: float, *, signed: bool = False) -> str:

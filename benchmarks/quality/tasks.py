@@ -120,7 +120,7 @@ def all_tasks(directory: Path = fashion_mnist.DIRECTORY) -> dict[str, Task]:
             sparsities=(0.8, 0.9, 0.95, 0.98),
             learning_rates=(0.05, 0.1, 0.2, 0.4),
             default_rate=0.1,
-            seconds=85,
+            seconds=80,
             files=files,
         ),
         task(
@@ -132,7 +132,7 @@ def all_tasks(directory: Path = fashion_mnist.DIRECTORY) -> dict[str, Task]:
             sparsities=(0.7, 0.8, 0.9, 0.95),
             learning_rates=(1.5e-3, 3e-3, 6e-3),
             default_rate=3e-3,
-            seconds=120,
+            seconds=110,
         ),
         task(
             "spiking",
@@ -143,7 +143,7 @@ def all_tasks(directory: Path = fashion_mnist.DIRECTORY) -> dict[str, Task]:
             sparsities=(0.8, 0.9, 0.95, 0.98),
             learning_rates=(0.05, 0.1, 0.2),
             default_rate=0.1,
-            seconds=85,
+            seconds=80,
             files=files,
         ),
     )
