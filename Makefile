@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format bench clean
+.PHONY: help install demo test test-all lint format bench bench-quality bench-quality-full clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | column -t -s '|'
@@ -39,6 +39,16 @@ format: install  ## let ruff mend what it can
 
 bench: install  ## bytes and time of one optimizer update, against optax.sgd
 	$(BIN)/python -m benchmarks.optimizer_step
+
+bench-quality: install  ## accuracy of pruning methods at equal sparsity, a few of each (under 20 minutes)
+	$(BIN)/python -m benchmarks.quality --quick --jobs 2
+	$(BIN)/python -m benchmarks.quality.table benchmarks/results/quality.jsonl
+
+bench-quality-full: install  ## the same with all tasks, methods and seeds, learning rates tuned (a day or more)
+	$(BIN)/python -m benchmarks.quality --tune --jobs 2
+	$(BIN)/python -m benchmarks.quality --jobs 2
+	$(BIN)/python -m benchmarks.quality.table benchmarks/results/quality.jsonl
+	$(BIN)/python -m benchmarks.quality.picture benchmarks/results/quality.jsonl benchmarks/results/quality.png
 
 clean:  ## remove the environment and everything that was made (not runs/)
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

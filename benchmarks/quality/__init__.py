@@ -1,1 +1,9 @@
-"""How good sparse models are: pruning methods on the same tasks, with the same training."""
+"""Accuracy at equal sparsity: every pruning method on the same weights, batches and tasks.
+
+    python -m benchmarks.quality --quick --jobs 2
+    python -m benchmarks.quality.table benchmarks/results/quality.jsonl
+    python -m benchmarks.quality.picture benchmarks/results/quality.jsonl quality.png
+
+`tasks.py` says what is trained, `methods.py` how it is pruned, `run.py` runs one against the other
+and writes a line of JSON a run; `table.py` and `picture.py` read these lines.
+"""

@@ -1,0 +1,120 @@
+"""Fashion-MNIST as arrays on the device, and the problem of classifying it with a Flax module."""
+
+import gzip
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+
+import lats_optax
+from benchmarks.quality.training import Problem
+
+DIRECTORY = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package dataset-fashion-mnist has the files."""
+
+FILES = {
+    "train_images": "train-images-idx3-ubyte.gz",
+    "train_labels": "train-labels-idx1-ubyte.gz",
+    "test_images": "t10k-images-idx3-ubyte.gz",
+    "test_labels": "t10k-labels-idx1-ubyte.gz",
+}
+VALIDATION = 5_000
+"""Training images, the last ones, that are held out for tuning."""
+
+# Of the pixels of the training images, in [0, 1].
+MEAN, STD = 0.2860, 0.3530
+SCORED_AT_ONCE = 500
+
+
+@cache
+def read_idx(directory: Path) -> dict[str, np.ndarray]:
+    """The four arrays: uint8 images (n, 28, 28) and labels (n,)."""
+    found = {}
+    for name, file in FILES.items():
+        content = gzip.decompress((directory / file).read_bytes())
+        dimensions = content[3]
+        shape = np.frombuffer(content, ">u4", dimensions, offset=4)
+        found[name] = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    return found
+
+
+@cache
+def device_data(directory: Path, split: str) -> dict[str, Array]:
+    """Images and labels to train on, and those held out of that for the split."""
+    arrays = read_idx(directory)
+    images, labels = arrays["train_images"], arrays["train_labels"]
+    if split == "validation":
+        held_out = images[-VALIDATION:], labels[-VALIDATION:]
+        images, labels = images[:-VALIDATION], labels[:-VALIDATION]
+    else:
+        held_out = arrays["test_images"], arrays["test_labels"]
+    names = ("images", "labels", "held_out_images", "held_out_labels")
+    return dict(zip(names, map(jnp.asarray, (images, labels, *held_out))))
+
+
+def normalized(images: Array) -> Array:
+    """Float32 (batch, 28, 28, 1) of mean 0 and variance 1 over the training set."""
+    return ((images.astype(jnp.float32) / 255 - MEAN) / STD)[..., None]
+
+
+def classification(
+    directory: Path, split: str, model: Callable[[], nn.Module], *, epochs: int, batch: int
+) -> Problem:
+    """The problem of a Flax module that is called as the zoo's are.
+
+    Each epoch is a permutation of its own; what does not fill a batch is left out.
+
+    Args:
+      directory: of the four files.
+      split: ``"test"`` or ``"validation"``: what is scored. The latter is not trained on.
+      model: makes the module.
+      epochs: passes over the training images; each is one chunk.
+      batch: images a step.
+    """
+    data = device_data(directory, split)
+    module, count = model(), len(data["labels"])
+    per_epoch = count // batch
+
+    def init(seed: int) -> tuple[Any, Any]:
+        images = jnp.zeros((1, 28, 28, 1))
+        variables = dict(
+            jax.jit(module.init, static_argnames="train")(jax.random.key(seed), images, train=False)
+        )
+        return variables.pop("params"), variables
+
+    def loss(params: Any, stats: Any, data: Any, rows: Array) -> tuple[Array, Any]:
+        logits, stats = module.apply(
+            {"params": params, **stats},
+            normalized(data["images"][rows]),
+            train=True,
+            mutable=["batch_stats"],
+        )
+        labels = data["labels"][rows].astype(jnp.int32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), stats
+
+    def score(params: Any, stats: Any, data: Any) -> Array:
+        def right(images: Array) -> Array:
+            logits = module.apply({"params": params, **stats}, normalized(images), train=False)
+            return jnp.argmax(logits, axis=-1)
+
+        found = lax.map(right, data["held_out_images"].reshape(-1, SCORED_AT_ONCE, 28, 28))
+        return jnp.mean(found.ravel() == data["held_out_labels"])
+
+    def rows(seed: int) -> np.ndarray:
+        orders = [
+            np.random.default_rng([seed, epoch]).permutation(count)[: per_epoch * batch]
+            for epoch in range(epochs)
+        ]
+        return np.concatenate(orders).reshape(-1, batch).astype(np.int32)
+
+    return Problem(
+        data, init, loss, score, rows, lats_optax.prunable, epochs * per_epoch, chunks=epochs
+    )

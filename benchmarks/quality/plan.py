@@ -1,0 +1,156 @@
+"""What is left to run: a cell is what a table needs one run for, and may take several to find.
+
+All of it follows from the finished lines, so a plan that was interrupted goes on where it was.
+"""
+
+import enum
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from benchmarks.quality.methods import Method
+from benchmarks.quality.results import Key, Result
+from benchmarks.quality.search import Tried, closest, hits, propose
+from benchmarks.quality.tasks import Task
+
+TUNING_SEEDS = (1000, 1001)
+"""Seeds that learning rates are tuned with; they are never reported."""
+
+
+class Cell(NamedTuple):
+    """One task, method, target, seed, learning rate and split.
+
+    Attributes:
+      first: the cell of the first seed, whose knob a search starts from; None: this is it.
+    """
+
+    task: Task
+    method: Method
+    target: float
+    seed: int
+    learning_rate: float
+    split: str
+    first: "Cell | None" = None
+
+    def key(self, knob: float | None = None) -> Key:
+        """The key of a run of it."""
+        return Key(
+            self.task.name,
+            self.method.name,
+            self.target,
+            self.seed,
+            self.learning_rate,
+            self.split,
+            knob,
+            self.task.version,
+            self.method.version,
+        )
+
+
+class Status(enum.Enum):
+    """A cell that has nothing to run: it is done, or waits for the first seed's search."""
+
+    DONE = "done"
+    WAITING = "waiting"
+
+
+def next_run(cell: Cell, finished: Mapping[Key, Result]) -> Key | Status:
+    """The next run that a cell needs."""
+    search = cell.method.search
+    if search is None:
+        return Status.DONE if cell.key() in finished else cell.key()
+    start = None
+    if cell.first is not None:
+        if next_run(cell.first, finished) != Status.DONE:
+            return Status.WAITING
+        start = closest(tried(cell.first, finished), cell.target).knob
+    done: list[Tried] = []
+    while len(done) < search.most:
+        key = cell.key(propose(search, cell.target, done, start))
+        if key not in finished:
+            return key
+        done.append(Tried(key.knob or 0.0, finished[key].sparsity))
+        if hits(search, cell.target, done[-1].sparsity):
+            break
+    return Status.DONE
+
+
+def tried(cell: Cell, finished: Mapping[Key, Result]) -> list[Tried]:
+    """The finished runs of a cell of a method that searches."""
+    return [
+        Tried(key.knob, result.sparsity)
+        for key, result in finished.items()
+        if key.knob is not None and key == cell.key(key.knob)
+    ]
+
+
+def role(cell: Cell, sparsity: float) -> str:
+    """Whether a run counts or only missed the target on the way."""
+    search = cell.method.search
+    return "run" if search is None or hits(search, cell.target, sparsity) else "search"
+
+
+def targets(method: Method, sparsities: Sequence[float]) -> Sequence[float]:
+    """What a method is run at: one that does not prune, once, at 0."""
+    return sparsities if method.prunes else (0.0,)
+
+
+def report_cells(
+    tasks: Sequence[Task],
+    methods: Sequence[Method],
+    sparsities: Mapping[str, Sequence[float]],
+    seeds: Sequence[int],
+    rates: Mapping[tuple[str, str, int, int], float],
+) -> list[Cell]:
+    """The cells of the test split, seeds outermost: wherever one stops, methods are balanced."""
+    cells: list[Cell] = []
+    firsts: dict[tuple[str, str, float], Cell] = {}
+    for seed in seeds:
+        for task in tasks:
+            for method in methods:
+                versions = task.version, method.version
+                rate = rates.get((task.name, method.name, *versions), task.default_rate)
+                for target in targets(method, sparsities[task.name]):
+                    group = (task.name, method.name, target)
+                    cell = Cell(task, method, target, seed, rate, "test", firsts.get(group))
+                    firsts.setdefault(group, cell)
+                    cells.append(cell)
+    return cells
+
+
+def tuning_cells(tasks: Sequence[Task], methods: Sequence[Method]) -> list[Cell]:
+    """The cells of the validation split: all rates of a task at its middle sparsity."""
+    cells: list[Cell] = []
+    firsts: dict[tuple[str, str, float], Cell] = {}
+    for seed in TUNING_SEEDS:
+        for task in tasks:
+            for method in methods:
+                (target,) = targets(method, (task.middle_sparsity,))
+                for rate in task.learning_rates:
+                    group = (task.name, method.name, rate)
+                    first = firsts.get(group)
+                    cell = Cell(task, method, target, seed, rate, "validation", first)
+                    firsts.setdefault(group, cell)
+                    cells.append(cell)
+    return cells
+
+
+def best_rate(cells: Sequence[Cell], finished: Mapping[Key, Result]) -> float | None:
+    """The learning rate of the best mean over the seeds, from the cells of one task and method.
+
+    A rate with a seed that diverged, or whose search did not hit the target, is out. None where
+    all are, or where a run is missing.
+    """
+    if any(next_run(cell, finished) != Status.DONE for cell in cells):
+        return None
+    values: dict[float, list[float]] = {}
+    for cell in cells:
+        counted = [
+            result.value
+            for key, result in finished.items()
+            if result.role == "run" and key == cell.key(key.knob)
+        ]
+        values.setdefault(cell.learning_rate, []).append(counted[0] if counted else float("nan"))
+    sign = 1 if cells[0].task.higher_is_better else -1
+    means = {rate: sign * sum(own) / len(own) for rate, own in values.items()}
+    finite = [rate for rate in means if means[rate] == means[rate]]
+    return max(finite, key=means.__getitem__, default=None)

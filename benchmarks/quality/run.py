@@ -1,0 +1,254 @@
+"""Runs methods against tasks and writes a line of JSON a run; a finished run is not run again.
+
+    python -m benchmarks.quality --quick --jobs 2
+    python -m benchmarks.quality --tasks lenet --methods lats_optax dense --seeds 3
+    python -m benchmarks.quality --tune --jobs 2
+
+`--tune` trains on less, scores on validation data, and writes the best learning rate of each task
+and method to the same file; runs of the test split use it from then on. Methods that cannot name a
+sparsity are searched: their other runs are in the file too, with the role "search".
+"""
+
+import argparse
+import math
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import jax
+
+from benchmarks.quality import plan, workers
+from benchmarks.quality.fashion_mnist import DIRECTORY
+from benchmarks.quality.methods import QUICK as QUICK_METHODS
+from benchmarks.quality.results import Key, Rate, Result, Results, Writer
+from benchmarks.quality.tasks import Task
+
+OUT = Path("benchmarks/results/quality.jsonl")
+
+QUICK_SPARSITIES = {"lenet": (0.98,), "resnet": (0.95,)}
+"""The tasks of a quick run, and what they are run at."""
+
+QUICK_SEEDS, SEEDS = 3, 5
+
+# Runs that a search is expected to take, with the first seed and with another.
+_SEARCH_RUNS, _CORRECTION_RUNS = 6, 2
+
+
+def main(arguments: Sequence[str] | None = None, load: workers.Load = workers.load) -> int:
+    """Runs what is not finished; the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    registry = load(options.data)
+    _check(parser, options, registry)
+    tasks = [registry.tasks[name] for name in options.tasks]
+    methods = [registry.methods[name] for name in options.methods]
+    for file in {file for task in tasks for file in task.files if not file.exists()}:
+        parser.error(f"--data: there is no {file} (Debian has it in dataset-fashion-mnist)")
+    try:
+        writer = Writer(options.out)
+    except ValueError as error:
+        parser.error(f"--out: {error}")
+    try:
+        if options.tune:
+            cells = plan.tuning_cells(tasks, methods)
+        else:
+            sparsities = {task.name: _sparsities(options, task) for task in tasks}
+            seeds, rates = range(options.seeds), writer.results.rates
+            cells = plan.report_cells(tasks, methods, sparsities, seeds, rates)
+        with workers.pool(options.jobs, load, options.data) as pool:
+            failed = work(cells, writer, pool, options.jobs)
+        if options.tune:
+            choose_rates(cells, writer)
+    except KeyboardInterrupt:
+        print(
+            f"\nstopped; finished runs are in {options.out}; the same command goes on", flush=True
+        )
+        return 130
+    finally:
+        writer.close()
+    return 1 if failed else 0
+
+
+def work(cells: Sequence[plan.Cell], writer: Writer, pool: workers.Pool, jobs: int) -> int:
+    """Runs all that the cells need; how many of them could not be finished."""
+    finished = writer.results.runs
+    pending = [cell for cell in cells if plan.next_run(cell, finished) != plan.Status.DONE]
+    running: dict[Key, plan.Cell] = {}
+    total, failed = len(pending), 0
+    print(f"{len(cells) - total} of {len(cells)} are finished", flush=True)
+    while pending or running:
+        while pool.free() and (found := _first_ready(pending, finished)):
+            cell, key = found
+            pending.remove(cell)
+            running[key] = cell
+            pool.submit(key)
+        if not running:
+            print(f"{len(pending)} not run: the search of their first seed failed", flush=True)
+            return failed + len(pending)
+        end = pool.wait()
+        cell = running.pop(end.key)
+        if end.outcome is None:
+            failed += 1
+            print(f"failed: {_named(end.key)}: {end.error}", flush=True)
+            continue
+        result = _result(cell, end)
+        writer.add(result)
+        if plan.next_run(cell, finished) != plan.Status.DONE:
+            pending.insert(0, cell)
+        left = _seconds_left([*pending, *running.values()], writer.results) / jobs
+        done = total - len(pending) - len(running)
+        print(f"[{done}/{total}] {_line(result)}; {_duration(left)} left", flush=True)
+    return failed
+
+
+def choose_rates(cells: Sequence[plan.Cell], writer: Writer) -> None:
+    """Writes the best rate of each task and method."""
+
+    def pair(cell: plan.Cell) -> tuple[str, str]:
+        return cell.task.name, cell.method.name
+
+    for (task, method), group in groupby(sorted(cells, key=pair), key=pair):
+        own = list(group)
+        rate = plan.best_rate(own, writer.results.runs)
+        if rate is None:
+            print(f"{task}, {method}: no learning rate was chosen", flush=True)
+            continue
+        writer.add(Rate(task, method, rate, own[0].task.version, own[0].method.version))
+        edge = " (at the end of the grid)" if rate in _ends(own) else ""
+        print(f"{task}, {method}: learning rate {rate:g}{edge}", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "benchmarks.quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--tasks", nargs="+", help="default: all")
+    parser.add_argument("--methods", nargs="+", help="default: all")
+    parser.add_argument("--sparsities", nargs="+", type=float, help="default: those of the task")
+    parser.add_argument("--seeds", type=int, help=f"how many; default: {SEEDS}")
+    parser.add_argument("--out", type=Path, default=OUT, help="the file of results")
+    parser.add_argument("--data", type=Path, default=DIRECTORY, help="of Fashion-MNIST's idx files")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each if > 1")
+    parser.add_argument("--quick", action="store_true", help="a few of each, unless named")
+    parser.add_argument("--tune", action="store_true", help="choose learning rates, report nothing")
+    return parser
+
+
+def _check(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, registry: workers.Registry
+) -> None:
+    quick = options.quick
+    if options.seeds is None:
+        options.seeds = QUICK_SEEDS if quick else SEEDS
+    options.tasks = options.tasks or list(QUICK_SPARSITIES if quick else registry.tasks)
+    options.methods = options.methods or list(QUICK_METHODS if quick else registry.methods)
+    for kind, names, known in (
+        ("task", options.tasks, registry.tasks),
+        ("method", options.methods, registry.methods),
+    ):
+        for name in names:
+            if name not in known:
+                allowed = ", ".join(map(repr, known))
+                parser.error(f"--{kind}s: {kind} {name!r} is not known; known are {allowed}")
+    for sparsity in options.sparsities or []:
+        if not 0 < sparsity < 1:
+            parser.error(f"--sparsities: {sparsity} is not allowed; numbers between 0 and 1 are")
+    for name in ("seeds", "jobs"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}; allowed: 1 or more")
+    if options.seeds > min(plan.TUNING_SEEDS):
+        parser.error(f"--seeds is {options.seeds}; allowed: {min(plan.TUNING_SEEDS)} or fewer")
+
+
+def _sparsities(options: argparse.Namespace, task: Task) -> Sequence[float]:
+    quick = QUICK_SPARSITIES.get(task.name, task.sparsities)
+    return options.sparsities or (quick if options.quick else task.sparsities)
+
+
+def _first_ready(
+    pending: Sequence[plan.Cell], finished: dict[Key, Result]
+) -> tuple[plan.Cell, Key] | None:
+    for cell in pending:
+        key = plan.next_run(cell, finished)
+        if isinstance(key, Key):
+            return cell, key
+    return None
+
+
+def _result(cell: plan.Cell, end: workers.Finished) -> Result:
+    assert end.outcome is not None
+    value, zeros, size = end.outcome
+    sparsity = end.outcome.sparsity
+    return Result(
+        **end.key._asdict(),
+        role=plan.role(cell, sparsity),
+        metric=cell.task.metric,
+        value=value,
+        zeros=zeros,
+        size=size,
+        sparsity=sparsity,
+        seconds=round(end.seconds, 1),
+        jax=jax.__version__,
+        machine=machine(),
+    )
+
+
+def machine() -> str:
+    """The processor and the number of cores, or the accelerator."""
+    kind = jax.devices()[0].device_kind
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if kind != "cpu":
+        name = kind
+    elif cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        name = models[0] if models else name
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _seconds_left(cells: Sequence[plan.Cell], results: Results) -> float:
+    measured: dict[str, list[float]] = {}
+    for result in results.runs.values():
+        measured.setdefault(result.task, []).append(result.seconds)
+    left = 0.0
+    for cell in cells:
+        own = measured.get(cell.task.name)
+        runs = 1
+        if cell.method.search is not None:
+            expected = _CORRECTION_RUNS if cell.first else _SEARCH_RUNS
+            runs = max(expected - len(plan.tried(cell, results.runs)), 1)
+        left += runs * (statistics.median(own) if own else cell.task.seconds)
+    return left
+
+
+def _named(key: Key) -> str:
+    target = "" if key.target == 0 else f" at {100 * key.target:g} %"
+    knob = "" if key.knob is None else f", knob {key.knob:.4g}"
+    rate = f", rate {key.learning_rate:g}" if key.split == "validation" else ""
+    return f"{key.task}, {key.method}{target}, seed {key.seed}{rate}{knob}"
+
+
+def _line(result: Result) -> str:
+    value = f"{result.value:.2%}" if result.metric == "accuracy" else f"{result.value:.3f} bits"
+    missed = " (search)" if result.role == "search" else ""
+    zeros = f"{result.sparsity:.2%} zeros{missed}"
+    return f"{_named(result.key)}: {value}, {zeros}, {result.seconds:.0f} s"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"about {math.ceil(seconds)} s"
+    if seconds < 90 * 60:
+        return f"about {seconds / 60:.0f} min"
+    return f"about {seconds / 3600:.1f} h"
+
+
+def _ends(cells: Sequence[plan.Cell]) -> tuple[float, float]:
+    rates = cells[0].task.learning_rates
+    return min(rates), max(rates)

@@ -1,0 +1,109 @@
+"""Finding the knob, such as a final threshold, that gives a named sparsity: whole runs are counted.
+
+Here belongs the choice of the next value from those that were tried; nothing here runs anything.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+# A run may end with no weight left, whose density has no logarithm.
+_LEAST_DENSITY = 1e-6
+# Of the distance between two values of which one gives too few zeros and one too many: how close
+# the next value may be to either.
+_MARGIN = 0.1
+# The first correction of a value that was taken from another seed, as a part of the whole range.
+_FIRST_CORRECTION = 1 / 64
+
+
+class Search(NamedTuple):
+    """The range of a method's knob.
+
+    Attributes:
+      low: its smallest value.
+      high: its largest value.
+      log: whether it is searched on a logarithmic scale.
+      tolerance: how far the sparsity may be from the target, absolute.
+      most: runs after which the search gives up.
+      increasing: whether a larger value gives more zeros.
+    """
+
+    low: float
+    high: float
+    log: bool = True
+    tolerance: float = 0.005
+    most: int = 12
+    increasing: bool = True
+
+
+class Tried(NamedTuple):
+    """A value of the knob and the sparsity that a whole run with it ended at."""
+
+    knob: float
+    sparsity: float
+
+
+def hits(search: Search, target: float, sparsity: float) -> bool:
+    """Whether a sparsity is as good as the target.
+
+    >>> hits(Search(0.1, 10), 0.9, 0.896), hits(Search(0.1, 10), 0.9, 0.91)
+    (True, False)
+    """
+    return abs(sparsity - target) <= search.tolerance
+
+
+def closest(tried: Sequence[Tried], target: float) -> Tried:
+    """The one whose sparsity is closest to the target."""
+    return min(tried, key=lambda one: abs(one.sparsity - target))
+
+
+def propose(
+    search: Search, target: float, tried: Sequence[Tried], start: float | None = None
+) -> float:
+    """The value to try next.
+
+    The middle of the range, or ``start``, is the first. While all runs are on one side of the
+    target, the range is halved, or, from a start, corrected by steps that double. Between a run of
+    either side the logarithm of the density is interpolated, not closer than a tenth to an end.
+
+    Args:
+      search: the range.
+      target: the sparsity to hit.
+      tried: the runs so far, of one seed.
+      start: a value that hit the target with another seed.
+
+    Returns:
+      A value of the knob, in the range.
+
+    Example:
+      >>> search = Search(0.01, 100.0)
+      >>> propose(search, 0.9, [])
+      1.0
+      >>> propose(search, 0.9, [Tried(1.0, 0.5)])
+      10.0
+    """
+    sign = 1.0 if search.increasing else -1.0
+
+    def place(knob: float) -> float:
+        return sign * (math.log(knob) if search.log else knob)
+
+    def knob(place: float) -> float:
+        value = math.exp(sign * place) if search.log else sign * place
+        # Rounding keeps 1.0 what was exp(log(0.01) / 2 + log(100) / 2).
+        return min(max(float(f"{value:.12g}"), search.low), search.high)
+
+    if not tried:
+        return start if start is not None else knob((place(search.low) + place(search.high)) / 2)
+    first, last = sorted((place(search.low), place(search.high)))
+    below = [(place(one.knob), one.sparsity) for one in tried if one.sparsity < target]
+    above = [(place(one.knob), one.sparsity) for one in tried if one.sparsity >= target]
+    if below and above:
+        low, high = max(below), min(above)
+        ends = [math.log(max(1 - s, _LEAST_DENSITY)) for s in (low[1], high[1])]
+        part = (math.log(1 - target) - ends[0]) / (ends[1] - ends[0])
+        part = min(max(part, _MARGIN), 1 - _MARGIN)
+        return knob(low[0] + part * (high[0] - low[0]))
+    if start is not None:
+        step = (last - first) * _FIRST_CORRECTION * 2 ** (len(tried) - 1)
+        return knob(max(below)[0] + step if below else min(above)[0] - step)
+    return knob((max(below)[0] + last) / 2 if below else (first + min(above)[0]) / 2)

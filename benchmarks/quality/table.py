@@ -1,0 +1,185 @@
+"""The tables of the quality benchmark in Markdown, from a file of results alone.
+
+python -m benchmarks.quality.table benchmarks/results/quality.jsonl
+"""
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.quality.results import OURS, Result, Results, read, reported
+from benchmarks.quality.scores import TOLERANCE, Cell, Scores, scores
+from benchmarks.quality.statistics import Interval, verdict
+
+NOTE = (
+    "Mean ± half-width of the 95 % Student-t interval over the seeds; in brackets the number of "
+    "seeds. Bold: the best mean, and all whose paired difference to it has an interval that "
+    "contains 0. The best is chosen by the runs that it is judged by, which favors it a little."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(
+        "benchmarks.quality.table", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("results", type=Path, help="a file that benchmarks.quality wrote")
+    options = parser.parse_args(arguments)
+    if not options.results.exists():
+        parser.error(f"there is no file {options.results}")
+    try:
+        results, _ = read(options.results)
+    except ValueError as error:
+        parser.error(str(error))
+    print(report(results))
+    return 0
+
+
+def report(results: Results) -> str:
+    """All tables as one text."""
+    tasks = scores(results)
+    if not tasks:
+        return "No run of the test split is finished."
+    lines = [NOTE, "", *_where(reported(results))]
+    for task in tasks:
+        lines += ["", f"### {task.task}", "", *task_table(task), ""]
+        lines += [*_rates(task, results), "", *(f"- {line}" for line in verdicts(task))]
+    searched = whole_runs(results)
+    if searched:
+        lines += ["", "### Whole runs needed", "", *searched]
+    return "\n".join(lines)
+
+
+def task_table(task: Scores) -> Iterator[str]:
+    """The rows of one task: methods, by sparsity."""
+    unit = "test accuracy in %" if task.metric == "accuracy" else "bits per character"
+    if task.dense is not None:
+        yield f"{unit.capitalize()}; dense {_value(task, task.dense.interval)}."
+        yield ""
+    else:
+        yield f"{unit.capitalize()}."
+        yield ""
+    yield _row(["method", *(f"{100 * target:g} %" for target in task.targets)])
+    yield _row(["---", *("---:" for _ in task.targets)])
+    top = {target: task.on_top(target) for target in task.targets}
+    for method in task.methods:
+        cells = [_text(task, method, target, method in top[target]) for target in task.targets]
+        yield _row([method, *cells])
+
+
+def verdicts(task: Scores) -> Iterator[str]:
+    """What the default is against the best other method, a line a sparsity."""
+    for target in task.targets:
+        where = f"{task.task} at {100 * target:g} %"
+        other = task.best(target, but=OURS)
+        if not task.comparable(OURS, target):
+            yield f"{where}: no comparable run of {OURS}"
+            continue
+        if other is None:
+            yield f"{where}: nothing to compare {OURS} with"
+            continue
+        ours = _number(task, task.cells[OURS, target].interval.mean)
+        theirs = _number(task, task.cells[other, target].interval.mean)
+        difference = task.difference(OURS, other, target)
+        said = f"{where}: {OURS} {ours}, best other {other} {theirs}; "
+        if difference is None:
+            yield said + "no seed in common"
+            continue
+        paired = _number(task, difference.mean, signed=True)
+        if difference.seeds > 1:
+            paired += f" ± {_number(task, difference.half_width)}"
+        seeds = "1 seed" if difference.seeds == 1 else f"{difference.seeds} seeds"
+        what = verdict(difference, task.higher_is_better)
+        yield f"{said}paired difference {paired} over {seeds}: **{what}**"
+
+
+def whole_runs(results: Results) -> list[str]:
+    """Of methods that search: whole runs until one is as sparse as asked for."""
+    counted: dict[tuple[str, str, float], dict[int, list[Result]]] = {}
+    for result in reported(results):
+        if result.knob is not None:
+            group = counted.setdefault((result.task, result.method, result.target), {})
+            group.setdefault(result.seed, []).append(result)
+    if not counted:
+        return []
+    columns = ["task", "method", "sparsity", "first seed", "other seeds, mean", "not hit"]
+    lines = [
+        "Runs from start to end that a method without a target needs until its sparsity is within "
+        f"{100 * TOLERANCE:g} % (absolute) of the named one. The first seed searches the whole "
+        "range, the others begin at its result. A method with a target needs one.",
+        "",
+        _row(columns),
+        _row(["---", "---", "---:", "---:", "---:", "---:"]),
+    ]
+    for (task, method, target), seeds in sorted(counted.items()):
+        first, *others = (len(seeds[seed]) for seed in sorted(seeds))
+        missed = sum(all(run.role == "search" for run in runs) for runs in seeds.values())
+        mean = f"{statistics.mean(others):.1f}" if others else "–"
+        missed_of = f"{missed} of {len(seeds)}" if missed else "–"
+        lines.append(_row([task, method, f"{100 * target:g} %", str(first), mean, missed_of]))
+    return lines
+
+
+def _where(runs: Iterable[Result]) -> Iterator[str]:
+    machines: dict[tuple[str, str], int] = {}
+    for run in runs:
+        machines[run.machine, run.jax] = machines.get((run.machine, run.jax), 0) + 1
+    for (machine, jax), count in sorted(machines.items(), key=lambda pair: -pair[1]):
+        yield f"{count} runs on {machine}; jax {jax}."
+
+
+def _rates(task: Scores, results: Results) -> Iterator[str]:
+    tuned = {
+        (result.method, result.learning_rate): (
+            (result.task, result.method, result.task_version, result.method_version)
+            in results.rates
+        )
+        for result in reported(results)
+        if result.task == task.task
+    }
+    chosen = ", ".join(
+        f"{method} {rate:g}" for (method, rate), is_tuned in tuned.items() if is_tuned
+    )
+    rest = [(method, rate) for (method, rate), is_tuned in tuned.items() if not is_tuned]
+    if chosen:
+        yield f"Learning rates tuned on validation data: {chosen}."
+    if rest:
+        rates = ", ".join(f"{rate:g}" for rate in sorted({rate for _, rate in rest}))
+        which = f" of {', '.join(method for method, _ in rest)}" if chosen else ""
+        yield f"Learning rate{which}, not tuned: {rates}."
+
+
+def _text(task: Scores, method: str, target: float, bold: bool) -> str:
+    cell = task.cells.get((method, target))
+    if cell is None:
+        return "–"
+    text = _value(task, cell.interval)
+    text = f"**{text}**" if bold else text
+    return text + _at(cell, target) + f" ({cell.interval.seeds})"
+
+
+def _at(cell: Cell, target: float) -> str:
+    return "" if abs(cell.sparsity - target) <= TOLERANCE else f" at {100 * cell.sparsity:.1f} %"
+
+
+def _value(task: Scores, found: Interval) -> str:
+    if not math.isfinite(found.mean):
+        return "diverged"
+    mean = _number(task, found.mean)
+    return mean if found.seeds < 2 else f"{mean} ± {_number(task, found.half_width)}"
+
+
+def _number(task: Scores, value: float, *, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    return f"{100 * value:{sign}.2f}" if task.metric == "accuracy" else f"{value:{sign}.3f}"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
