@@ -6,7 +6,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -82,12 +82,14 @@ class PrepareConfig:
     """Where prepared data sets are kept; None: the TFDS default."""
     manual_dir: str | None = None
     """Where files are that cannot be downloaded, as ImageNet's; None: downloads/manual there."""
+    from_dir: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Directory with files that TFDS would download, such as Fashion-MNIST's; None: download."""
     overwrite: bool = False
     """Remove what is there of the data set first."""
 
 
 def prepare(args: Sequence[str] | None = None) -> int:
-    """`lats-prepare NAME [--data-dir D]`: makes a data set ready for training.
+    """`lats-prepare NAME [--from DIR] [--data-dir D]`: makes a data set ready for training.
 
     Args:
       args: as for `train`.

@@ -487,7 +487,8 @@ def test_no_network_is_one_line(tmp_path, capfd, monkeypatch):
     assert code == 1
     assert errors == [
         "lats-prepare: error: data set 'cifar10' cannot be downloaded: https://www.cs.toronto.edu/"
-        "~kriz/cifar-10-binary.tar.gz cannot be reached (ConnectionError)"
+        "~kriz/cifar-10-binary.tar.gz cannot be reached (ConnectionError); --from DIR takes its "
+        "files from a directory"
     ]
 
 

@@ -14,7 +14,7 @@ CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 # github.com/pytorch/examples, mnist/main.py.
 MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
-# github.com/chatflip/CalculationMeanStd.
+# Over all pixels of the train split: 0.28604 and 0.35302.
 FASHION_MNIST_MEAN, FASHION_MNIST_STD = (0.2860,), (0.3530,)
 
 _Statistics = tuple[tuple[float, ...], tuple[float, ...]]

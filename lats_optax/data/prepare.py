@@ -1,4 +1,4 @@
-"""Preparing a data set: TFDS downloads it, or takes what is in a directory, and writes ArrayRecord.
+"""Preparing a data set: TFDS downloads it, or takes files of a directory, and writes ArrayRecord.
 
 TFDS's builders lean on TensorFlow for little more than opening files and encoding PNG images; here
 they are helped out, so that those which need no more do without.
@@ -10,13 +10,14 @@ import io
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lats_optax.data import digits
+from lats_optax.data import digits, fashion_mnist
 from lats_optax.data.tfds_source import (
     PrepareError,
     check_known,
@@ -41,6 +42,7 @@ def prepare(
     name: str,
     data_dir: str | None = None,
     manual_dir: str | None = None,
+    from_dir: str | None = None,
     overwrite: bool = False,
 ) -> str:
     """Writes a data set as ArrayRecord, unless it is there.
@@ -50,6 +52,9 @@ def prepare(
       data_dir: directory that holds TFDS data sets; ``None`` is TFDS's default.
       manual_dir: directory with what cannot be downloaded, such as ImageNet's tar files; ``None``
         is ``downloads/manual`` in ``data_dir``.
+      from_dir: directory with files that TFDS would download, under the names that they have
+        there; what it lacks is downloaded. Fashion-MNIST's have to be the four that it consists
+        of, however they are compressed; all others have to have the checksums that TFDS knows.
       overwrite: remove what is there of that version first.
 
     Returns:
@@ -57,11 +62,13 @@ def prepare(
 
     Raises:
       ValueError: there is no data set of that name, config or version, or it is not for image
-        classification.
+        classification, or ``from_dir`` does not suit it.
       OSError: a directory cannot be read or written.
-      PrepareError: TFDS cannot prepare it here.
+      PrepareError: TFDS cannot prepare it here; a file in ``from_dir`` is missing or damaged.
     """
     directory = None if data_dir is None else os.path.expanduser(data_dir)
+    if from_dir is not None and name in ("digits", "synthetic"):
+        raise ValueError(_no_files(name, from_dir))
     if name == "digits":
         if overwrite:
             shutil.rmtree(digits.SklearnDigits(data_dir=directory).data_dir, ignore_errors=True)
@@ -69,6 +76,8 @@ def prepare(
     if name == "synthetic":
         raise ValueError("data set 'synthetic' is noise that is made in memory; nothing to prepare")
     builder = _builder(name, directory)
+    # Before anything is removed or written.
+    files = None if from_dir is None else _files(name, builder, from_dir, manual_dir)
     if overwrite:
         shutil.rmtree(builder.data_dir, ignore_errors=True)
         # What was there has left its format in the builder.
@@ -79,7 +88,10 @@ def prepare(
     image, _ = image_and_label(builder)
     manual = _manual_dir(builder, directory, manual_dir)
     with _without_tensorflow(builder, image):
-        _download_and_prepare(name, builder, manual)
+        if files is None:
+            _download_and_prepare(name, builder, manual)
+        else:
+            _prepare_from(files, name, builder)
     return builder.data_dir
 
 
@@ -131,7 +143,83 @@ def _manual_dir(
     return manual
 
 
-def _download_and_prepare(name: str, builder: "tfds.core.DatasetBuilder", manual: str) -> None:
+class _LocalFiles(NamedTuple):
+    """Files that TFDS takes in the place of downloads.
+
+    Attributes:
+      directory: where they are.
+      checksums: by URL, of files that may differ from those that TFDS knows.
+    """
+
+    directory: str
+    checksums: dict[str, Any]
+
+
+def _files(
+    name: str, builder: "tfds.core.DatasetBuilder", from_dir: str, manual_dir: str | None
+) -> _LocalFiles:
+    """The files of a directory, which are checked as far as they can be before TFDS has them."""
+    from tensorflow_datasets.core.download import checksums
+
+    if not _downloads(builder):
+        raise ValueError(_no_files(name, from_dir))
+    directory = os.path.abspath(os.path.expanduser(from_dir))
+    if manual_dir is not None:
+        raise ValueError("--from and --manual-dir are both given; allowed: one of the two")
+    if not os.path.isdir(directory):
+        raise ValueError(f"--from is {from_dir!r}; allowed: a directory that is there")
+    names = {url: info.filename for url, info in builder.url_infos.items() if info.filename}
+    paths = {url: os.path.join(directory, file) for url, file in names.items()}
+    if builder.name == "fashion_mnist":
+        try:
+            fashion_mnist.check(directory)
+        except (OSError, ValueError) as error:
+            raise PrepareError(f"data set {name!r}: {error}") from error
+        # Debian's files have the same contents as the published ones, compressed again.
+        return _LocalFiles(
+            directory, {url: checksums.compute_url_info(path) for url, path in paths.items()}
+        )
+    if not any(map(os.path.isfile, paths.values())):
+        raise PrepareError(
+            f"{directory} has none of the files that TFDS downloads for {name!r}, such as "
+            f"{sorted(names.values())[0]}"
+        )
+    return _LocalFiles(directory, {})
+
+
+def _downloads(builder: "tfds.core.DatasetBuilder") -> bool:
+    """Whether all files of a data set are downloaded, under names that TFDS knows."""
+    known = any(info.filename for info in (builder.url_infos or {}).values())
+    return known and not builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+
+
+def _no_files(name: str, from_dir: str) -> str:
+    return (
+        f"--from is {from_dir!r}; allowed for data sets that TFDS downloads, and {name!r} is not "
+        "one of them"
+    )
+
+
+def _prepare_from(files: _LocalFiles, name: str, builder: "tfds.core.DatasetBuilder") -> None:
+    """Runs TFDS's builder where its download manager finds these files."""
+    make = builder._make_download_manager
+
+    def make_download_manager(*args: Any, **kwargs: Any) -> Any:
+        manager = make(*args, **kwargs)
+        manager._url_infos = manager._url_infos | files.checksums
+        return manager
+
+    builder._make_download_manager = make_download_manager
+    root = os.fspath(builder.data_dir_root)
+    os.makedirs(root, exist_ok=True)
+    # TFDS goes by the names of archives: it would use again what it has extracted from others.
+    with tempfile.TemporaryDirectory(prefix=".extracted.", dir=root) as extracted:
+        _download_and_prepare(name, builder, files.directory, extracted)
+
+
+def _download_and_prepare(
+    name: str, builder: "tfds.core.DatasetBuilder", manual: str, extracted: str | None = None
+) -> None:
     import requests
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download import downloader
@@ -141,6 +229,7 @@ def _download_and_prepare(name: str, builder: "tfds.core.DatasetBuilder", manual
         manual_dir=manual if os.path.isdir(manual) else None,
         # What is prepared there is not in ArrayRecord.
         try_download_gcs=False,
+        extract_dir=extracted,
     )
     try:
         with _quiet():
@@ -151,7 +240,7 @@ def _download_and_prepare(name: str, builder: "tfds.core.DatasetBuilder", manual
         url = getattr(error.request, "url", "what TFDS downloads it from")
         raise PrepareError(
             f"data set {name!r} cannot be downloaded: {url} cannot be reached "
-            f"({type(error).__name__})"
+            f"({type(error).__name__}){_advice(builder)}"
         ) from error
     except OSError:
         raise
@@ -186,6 +275,8 @@ def _without_tensorflow(builder: "tfds.core.DatasetBuilder", image: str) -> Iter
 class _Files:
     """The part of TensorFlow that opens files; the rest is said to be missing."""
 
+    # Of names in archives, which are strings already.
+    compat = SimpleNamespace(as_text=str)
     io = SimpleNamespace(
         gfile=SimpleNamespace(
             GFile=open,
@@ -246,6 +337,13 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
+
+
+def _advice(builder: "tfds.core.DatasetBuilder") -> str:
+    if not _downloads(builder):
+        return ""
+    debian = f"; {fashion_mnist.DEBIAN}" if builder.name == "fashion_mnist" else ""
+    return f"; --from DIR takes its files from a directory{debian}"
 
 
 def _missing(name: str, error: ImportError) -> str:

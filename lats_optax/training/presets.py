@@ -81,6 +81,14 @@ _CIFAR = TrainConfig(
     eval_every=1,
     checkpoint_every=1,
 )
+_FASHION_MNIST = TrainConfig(
+    data=DataConfig(name="fashion_mnist", batch_size=128),
+    model=ModelConfig("resnet20", width=0.25),
+    optimizer=OptimizerConfig(learning_rate=0.1, momentum=0.9, weight_decay=1e-4),
+    epochs=5,
+    eval_every=1,
+    checkpoint_every=1,
+)
 _SPIKING = OptimizerConfig(learning_rate=0.1, momentum=0.9, decay="epoch")
 
 _CODE = "the published code, https://github.com/Yanqi-Chen/LATS"
@@ -220,6 +228,12 @@ def _preset(name: str, family: _Family, method: _Method) -> Preset:
     return Preset(f"{family.what}, {how}; not run here.", family.notes + method.notes, config)
 
 
+_DATA = (
+    "The data first: lats-prepare fashion_mnist --from DIR, where DIR has the four files that "
+    "Debian's package dataset-fashion-mnist puts into /usr/share/datasets/fashion-mnist; without "
+    "--from it downloads them."
+)
+
 PRESETS: dict[str, Preset] = {
     "digits": Preset(
         "a small residual network on 8×8 digits, dense; 15 s on two CPU cores, accuracy 99.7 %.",
@@ -233,5 +247,20 @@ PRESETS: dict[str, Preset] = {
         "--initial runs/digits-lats/model.safetensors --prune.mode fine-tuning "
         "--optimizer.learning-rate 0.03 --workdir runs/fine-tuned.",
         TrainConfig(workdir=Path("runs/digits-lats"), prune=PruneConfig(target_sparsity=0.95)),
+    ),
+    "fashion-mnist": Preset(
+        "ResNet-20, a quarter as wide, on Fashion-MNIST, dense; 17 CPU minutes, accuracy 87.9 %.",
+        f"{_DATA}\n\nThe run had two CPU cores that other programs kept busy, and took 31 minutes by "
+        "the clock. Sparse: lats-train fashion-mnist-lats.",
+        dataclasses.replace(_FASHION_MNIST, workdir=Path("runs/fashion-mnist")),
+    ),
+    "fashion-mnist-lats": Preset(
+        "the same with 95 % of the weights zero.",
+        f"{_DATA}\n\nAnother sparsity: lats-train fashion-mnist-lats --prune.target-sparsity 0.9.",
+        dataclasses.replace(
+            _FASHION_MNIST,
+            workdir=Path("runs/fashion-mnist-lats"),
+            prune=PruneConfig(target_sparsity=0.95),
+        ),
     ),
 } | {name: _preset(name, *run) for name, run in _RUNS.items()}
