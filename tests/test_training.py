@@ -9,7 +9,6 @@ import optax
 import pytest
 
 import lats_optax
-from lats_optax.thresholds import tabulate
 from lats_optax.training import experiment as experiments
 from lats_optax.training import loop
 from lats_optax.training.checkpoint import load_variables
@@ -23,7 +22,7 @@ from lats_optax.training.config import (
     to_json,
 )
 from lats_optax.training.logging import MetricsLog, read_metrics
-from lats_optax.training.optimizer import cosine, increments, make_optimizer, schedule_to
+from lats_optax.training.optimizer import cosine, curve_law, make_optimizer, schedule_to
 from lats_optax.training.parallel import AXIS, DataParallel
 from lats_optax.training.step import cross_entropy
 from tests import tiny
@@ -159,8 +158,9 @@ RISING = [("lats", None), ("s-lats", None), ("epoch-lats", None), ("pgh", 0.01)]
 def test_a_named_sparsity_follows_the_curve_of_every_schedule(schedule, beta):
     """Weights that stand still: the curve itself. Weights that move: the target, exactly."""
     sgd = OptimizerConfig(learning_rate=0.1, momentum=0.0, warmup_epochs=1, decay="epoch")
-    how = {"schedule": schedule, "beta": beta}
-    target = TrainConfig(optimizer=sgd, prune=PruneConfig(0.8, **how, update_every=1), epochs=4)
+    how = {"schedule": schedule, "beta": beta, "operator": "soft"}
+    prune = PruneConfig(0.8, **how, reach=1.0, update_every=1)
+    target = TrainConfig(optimizer=sgd, prune=prune, epochs=4)
     tx = make_optimizer(target, steps_per_epoch=5).transform
     weights = jax.random.normal(jax.random.key(0), (20, 50))
     quantile = float(jnp.sort(jnp.abs(weights).ravel())[799])
@@ -194,7 +194,7 @@ def test_long_curves_are_followed_to_their_end(schedule, beta):
     """As many steps as on ImageNet: the last increments are lost in rounding, the end is not."""
     prune = PruneConfig(0.9, schedule=schedule, beta=beta)
     rises = schedule_to(TrainConfig(prune=prune, epochs=100), None, 5004, 1.0)
-    weights = tabulate(increments(rises), 500_400)
+    weights = curve_law(rises).increments(np.ones(500_400))
     left = np.cumsum(weights[::-1])[::-1]
     gains = np.divide(weights, left, out=np.zeros_like(weights), where=left > 0)
     assert (weights >= 0).all()

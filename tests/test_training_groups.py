@@ -63,7 +63,8 @@ def test_a_run_ends_with_whole_groups_at_zero(tmp_path, prune, groups):
 
     if prune.mode == "during-training":
         state = checkpoint.load_state(config.workdir)
-        operator = group_operator(prune)
+        steps = 2 * 6
+        operator = group_operator(prune, lats_optax.prox.prox_annealed_power(steps))
         found = lats_optax.finalize(state.params, state.opt_state, operator=operator)
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a == 0, b == 0), found, params)
 
@@ -115,7 +116,7 @@ def test_a_layer_without_such_groups_is_one_line(tmp_path):
 def test_a_run_from_before_there_were_structures_goes_on(tmp_path):
     plain = tiny.config(tmp_path, prune=PruneConfig(0.5))
     saved = json.loads(json.dumps(to_json(plain)))
-    for newer in ("structure", "block"):
+    for newer in ("structure", "block", "operator", "reach"):
         del saved["prune"][newer]
     check_resumable(saved, plain)
     assert prune_from_json(saved) == plain.prune

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import optax
 
 import lats_optax
+from benchmarks.quality.peers import acdc, family, one_shot, rigl, sparse_evolution, str_
 from benchmarks.quality.peers.base import Setting
 from benchmarks.quality.results import DENSE, OURS
 from benchmarks.quality.search import Search
@@ -46,12 +47,29 @@ def default(
     return optax.chain(optimizer, lats_optax.soft_threshold(threshold, mask=setting.mask))
 
 
+def str_searched(
+    optimizer: optax.GradientTransformation, setting: Setting, knob: float
+) -> optax.GradientTransformation:
+    """STR, whose sparsity follows from its weight decay."""
+    return str_.make(optimizer, setting, decay=knob)
+
+
 METHODS = (
     Method(DENSE, "", dense, prunes=False),
     Method(OURS, "this library's default", default),
+    Method("one-shot", "magnitude at half the run, then fine-tuning", one_shot.make),
+    Method("gradual-magnitude", "Zhu and Gupta, 2017", family.gradual_magnitude),
+    Method("dpf", "Lin et al., ICLR 2020", family.ste_magnitude),
+    Method("st3", "Vanderschueren and De Vleeschouwer, WACV 2023", family.st3),
+    Method("feather", "Glentis Georgoulakis et al., BMVC 2023", family.feather),
+    Method("rigl", "Evci et al., ICML 2020", rigl.make),
+    Method("set", "Mocanu et al., 2018", sparse_evolution.make),
+    Method("acdc", "Peste et al., NeurIPS 2021", acdc.make),
+    Method("lats-searched", "Chen et al., ICLR 2023", family.lats, search=Search(1e-3, 3.0)),
+    Method("str", "Kusupati et al., ICML 2020", str_searched, search=Search(1e-5, 1e-1)),
 )
 
-QUICK = (DENSE, OURS)
+QUICK = (DENSE, OURS, "gradual-magnitude", "feather", "st3", "rigl", "one-shot")
 """The methods of a quick run."""
 
 

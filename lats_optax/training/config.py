@@ -113,10 +113,16 @@ class PruneConfig:
     """Threshold at the end of training, instead of a sparsity."""
     schedule: Literal["lats", "s-lats", "epoch-lats", "pgh", "constant"] = "lats"
     """How the threshold rises to its end; `lats` is exact for the run's learning rate."""
+    operator: Literal["annealed-power", "power", "soft", "hard"] | None = None
+    """What the threshold does to the weights above it: `soft` shrinks all by as much, `hard` none,
+    `power` is between them with exponent 3, `annealed-power` goes from soft to hard during the run.
+    None: annealed-power with a target_sparsity, soft with a final_threshold."""
+    reach: float | None = None
+    """Part of the steps after which target_sparsity is reached, and held; None: a half."""
     beta: float | None = None
     """Base of the pgh schedule: the L1 penalty is proportional to beta**x, x from 0 to 1."""
     update_every: int | None = None
-    """Steps between two looks at the quantile for target_sparsity; None: the library's default."""
+    """Steps between two selections of target_sparsity's quantile; None: the library's default."""
     include: tuple[str, ...] = ()
     """Regular expressions on parameter paths: what is pruned; none: all of 2 dimensions or more."""
     exclude: tuple[str, ...] = ()
@@ -137,7 +143,7 @@ class PruneConfig:
     """What is zeroed as a whole. Left out, unless `include` is given: with output-channels the
     classifier, with input-channels layers that have one, with filters all but convolutions."""
     block: tuple[int, int] | None = None
-    """With structure blocks, INPUTS OUTPUTS in a block of a layer's matrix, at each tap."""
+    """With structure blocks, INPUTS OUTPUTS in a block of a layer's matrix, at each position."""
 
     @property
     def enabled(self) -> bool:
@@ -181,6 +187,15 @@ class PruneConfig:
             dense = "none without prune.target_sparsity, prune.final_threshold or mode fine-tuning"
             _check(not self.include, "prune.include", self.include, dense)
             _check(not self.exclude, "prune.exclude", self.exclude, dense)
+        if not self.has_threshold:
+            _check(self.operator is None, "prune.operator", self.operator, "None in a dense run")
+        anneals = self.operator != "annealed-power" or target is not None
+        _check(anneals, "prune.operator", self.operator, "another one without target_sparsity")
+        reach = self.reach
+        if target is None:
+            _check(reach is None, "prune.reach", reach, "None without a target_sparsity")
+        else:
+            _check(reach is None or 0 < reach <= 1, "prune.reach", reach, "0 < reach <= 1")
         self._check_search()
         self._check_layers()
         self._check_structure()
@@ -248,7 +263,7 @@ class TrainConfig:
     average_decay: float | None = None
     """Decay of an average of the weights over the steps (EMA), evaluated as well; None: none."""
     recalibrate: int | None = None
-    """Batches to estimate batch statistics on before evaluations; None: 50 with prune.structure."""
+    """Batches to estimate batch statistics on before evaluations; None: 50 in a sparse run."""
     epochs: int = 20
     """Passes over the training images, those of a search at initialization not counted."""
     seed: int = 0
@@ -319,7 +334,7 @@ class TrainConfig:
     def recalibration_batches(self) -> int:
         """Batches that batch statistics are estimated on before an evaluation."""
         if self.recalibrate is None:
-            return 50 if self.prune.structure != "none" else 0
+            return 50 if self.prune.enabled else 0
         return self.recalibrate
 
     @property

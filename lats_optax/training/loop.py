@@ -242,7 +242,7 @@ def _write_models(
     states = {"test": state}
     if config.prune.has_threshold and optimizer.frozen is None:
         # Adding an update rounds: without it the weights may be an ulp from those of the method.
-        exact = lats_optax.finalize(state.params, state.opt_state, operator=optimizer.groups)
+        exact = lats_optax.finalize(state.params, state.opt_state, operator=optimizer.operator)
         states["test"] = state._replace(params=exact)
     if "test_average" in test:
         states["test_average"] = averaged(state, experiment.pruned)

@@ -1,5 +1,6 @@
 """From a config to an optax transform: SGD, its learning rate, and soft threshold pruning."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import optax
 
 import lats_optax
 from lats_optax.masks import paths
-from lats_optax.operators import GroupOperator
+from lats_optax.operators import Elementwise, GroupOperator, Operator
 from lats_optax.thresholds import tabulate
 from lats_optax.training.config import PruneConfig, TrainConfig
 
@@ -24,6 +25,7 @@ class Optimizer(NamedTuple):
       learning_rate: `step -> rate`, over the whole run.
       learning_rate_sums: the sums of that rate over the first 0, 1, … steps.
       mask: the weights that are (or, in a dense run, would be) pruned.
+      operator: the operator that they are pruned by; None in a dense run.
       groups: the operator of a structured run, by whose groups they are; None: one by one.
       search_steps: how many steps `transform` takes; None: all of them.
       frozen: what goes on after these on a fixed support, the zeros of the parameters that its
@@ -34,6 +36,7 @@ class Optimizer(NamedTuple):
     learning_rate: optax.Schedule
     learning_rate_sums: np.ndarray
     mask: Callable[[Any], Any]
+    operator: Operator | None = None
     groups: GroupOperator | None = None
     search_steps: int | None = None
     frozen: optax.GradientTransformation | None = None
@@ -64,10 +67,12 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> Optimizer:
     # Of the parameters that its init is given: the zeros of these stay.
     keep = lats_optax.keep_support(lambda params: lats_optax.support(params, mask))
     kept = optax.chain(_sgd(config, training_rate), keep)
-    operator = group_operator(prune)
     if not prune.has_threshold:
         plain = kept if prune.mode == "fine-tuning" else _sgd(config, training_rate)
-        return Optimizer(plain, learning_rate, sums, mask, operator)
+        return Optimizer(plain, learning_rate, sums, mask)
+    shrinkage = _shrinkage(prune, threshold_epochs(config) * steps_per_epoch)
+    groups = group_operator(prune, shrinkage)
+    operator = shrinkage if groups is None else groups
     threshold = _threshold(config, searching_rate, steps_per_epoch)
     sgd = _sgd(config, searching_rate)
     if prune.weight_decay_on == "latent":
@@ -76,7 +81,7 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> Optimizer:
         sparse = lats_optax.soft_threshold(threshold, mask=mask, operator=operator)
         transform = optax.chain(sgd, sparse)
     frozen = None if search_steps is None else kept
-    return Optimizer(transform, learning_rate, sums, mask, operator, search_steps, frozen)
+    return Optimizer(transform, learning_rate, sums, mask, operator, groups, search_steps, frozen)
 
 
 def _sgd(config: TrainConfig, learning_rate: optax.Schedule) -> optax.GradientTransformation:
@@ -155,18 +160,32 @@ def pruned_mask(prune: PruneConfig) -> Callable[[Any], Any]:
     return mask
 
 
-def group_operator(prune: PruneConfig) -> GroupOperator | None:
+def _shrinkage(prune: PruneConfig, steps: int) -> Elementwise:
+    """The operator of `prune.operator`, on single weights or on the size of a group."""
+    default = "soft" if prune.target_sparsity is None else "annealed-power"
+    match prune.operator or default:
+        case "annealed-power":
+            return lats_optax.prox.prox_annealed_power(steps)
+        case "power":
+            return lats_optax.prox.prox_power(3)
+        case "hard":
+            return lats_optax.prox.prox_power(math.inf)
+        case _:
+            return lats_optax.prox.prox_l1
+
+
+def group_operator(prune: PruneConfig, shrinkage: Elementwise) -> GroupOperator | None:
     """The operator of `prune.structure`; None: weights are zeroed one by one."""
     match prune.structure:
         case "output-channels":
-            return lats_optax.groups.output_channels()
+            return lats_optax.groups.output_channels(shrinkage=shrinkage)
         case "input-channels":
-            return lats_optax.groups.input_channels()
+            return lats_optax.groups.input_channels(shrinkage=shrinkage)
         case "filters":
-            return lats_optax.groups.filters()
+            return lats_optax.groups.filters(shrinkage=shrinkage)
         case "blocks":
             assert prune.block is not None
-            return lats_optax.groups.blocks(*prune.block)
+            return lats_optax.groups.blocks(*prune.block, shrinkage=shrinkage)
         case _:
             return None
 
@@ -176,14 +195,15 @@ def _threshold(config: TrainConfig, learning_rate: optax.Schedule, steps_per_epo
     if prune.target_sparsity is None:
         assert prune.final_threshold is not None
         return schedule_to(config, learning_rate, steps_per_epoch, prune.final_threshold)
-    if prune.schedule == "lats":
-        weights = learning_rate
-    else:
-        weights = increments(schedule_to(config, learning_rate, steps_per_epoch, 1.0))
+    law = lats_optax.constant_l1()
+    if prune.schedule != "lats":
+        law = curve_law(schedule_to(config, learning_rate, steps_per_epoch, 1.0))
     return lats_optax.target_sparsity(
         _target(prune),
-        weights,
+        learning_rate,
         threshold_epochs(config) * steps_per_epoch,
+        law=law,
+        reach=0.5 if prune.reach is None else prune.reach,
         update_every=prune.update_every,
     )
 
@@ -208,11 +228,12 @@ def threshold_epochs(config: TrainConfig) -> int:
     return config.prune.search_epochs or config.epochs
 
 
-def increments(threshold: lats_optax.ThresholdSchedule) -> optax.Schedule:
-    """What `target_sparsity` takes for a learning rate to follow the curve of a threshold."""
+def curve_law(threshold: lats_optax.ThresholdSchedule) -> lats_optax.Law:
+    """The law by which a target is approached along the curve of a threshold."""
     # The closed forms end on differences of numbers near 1, of which rounding may make less than 0.
-    increments = np.maximum(threshold.increments, 0.0)
-    return lambda count: jnp.asarray(increments)[count]
+    rising = np.maximum.accumulate(threshold.table)
+    x = np.linspace(0.0, 1.0, len(rising))
+    return lats_optax.threshold_curve(lambda at: np.interp(at, x, rising))
 
 
 def schedule_to(
