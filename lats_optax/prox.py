@@ -423,7 +423,7 @@ def prox_power(p: float) -> Elementwise:
     return PowerThreshold(_above("p", p, 1, inclusive=True, infinite=True))
 
 
-def prox_annealed_power(steps: int, first: float = 1.5, last: float = 6.0) -> Elementwise:
+def prox_annealed_power(steps: int, first: float = 2.0, last: float = 5.0) -> Elementwise:
     """A power threshold whose exponent grows during a run, from nearly soft to nearly hard.
 
     ``p = first + (last - first) min(t / steps, 1)`` after t steps, in :func:`prox_power`.
@@ -447,7 +447,7 @@ def prox_annealed_power(steps: int, first: float = 1.5, last: float = 6.0) -> El
       >>> import jax.numpy as jnp
       >>> operator = prox_annealed_power(steps=100)
       >>> [round(float(operator.at(count)(jnp.array(1.2), 1.0)), 3) for count in (0, 50, 100)]
-      [0.463, 0.995, 1.121]
+      [0.663, 0.968, 1.083]
 
     Source: this library; continuation from a convex problem to a non-convex one is the idea of
     Blake and Zisserman, "Visual Reconstruction" (1987).

@@ -201,7 +201,7 @@ def test_row_of_a_step_that_is_told_its_sparsity(small_preset, tmp_path):
     assert named.bytes - named.facts.bytes == pytest.approx(weights * 8 / 5)
     assert named.ratio == pytest.approx(named.bytes / dense.bytes)
     # Beside theta the state has a count, a threshold and the loop's three numbers.
-    assert named.facts.arguments - dense.facts.arguments == weights + 5 * 4
+    assert named.facts.arguments - dense.facts.arguments == weights + 6 * 4
     assert named.facts.memory >= named.facts.arguments
 
     again = compiler().row(pruned(small_preset, target_sparsity=0.9, update_every=5), "again")

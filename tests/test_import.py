@@ -11,9 +11,9 @@ import lats_optax
 
 PACKAGE = pathlib.Path(lats_optax.__file__).parent
 CORE = {
-    *("__init__", "atomic", "distributions", "files", "finalize", "groups", "leaves", "masks"),
-    *("multiply_adds", "operations", "phases", "prox", "sparsity", "target", "thresholds"),
-    "transforms",
+    *("__init__", "atomic", "controllers", "distributions", "files", "finalize", "groups", "laws"),
+    *("leaves", "masks", "multiply_adds", "operations", "operators", "phases", "prox", "quantile"),
+    *("sparsity", "target", "thresholds", "transforms"),
 }
 # What a core module may import besides, within its functions.
 BESIDES = {"files": {"safetensors"}}

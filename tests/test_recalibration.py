@@ -67,7 +67,7 @@ def test_statistics_are_those_of_the_weights(tmp_path, devices):
 
 def test_how_many_batches():
     assert TrainConfig().recalibration_batches == 0
-    assert TrainConfig(prune=PruneConfig(0.5)).recalibration_batches == 0
+    assert TrainConfig(prune=PruneConfig(0.5)).recalibration_batches == 50
     assert TrainConfig(prune=CHANNELS).recalibration_batches == 50
     assert TrainConfig(prune=CHANNELS, recalibrate=0).recalibration_batches == 0
     assert TrainConfig(recalibrate=7).recalibration_batches == 7

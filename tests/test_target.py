@@ -1,6 +1,7 @@
 """The closed loop: the named sparsity is reached, and the selection that it steers by is exact."""
 
 import functools
+import math
 import re
 
 import hypothesis
@@ -453,3 +454,99 @@ def test_the_program_sorts_nothing_and_selects_within_a_conditional():
     entry = program[program.index("\nENTRY ") :]
     assert " while(" not in entry
     assert " while(" in program
+
+
+# --- laws, and the controller without weights -----------------------------------------------------
+
+
+LAWS = {
+    "constant_l1": lats_optax.constant_l1(),
+    "threshold_curve": lats_optax.threshold_curve(),
+    "own_curve": lats_optax.threshold_curve(lambda x: x**2),
+}
+
+
+@pytest.mark.parametrize("reach", [0.3, 0.5, 1.0])
+@pytest.mark.parametrize("name", LAWS)
+def test_the_controller_follows_its_law_to_a_still_quantile(name, reach):
+    """d_t = D (the law's curve) up to the horizon, and D from there on: no weights are needed."""
+    steps, still = 40, 0.7
+    rates = np.array([0.1 * (1 + math.cos(math.pi * t / steps)) for t in range(steps)])
+    horizon = round(reach * steps)
+    plan = Plan.of(LAWS[name], rates[:horizon], np.arange(steps))
+    x = np.arange(1, horizon + 1) / horizon
+    curve = {
+        "constant_l1": np.cumsum(rates[:horizon]) / rates[:horizon].sum(),
+        "threshold_curve": 1 - (1 - x) ** 3,
+        "own_curve": x**2,
+    }[name]
+    d = jnp.zeros(())
+    state = lats_optax.TargetSparsityState(d, d, d, jnp.asarray(steps))
+    step = jax.jit(lambda t, d, state: control(plan, t, d, state, jnp.float32(still)))
+    thresholds = []
+    for t in range(steps):
+        d, state = step(t, d, state)
+        thresholds.append(float(d))
+    np.testing.assert_allclose(thresholds[:horizon], still * curve, rtol=1e-5)
+    np.testing.assert_allclose(thresholds[horizon - 1 :], still, rtol=1e-7)
+
+
+def noisy(tx, steps, seed=0):
+    """Zeros after each step of a run under noisy gradients."""
+    w = jnp.asarray(np.random.default_rng(seed).normal(size=(20, 50)), jnp.float32)
+    state, update = tx.init(w), jax.jit(tx.update)
+    zeros = []
+    for t in range(steps):
+        noise = np.random.default_rng(t).normal(size=w.shape)
+        updates, state = update(jnp.asarray(0.05 * noise, jnp.float32), state, w)
+        w = optax.apply_updates(w, updates)
+        zeros.append(int(jnp.sum(w == 0)))
+    return zeros, state
+
+
+@pytest.mark.parametrize("law", [None, lats_optax.threshold_curve(), lats_optax.sparsity_curve()])
+@pytest.mark.parametrize("freeze_after", [None, 27])
+def test_a_target_is_reached_held_and_exact_at_the_end(law, freeze_after):
+    target = lats_optax.target_sparsity(0.9, 0.1, 40, law=law, update_every=1)
+    zeros, _ = noisy(soft_threshold(target, freeze_after=freeze_after), 44)
+    assert zeros[19:] == [900] * 25
+    assert zeros[9] < 900
+
+
+def test_between_selections_the_held_target_drifts_and_ends_exact():
+    target = lats_optax.target_sparsity(0.9, 0.1, 40, update_every=7)
+    zeros, _ = noisy(soft_threshold(target), 40)
+    assert zeros[19] == zeros[39] == 900
+    assert any(count != 900 for count in zeros[20:39])
+    assert all(abs(count - 900) < 40 for count in zeros[20:])
+
+
+@pytest.mark.parametrize("update_every", [1, 3])
+def test_a_sparsity_curve_is_followed_at_every_selection(update_every):
+    law = lats_optax.sparsity_curve(lambda x: x**0.5)
+    target = lats_optax.target_sparsity(0.8, 0.1, 30, law=law, reach=1.0, update_every=update_every)
+    zeros, _ = noisy(soft_threshold(target), 30)
+    for t in range(0, 30, update_every):
+        assert zeros[t] == round(0.8 * math.sqrt((t + 1) / 30) * 1000)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(reach=0.0), r"^reach: 0\.0 is not allowed; allowed are numbers in \(0, 1\]"),
+        (dict(reach=1.5), r"^reach: 1\.5"),
+        (dict(reach="half"), "^reach: 'half'"),
+        (dict(law=lats_optax.threshold_curve(lambda x: -x)), "^law: .* change by -0.2 at step 0"),
+        (dict(law=lats_optax.threshold_curve(np.zeros_like)), "^law: .* not rise in any of the 5"),
+        (dict(law=lats_optax.threshold_curve(lambda x: x / 0)), "^curve: .* not finite"),
+        (dict(law=lats_optax.sparsity_curve(lambda x: 2 * x - 1)), r"^curve: -0\.6 at x = 0\.2"),
+    ],
+)
+def test_laws_that_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message), np.errstate(all="ignore"):
+        lats_optax.target_sparsity(0.9, 0.1, 10, **arguments)
+
+
+def test_a_sparsity_curve_must_end_at_one():
+    with pytest.raises(ValueError, match=r"^curve: it ends at 0\.5, and not at 1"):
+        lats_optax.sparsity_curve(lambda x: x / 2)

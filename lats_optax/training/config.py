@@ -118,7 +118,8 @@ class PruneConfig:
     `power` is between them with exponent 3, `annealed-power` goes from soft to hard during the run.
     None: annealed-power with a target_sparsity, soft with a final_threshold."""
     reach: float | None = None
-    """Part of the steps after which target_sparsity is reached, and held; None: a half."""
+    """Part of the steps after which target_sparsity is reached, and held; None: a half, and all of
+    them with operator soft, which is the published method."""
     beta: float | None = None
     """Base of the pgh schedule: the L1 penalty is proportional to beta**x, x from 0 to 1."""
     update_every: int | None = None
@@ -149,6 +150,13 @@ class PruneConfig:
     def enabled(self) -> bool:
         """Whether the run's weights have zeros that are meant to be there."""
         return self.has_threshold or self.mode == "fine-tuning"
+
+    @property
+    def horizon(self) -> float:
+        """The part of the steps after which `target_sparsity` is reached."""
+        if self.reach is not None:
+            return self.reach
+        return 1.0 if self.operator == "soft" else 0.5
 
     @property
     def has_threshold(self) -> bool:

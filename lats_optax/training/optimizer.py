@@ -203,7 +203,7 @@ def _threshold(config: TrainConfig, learning_rate: optax.Schedule, steps_per_epo
         learning_rate,
         threshold_epochs(config) * steps_per_epoch,
         law=law,
-        reach=0.5 if prune.reach is None else prune.reach,
+        reach=prune.horizon,
         update_every=prune.update_every,
     )
 

@@ -178,10 +178,9 @@ _EXACT_LATS = _Method("LATS", fields={"schedule": "lats"})
 _THRESHOLD = """
 
 The sparsity is a choice of ours. As published, with the final threshold D that Appendix I of the
-paper gives for a sparsity: --prune.target-sparsity None --prune.reach None --prune.final-threshold
-D."""
+paper gives for a sparsity: --prune.target-sparsity None --prune.final-threshold D."""
 # The paper's: soft thresholding, with a threshold that rises to the last step.
-_PAPER = {"operator": "soft", "reach": 1.0}
+_PAPER = {"operator": "soft"}
 _LATS = _Method(
     "LATS",
     f"{_THRESHOLD} The threshold rises as a cosine that moves once an epoch does.",
