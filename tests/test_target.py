@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 import lats_optax
 from lats_optax import lats_threshold, prox, soft_threshold
 from lats_optax.quantile import kth_smallest
+from lats_optax.target import Plan, control
 
 # The law of LATS to the last step, with soft thresholding.
 to_the_end = functools.partial(lats_optax.target_sparsity, law=lats_optax.constant_l1(), reach=1.0)

@@ -23,8 +23,8 @@ def gradual_magnitude(
 ) -> optax.GradientTransformation:
     """Gradual magnitude pruning: hard, along a cubic sparsity curve, then frozen.
 
-    What is pruned keeps its value and does not move. Source: Zhu and Gupta, "To prune, or not to prune" (2017), arXiv
-    1710.01878; that the rise ends at 75 % of the run leaves time to fine-tune.
+    What is pruned keeps its value and does not move. Source: Zhu and Gupta, "To prune, or not to
+    prune" (2017), arXiv 1710.01878; that the rise ends at 75 % of the run leaves time to fine-tune.
     """
     return _chained(
         optimizer,
