@@ -1,6 +1,5 @@
 """Fashion-MNIST as arrays on the device, and the problem of classifying it with a Flax module."""
 
-import gzip
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,34 +14,17 @@ from jax import Array, lax
 
 import lats_optax
 from benchmarks.quality.training import Problem
+from lats_optax.data.fashion_mnist import read_idx
 
 DIRECTORY = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist has the files."""
 
-FILES = {
-    "train_images": "train-images-idx3-ubyte.gz",
-    "train_labels": "train-labels-idx1-ubyte.gz",
-    "test_images": "t10k-images-idx3-ubyte.gz",
-    "test_labels": "t10k-labels-idx1-ubyte.gz",
-}
 VALIDATION = 5_000
 """Training images, the last ones, that are held out for tuning."""
 
 # Of the pixels of the training images, in [0, 1].
 MEAN, STD = 0.2860, 0.3530
 SCORED_AT_ONCE = 500
-
-
-@cache
-def read_idx(directory: Path) -> dict[str, np.ndarray]:
-    """The four arrays: uint8 images (n, 28, 28) and labels (n,)."""
-    found = {}
-    for name, file in FILES.items():
-        content = gzip.decompress((directory / file).read_bytes())
-        dimensions = content[3]
-        shape = np.frombuffer(content, ">u4", dimensions, offset=4)
-        found[name] = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-    return found
 
 
 @cache

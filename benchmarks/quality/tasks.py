@@ -15,6 +15,7 @@ from benchmarks.quality import fashion_mnist, image_models
 from benchmarks.quality.characters import language_model
 from benchmarks.quality.peers.base import Make, Schedule
 from benchmarks.quality.training import Outcome, Problem, fit
+from lats_optax.data.fashion_mnist import FILES
 
 Run = Callable[[Make, float, int, float, str], Outcome]
 
@@ -71,7 +72,7 @@ def all_tasks(directory: Path = fashion_mnist.DIRECTORY) -> dict[str, Task]:
     Args:
       directory: of Fashion-MNIST's four files.
     """
-    files = tuple(directory / file for file in fashion_mnist.FILES.values())
+    files = tuple(directory / file for file in FILES.values())
     images = partial(fashion_mnist.classification, directory)
 
     def cosine(rate: float, steps: int) -> Schedule:
