@@ -20,6 +20,7 @@ from lats_optax.data.fashion_mnist import FILES
 Run = Callable[[Make, float, int, float, str], Outcome]
 
 SPLITS = ("test", "validation")
+SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,7 @@ def all_tasks(directory: Path = fashion_mnist.DIRECTORY) -> dict[str, Task]:
             cosine,
             sgd,
             metric="accuracy",
-            sparsities=(0.9, 0.95, 0.98, 0.99),
+            sparsities=SPARSITIES,
             learning_rates=(0.02, 0.05, 0.1, 0.2),
             default_rate=0.05,
             seconds=20,
@@ -118,7 +119,7 @@ def all_tasks(directory: Path = fashion_mnist.DIRECTORY) -> dict[str, Task]:
             cosine,
             sgd,
             metric="accuracy",
-            sparsities=(0.8, 0.9, 0.95, 0.98),
+            sparsities=SPARSITIES,
             learning_rates=(0.05, 0.1, 0.2, 0.4),
             default_rate=0.1,
             seconds=80,
@@ -130,7 +131,7 @@ def all_tasks(directory: Path = fashion_mnist.DIRECTORY) -> dict[str, Task]:
             warm_up_cosine,
             optax.adamw,
             metric="bits",
-            sparsities=(0.7, 0.8, 0.9, 0.95),
+            sparsities=SPARSITIES,
             learning_rates=(1.5e-3, 3e-3, 6e-3),
             default_rate=3e-3,
             seconds=110,
@@ -141,7 +142,7 @@ def all_tasks(directory: Path = fashion_mnist.DIRECTORY) -> dict[str, Task]:
             cosine,
             sgd,
             metric="accuracy",
-            sparsities=(0.8, 0.9, 0.95, 0.98),
+            sparsities=SPARSITIES,
             learning_rates=(0.05, 0.1, 0.2),
             default_rate=0.1,
             seconds=80,

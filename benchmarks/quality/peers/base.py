@@ -16,6 +16,9 @@ from jax import lax
 
 from lats_optax import masks
 
+Schedule = Callable[[Any], Any]
+"""From a step count to a learning rate."""
+
 
 class Setting(NamedTuple):
     """One run.
@@ -30,7 +33,7 @@ class Setting(NamedTuple):
 
     target: float
     steps: int
-    learning_rate: optax.Schedule
+    learning_rate: Schedule
     mask: Callable[[Any], Any]
     seed: int = 0
 
