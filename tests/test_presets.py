@@ -174,8 +174,8 @@ def test_published_thresholds_can_be_given(capsys):
             assert cli.train([name, *options]) == 2
     assert "far enough" in capsys.readouterr().err
     assert [config.prune for config in parsed] == [
-        PruneConfig(final_threshold=0.01, schedule="s-lats"),
-        PruneConfig(final_threshold=0.01, schedule="pgh", beta=0.01),
+        PruneConfig(final_threshold=0.01, schedule="s-lats", operator="soft"),
+        PruneConfig(final_threshold=0.01, schedule="pgh", beta=0.01, operator="soft"),
     ]
 
 

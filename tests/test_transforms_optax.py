@@ -132,7 +132,10 @@ def test_an_injected_threshold_can_be_changed_between_steps():
 @pytest.mark.parametrize("threshold", ["float", "target"])
 def test_injection_changes_nothing(threshold):
     case = Case(threshold=threshold)
-    injected = optax.inject_hyperparams(soft_threshold)(threshold=case.strength())
+    # An operator is a function too, which would be taken for a schedule.
+    injected = optax.inject_hyperparams(soft_threshold, static_args="operator")(
+        threshold=case.strength(), operator=prox.prox_l1
+    )
     params, state = drive(optax.chain(case.optimizer(), injected), case.start())
     assert_close(params, run(case).params[-1])
     assert_close(state[-1].inner_state, case.own_state(run(case).states[-1]))

@@ -18,7 +18,12 @@ from lats_optax.training.config import OptimizerConfig, TrainConfig
 from lats_optax.training.presets import PRESETS
 
 # Training images of the presets' data sets, which need not be on this machine.
-_TRAINING_IMAGES = {"imagenet2012": 1_281_167, "cifar10": 50_000, "digits": 1_437}
+_TRAINING_IMAGES = {
+    "imagenet2012": 1_281_167,
+    "fashion_mnist": 60_000,
+    "cifar10": 50_000,
+    "digits": 1_437,
+}
 
 
 @dataclasses.dataclass(frozen=True)
