@@ -348,9 +348,9 @@ def _held(case: Case, t: int, magnitudes: Any) -> float:
     if t <= reached:
         spent, left = sum(increments[1:t]), sum(increments[t:])
         if due and t > 1:
-            since = sum(increments[1:t]) - 0.0  # the selection before this one is the first
-            window = max(since, min(spent, left / 2))
-            slope += (q - before) / window - slope * since / window
+            # The selection before this one is the first: what is spent is spent since then.
+            window = max(spent, min(spent, left / 2))
+            slope += (q - before) / window - slope * spent / window
         mean = (q - first) / spent if spent else 0.0
         setpoint = q + left * min(slope, mean)
         rho = increments[t - 1] / sum(increments[t - 1 :])
