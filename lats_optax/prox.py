@@ -196,7 +196,8 @@ class PowerThreshold(Elementwise):
         else:
             p = jnp.asarray(self.p, x.dtype)
             factor = (-jnp.expm1(p * jnp.log1p(-excess))) ** (1 / p)
-        return jnp.where(dead, 0.0, x * factor)
+        # Where d is below the rounding of |x|, the factor comes out above 1 by as much.
+        return jnp.where(dead, 0.0, x * jnp.minimum(factor, 1.0))
 
     def preimage(self, w: jax.Array, d: Any) -> jax.Array:
         """``sign(w) (|w|^p + d^p)^(1/p)``."""
