@@ -102,9 +102,11 @@ def soft_threshold(
         blocks: one of :mod:`lats_optax.groups`.
       latent_dtype: float type of theta. Default (None): that of each parameter. ``jnp.float32``
         under bfloat16 parameters is mixed precision.
-      pruned_scale: factor in [0, 1] on the update of a weight that is pruned, w = 0. Default
-        (None): 1, it moves as all others do (straight-through). 0: it stays where it is, as in
-        gradual magnitude pruning.
+      pruned_scale: factor in [0, 1] on the update of a weight that is pruned, w = 0. 1: it moves as
+        all others do (straight-through). 0: it stays where it is, as in gradual magnitude pruning.
+        Default (None): 1 for single weights, 0 for the weights of a group, because the gradient
+        with respect to a dead channel behind which is a batch normalization is as large as that
+        normalization's ``1 / sqrt(epsilon)``, and would revive it.
       freeze_after: number k of steps after which the support is frozen: zeros stay zero, and the
         survivors train on without shrinkage, under a threshold of zero (early pruning). Under a
         :func:`lats_optax.target_sparsity` k is at least ``reach * steps``, where its target is met.
@@ -168,6 +170,15 @@ def soft_threshold(
             jnp.zeros((), jnp.int32), first, latent, control_state, inner_state
         )
 
+    def scaled(update: Any, w: jax.Array) -> Any:
+        """The update, scaled where the weight is pruned."""
+        scale = pruned_scale
+        if scale is None:
+            if operator.group_sizes(w.shape).max(initial=1) == 1:
+                return update
+            scale = 0.0
+        return jnp.where(w == 0, scale * update, update)
+
     def update(
         updates: Any, state: SoftThresholdState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, SoftThresholdState]:
@@ -187,7 +198,7 @@ def soft_threshold(
                 updates, inner_state, _where_latent(latent, params), **extra_args
             )
         moved = _map_pruned(
-            lambda theta, u, w: _move(theta, _scaled(u, w, pruned_scale), frozen),
+            lambda theta, u, w: _move(theta, scaled(u, w), frozen),
             latent,
             updates,
             params,
@@ -330,11 +341,6 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
 
 
 # --- one leaf -----------------------------------------------------------------------------------
-
-
-def _scaled(update: Any, w: jax.Array, pruned_scale: float | None) -> Any:
-    """The update, scaled where the weight is pruned."""
-    return update if pruned_scale is None else jnp.where(w == 0, pruned_scale * update, update)
 
 
 def _check_fraction(name: str, value: Any) -> float:

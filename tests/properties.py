@@ -144,6 +144,7 @@ class Case:
         return jax.tree.map(lambda leaf: leaf.astype(self.dtype), params)
 
 
+GROUPED = ("rows", "group", "blocks")
 _BF16, _MIXED = dict(dtype=jnp.bfloat16), dict(dtype=jnp.bfloat16, latent_dtype=jnp.float32)
 CASES = [
     *(Case(threshold=name) for name in ("float", "schedule", "lats", "target")),
@@ -156,6 +157,7 @@ CASES = [
         for name in ("non_negative", "group", "blocks", "l0")
     ),
     Case(threshold="lats", operator="group", **_BF16),
+    Case(threshold="lats", operator="group", pruned_scale=1.0),
     Case(threshold="target", update_every=4),
     Case(threshold="held", operator="annealed"),
     Case(threshold="held", operator="power", pruned_scale=0.5),
@@ -281,7 +283,9 @@ def oracle(case: Case, start: Any, slopes: list[Any]) -> list[tuple[Any, Any, fl
             elif case.kind == "proximal_step":
                 w[name] = shrink(case.operator, w[name] + moved, threshold_of(case, t, 0.0, []))
             else:
-                scale = 1.0 if case.pruned_scale is None else case.pruned_scale
+                scale = case.pruned_scale
+                if scale is None:
+                    scale = 0.0 if case.operator in GROUPED else 1.0
                 moved = np.where(w[name] == 0, scale, 1.0) * moved
                 moved = _round(theta[name] + moved, kept_in)
                 theta[name] = np.where(frozen & (theta[name] == 0), 0.0, moved)
