@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from lats_optax import masks
 from lats_optax.leaves import compute_dtype
 from lats_optax.operators import Operator, as_operator
-from lats_optax.prox import prox_annealed_power, prox_l1
+from lats_optax.prox import prox_l1
+from lats_optax.target import default_operator
 from lats_optax.transforms import SoftThresholdState
 
 
@@ -33,7 +34,7 @@ def finalize(
         back without its types, in dicts and lists.
       average: averaged parameters (EMA), a pytree like ``params``.
       operator: the proximal operator that ``soft_threshold`` was given. Default (None): the one
-        that it takes by default, ``prox.prox_annealed_power(steps)`` for a state of
+        that it takes by default, ``prox.Rescaled(prox.prox_annealed_power(steps))`` for a state of
         ``target_sparsity`` and :data:`lats_optax.prox.prox_l1` otherwise. Where several states have
         one each (``optax.partition``): a tree of operators like ``params``, or a prefix of it.
 
@@ -129,7 +130,7 @@ def _default_operator(control: Any) -> Operator:
     steps = (
         control.get("steps") if isinstance(control, Mapping) else getattr(control, "steps", None)
     )
-    return prox_l1 if steps is None else prox_annealed_power(int(_leaf(steps)))
+    return prox_l1 if steps is None else default_operator(int(_leaf(steps)))
 
 
 def _leaf(node: Any) -> Any:

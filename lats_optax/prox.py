@@ -2,7 +2,8 @@
 
 An operator maps ``x`` to ``argmin_z 1/2 ||z - x||^2 + strength * penalty(z)``. Here belong the
 operators between soft and hard thresholding, and the group lasso over axes of an array; groups in
-the terms of a layer are in `groups.py`. What pruning asks of an operator is in `operators.py`.
+the terms of a layer are in `groups.py`. What pruning asks of an operator is in `operators.py`. The
+power thresholds, among them what `target_sparsity` takes by default, are in `power.py`.
 """
 
 import math
@@ -16,12 +17,13 @@ import numpy as np
 
 from lats_optax.leaves import check_not_negative, positive_zero
 from lats_optax.operators import Elementwise, GroupOperator, Operator
-from lats_optax.thresholds import check_steps, is_number
+from lats_optax.power import PowerThreshold, Rescaled, check_above, prox_annealed_power
 
 __all__ = [
     "Axes",
     "ElasticNet",
     "Operator",
+    "Rescaled",
     "prox_annealed_power",
     "prox_elastic_net",
     "prox_firm",
@@ -165,75 +167,6 @@ class HardThreshold(Elementwise):
         """The weights themselves."""
         del d
         return jnp.array(w)
-
-
-@dataclass(frozen=True)
-class PowerThreshold(Elementwise):
-    """The operator that :func:`prox_power` makes.
-
-    Attributes:
-      p: a number, or a traced scalar in (1, inf).
-    """
-
-    p: Any
-
-    def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
-        """``sign(x) (|x|^p - d^p)^(1/p)`` where ``|x| > d``, else 0."""
-        if self._is(1):
-            return prox_l1.shrink(x, d)
-        size = jnp.abs(x)
-        dead = size - d <= 0
-        if self._is(math.inf):
-            return jnp.where(dead, 0.0, jnp.where(jnp.isnan(size - d), jnp.nan, x))
-        # With r = d / |x| the factor is (1 - r^p)^(1/p). Where r is near 1, 1 - r is taken from
-        # the difference |x| - d, which is exact there; where |x| is infinite that has no value.
-        safe = jnp.where(dead, 1.0, size)
-        r = jnp.where(dead, 0.5, d / safe)
-        excess = jnp.where(jnp.isinf(size), 1 - r, (size - d) / safe)
-        excess = jnp.where(dead, 0.5, excess)
-        if self._is(3):
-            factor = jnp.cbrt(excess * (1 + r + r * r))
-        else:
-            p = jnp.asarray(self.p, x.dtype)
-            factor = (-jnp.expm1(p * jnp.log1p(-excess))) ** (1 / p)
-        # Where d is below the rounding of |x|, the factor comes out above 1 by as much.
-        return jnp.where(dead, 0.0, x * jnp.minimum(factor, 1.0))
-
-    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
-        """``sign(w) (|w|^p + d^p)^(1/p)``."""
-        if self._is(math.inf):
-            return jnp.where(w == 0, 0.0, jnp.sign(w) * jnp.maximum(jnp.abs(w), d))
-        # Scaled by the larger of the two, so that no power of a small number underflows.
-        p, larger = jnp.asarray(self.p, w.dtype), jnp.maximum(jnp.abs(w), d)
-        safe = jnp.where(larger == 0, 1.0, larger)
-        ratio = jnp.minimum(jnp.abs(w), d) / safe
-        return jnp.sign(w) * larger * (1 + ratio**p) ** (1 / p)
-
-    def _is(self, value: float) -> bool:
-        """Whether p is a number, and this one."""
-        return not isinstance(self.p, jax.Array) and bool(self.p == value)
-
-
-@dataclass(frozen=True)
-class AnnealedPower(Elementwise):
-    """The operator that :func:`prox_annealed_power` makes."""
-
-    first: float
-    last: float
-    steps: int
-
-    def at(self, count: Any) -> PowerThreshold:
-        """The power threshold after so many steps."""
-        x = jnp.clip(jnp.asarray(count) / self.steps, 0.0, 1.0)
-        return PowerThreshold(self.first + (self.last - self.first) * x)
-
-    def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
-        """As at the last step."""
-        return PowerThreshold(self.last).shrink(x, d)
-
-    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
-        """As at the last step."""
-        return PowerThreshold(self.last).preimage(w, d)
 
 
 @dataclass(frozen=True)
@@ -421,39 +354,8 @@ def prox_power(p: float) -> Elementwise:
     Source: Glentis Georgoulakis et al., "Feather: An elegant solution to effective DNN
     sparsification" (BMVC 2023).
     """
-    return PowerThreshold(_above("p", p, 1, inclusive=True, infinite=True))
-
-
-def prox_annealed_power(steps: int, first: float = 2.0, last: float = 5.0) -> Elementwise:
-    """A power threshold whose exponent grows during a run, from nearly soft to nearly hard.
-
-    ``p = first + (last - first) min(t / steps, 1)`` after t steps, in :func:`prox_power`.
-
-    A small exponent lets weights enter and leave the support gently, and shrinks the survivors. A
-    large one leaves them as they are, and makes the support stiff. So a run begins with the first
-    and ends with the second.
-
-    Args:
-      steps: number of optimizer steps over which the exponent grows.
-      first: the exponent before the first step, > 1 and finite.
-      last: the exponent at the end, > 1 and finite.
-
-    Returns:
-      An operator. Outside of a run, ``operator(x, d)`` is that of the last step.
-
-    Raises:
-      ValueError: ``steps`` < 1, or an exponent outside (1, inf).
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> operator = prox_annealed_power(steps=100)
-      >>> [round(float(operator.at(count)(jnp.array(1.2), 1.0)), 3) for count in (0, 50, 100)]
-      [0.663, 0.968, 1.083]
-
-    Source: this library; continuation from a convex problem to a non-convex one is the idea of
-    Blake and Zisserman, "Visual Reconstruction" (1987).
-    """
-    return AnnealedPower(_above("first", first, 1), _above("last", last, 1), check_steps(steps))
+    p = check_above("p", p, 1, inclusive=True, infinite=True)
+    return prox_l1 if p == 1 else PowerThreshold(p)
 
 
 def prox_firm(gamma: float = 3.0) -> Elementwise:
@@ -480,7 +382,7 @@ def prox_firm(gamma: float = 3.0) -> Elementwise:
 
     Source: Zhang, "Nearly unbiased variable selection under minimax concave penalty" (2010).
     """
-    return FirmThreshold(_above("gamma", gamma, 1))
+    return FirmThreshold(check_above("gamma", gamma, 1))
 
 
 def prox_scad(a: float = 3.7) -> Elementwise:
@@ -509,17 +411,4 @@ def prox_scad(a: float = 3.7) -> Elementwise:
     Source: Fan and Li, "Variable selection via nonconcave penalized likelihood and its oracle
     properties" (2001).
     """
-    return ScadThreshold(_above("a", a, 2))
-
-
-def _above(
-    name: str, value: Any, least: int, *, inclusive: bool = False, infinite: bool = False
-) -> float:
-    """A number above a bound, or a ValueError that names the argument."""
-    known = is_number(value)
-    if known and (infinite or math.isfinite(value)):
-        number = float(value)
-        if number > least or (inclusive and number == least):
-            return number
-    allowed = f"numbers {'>=' if inclusive else '>'} {least}{', inf among them' * infinite}"
-    raise ValueError(f"{name}: {value!r} is not allowed; allowed are {allowed}")
+    return ScadThreshold(check_above("a", a, 2))

@@ -35,8 +35,8 @@ from jax import lax
 from lats_optax import masks
 from lats_optax.distributions import check_sparsity
 from lats_optax.laws import Law, constant_l1
-from lats_optax.operators import Operator
-from lats_optax.prox import prox_annealed_power
+from lats_optax.operators import Elementwise, Operator
+from lats_optax.power import Rescaled, prox_annealed_power
 from lats_optax.quantile import kth_smallest, kth_smallest_of_each
 from lats_optax.thresholds import ScalarOrSchedule, check_steps, is_number, learning_rates
 
@@ -106,7 +106,8 @@ def target_sparsity(
 
     Returns:
       A controller for ``soft_threshold``. Its default operator is
-      ``prox.prox_annealed_power(steps)``, nearly soft at first and nearly hard at the end.
+      ``prox.Rescaled(prox.prox_annealed_power(steps))``: soft at first, between soft and hard at
+      the end, and half of the shrinkage given back.
 
     Raises:
       ValueError: ``target`` outside [0, 1); ``steps`` or ``update_every`` < 1; ``reach`` outside
@@ -175,8 +176,8 @@ class TargetSparsity:
 
     @property
     def default_operator(self) -> Operator:
-        """The exponent grows over the whole run."""
-        return prox_annealed_power(self.steps)
+        """That of the number of steps."""
+        return default_operator(self.steps)
 
     def prepared(self, operator: Operator, freeze_after: int | None) -> "TargetSparsity":
         """The controller that has met its target where the support is frozen."""
@@ -348,6 +349,11 @@ def control(
     moved = jnp.maximum((1 - gain) * threshold + gain * setpoint, 0.0)  # (5)
     after = jnp.where(count < horizon, moved, quantile)  # (6)
     return after, TargetSparsityState(quantile, first, speed, state.steps)
+
+
+def default_operator(steps: int) -> Elementwise:
+    """What a named sparsity is reached with in a run of ``steps``, unless another is given."""
+    return Rescaled(prox_annealed_power(steps))
 
 
 def default_update_every(steps: int) -> int:

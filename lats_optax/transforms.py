@@ -97,7 +97,7 @@ def soft_threshold(
         that makes one from them. Default (None): :func:`lats_optax.prunable`. The other leaves
         get the update as it comes and take no memory.
       operator: the proximal operator, or a plain function ``(x, d) -> z`` where no sparsity is
-        named. Default (None): ``prox.prox_annealed_power(steps)`` under ``target_sparsity``, and
+        named. Default (None): that of :func:`lats_optax.target_sparsity` under it, and
         :data:`lats_optax.prox.prox_l1` under a number or a schedule. For whole channels, filters or
         blocks: one of :mod:`lats_optax.groups`.
       latent_dtype: float type of theta. Default (None): that of each parameter. ``jnp.float32``

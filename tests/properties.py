@@ -35,6 +35,7 @@ OPERATORS = {
     "l0": prox.prox_l0,
     "power": prox.prox_power(3),
     "annealed": prox.prox_annealed_power(STEPS, 1.5, 6.0),
+    "rescaled": prox.Rescaled(prox.prox_annealed_power(STEPS, 1.5, 6.0)),
 }
 
 
@@ -160,6 +161,7 @@ CASES = [
     Case(threshold="lats", operator="group", pruned_scale=1.0),
     Case(threshold="target", update_every=4),
     Case(threshold="held", operator="annealed"),
+    Case(threshold="held", operator="rescaled"),
     Case(threshold="held", operator="power", pruned_scale=0.5),
     Case(threshold="held", freeze_after=4),
     Case(threshold="curve", operator="power", inner=True),
@@ -380,6 +382,11 @@ def shrink(operator: str, x: np.ndarray, d: float, t: int = 0) -> np.ndarray:
             rms = _root_mean_square(x[where])
             out[where] = x[where] * (1 - d / rms) if rms > d else 0.0
         return out
+    if operator == "rescaled":
+        w = shrink("annealed", x, d, t)
+        pairs = list(zip(x.ravel().tolist(), w.ravel().tolist()))
+        squares = math.fsum(b * b for _, b in pairs)
+        return w * math.fsum(a * b for a, b in pairs) / squares if squares else w
     one = {
         "l1": lambda v: math.copysign(max(abs(v) - d, 0.0), v),
         "non_negative": lambda v: max(v - d, 0.0),
@@ -442,6 +449,7 @@ def _lift(operator: str, w: np.ndarray, d: float) -> np.ndarray:
         "l0": w,
         "power": np.sign(w) * (np.abs(w) ** 3 + d**3) ** (1 / 3),
         "annealed": np.sign(w) * (np.abs(w) ** 1.5 + d**1.5) ** (1 / 1.5),
+        "rescaled": w,  # its thresholds begin at zero
     }[operator]
 
 

@@ -22,7 +22,7 @@ def follows_the_oracle(case, record):
             np.testing.assert_array_equal(got[name] == 0, expected == 0, err_msg=f"{step} {name}")
             # w' is rounded, w' - w is, and so is their sum.
             slack = 2 * eps * np.maximum(np.abs(before[name]), np.abs(expected)) + 1e-6
-            if case.operator in ("power", "annealed") and name in theta:
+            if case.operator in ("power", "annealed", "rescaled") and name in theta:
                 # Next to the threshold these are steep: dw/dtheta = (theta / w)^(p - 1), p <= 6.
                 steep = np.abs(theta[name]) / np.where(expected == 0, np.inf, np.abs(expected))
                 slack = slack * (1 + steep**5)

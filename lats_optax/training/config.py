@@ -115,7 +115,7 @@ class PruneConfig:
     """How the threshold rises to its end; `lats` is exact for the run's learning rate."""
     operator: Literal["annealed-power", "power", "soft", "hard"] | None = None
     """What the threshold does to the weights above it: `soft` shrinks all by as much, `hard` none,
-    `power` is between them with exponent 3, `annealed-power` goes from soft to hard during the run.
+    `power` is between them, `annealed-power` goes from soft to there, rescaled, during the run.
     None: annealed-power with a target_sparsity, soft with a final_threshold."""
     reach: float | None = None
     """Part of the steps after which target_sparsity is reached, and held; None: a half, and all of

@@ -13,6 +13,7 @@ import optax
 import lats_optax
 from lats_optax.masks import paths
 from lats_optax.operators import Elementwise, GroupOperator, Operator
+from lats_optax.target import default_operator
 from lats_optax.thresholds import tabulate
 from lats_optax.training.config import PruneConfig, TrainConfig
 
@@ -165,7 +166,7 @@ def _shrinkage(prune: PruneConfig, steps: int) -> Elementwise:
     default = "soft" if prune.target_sparsity is None else "annealed-power"
     match prune.operator or default:
         case "annealed-power":
-            return lats_optax.prox.prox_annealed_power(steps)
+            return default_operator(steps)
         case "power":
             return lats_optax.prox.prox_power(3)
         case "hard":
