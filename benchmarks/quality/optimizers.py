@@ -29,6 +29,8 @@ from benchmarks.quality.peers.family import gradual_magnitude
 from benchmarks.quality.statistics import interval
 
 STEPS, BATCH, SIZES, SPLIT = 1500, 64, (64, 128, 128, 10), 17
+# Weights of the same magnitude die together.
+TIES = 3
 METHODS = {"dense": dense, "ours": default, "magnitude": gradual_magnitude}
 OPTIMIZERS: dict[str, tuple[float, Callable[..., Any]]] = {
     "sgd 0.1": (0.1, lambda rate: optax.sgd(rate, momentum=0.9)),
@@ -91,7 +93,7 @@ def accuracies(optimizer: str, method: str, target: float, seeds: int) -> list[f
     size = sum(m * n for m, n in itertools.pairwise(SIZES))
     wanted = 0 if method == "dense" else round(target * size)
     for _, zeros in results:
-        if int(zeros) != wanted:
+        if not wanted <= int(zeros) <= wanted + TIES:
             raise RuntimeError(f"{optimizer}, {method}: {zeros} zeros, and not {wanted}")
     return [float(accuracy) for accuracy, _ in results]
 
