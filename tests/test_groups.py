@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import lax
 
 import lats_optax
 from lats_optax import groups, prox, proximal_step, soft_threshold, sparsity, target_sparsity
@@ -464,3 +465,43 @@ def test_what_the_error_says_helps():
     exclude = re.search(r"exclude=\['(.*?)'\]", str(caught.value)).group(1)
     mask = lats_optax.select(exclude=exclude)
     soft_threshold(0.1, operator=groups.filters(), mask=mask).init(network())
+
+
+def test_a_dead_channel_before_batch_normalization_stays_dead():
+    """Its gradient is that normalization's 1 / sqrt(epsilon) as large."""
+    kernel, out, inputs, teacher = (
+        jax.random.normal(jax.random.key(seed), shape)
+        for seed, shape in enumerate([(6, 16), (16,), (128, 6), (6,)])
+    )
+    labels = jnp.tanh(inputs @ teacher)
+
+    def loss(params):
+        h = inputs @ params["kernel"]
+        h = (h - h.mean(axis=0)) * lax.rsqrt(h.var(axis=0) + 1e-5)
+        return jnp.mean((jnp.tanh(h) @ params["out"] - labels) ** 2)
+
+    def run(pruned_scale):
+        tx = soft_threshold(
+            target_sparsity(0.5, 0.1, 100),
+            inner=optax.sgd(0.1),
+            operator=groups.output_channels(),
+            pruned_scale=pruned_scale,
+        )
+
+        def step(carry, _):
+            params, state = carry
+            slopes = jax.grad(loss)(params)
+            updates, state = tx.update(slopes, state, params)
+            norms = jnp.linalg.norm(slopes["kernel"], axis=0)
+            alive = jnp.any(params["kernel"] != 0, axis=0)
+            return (optax.apply_updates(params, updates), state), (alive, norms)
+
+        params = {"kernel": 0.4 * kernel, "out": 0.2 * out}
+        return jax.jit(lambda: lax.scan(step, (params, tx.init(params)), None, length=100)[1])()
+
+    alive, norms = run(None)
+    assert 0 < np.sum(~alive[-1]) < 16
+    assert np.median(norms[-1][~alive[-1]]) > 20 * np.median(norms[-1][alive[-1]])
+    assert not np.any(alive[1:] & ~alive[:-1])
+    alive, _ = run(1.0)
+    assert np.any(alive[1:] & ~alive[:-1])
