@@ -86,17 +86,23 @@ class AnnealedPower(Elementwise):
 class Rescaled(Elementwise):
     """An operator times the one factor that brings its value nearest to its argument.
 
-    ``R_d(x) = s P_d(x)``, ``s = argmin_s ||x - s P_d(x)||^2 = <x, P_d(x)> / ||P_d(x)||^2``
+    ``R_d(x) = s P_d(x)``, ``s = min(<x, P_d(x)> / ||P_d(x)||^2, most)``
 
-    There is a factor for each array. Survivors keep the proportions that P gives them, so that one
-    which is about to die is small; but together they are no longer too small by as much as P
-    shrinks them. That matters where an optimizer can hardly move a weight beyond the threshold
-    within the run, as lion with a small learning rate. The factor is continuous: a weight that
-    comes or goes has none in it. Squares are summed as they are: in float32 weights below about
-    1e-19 are not rescaled.
+    The first number is ``argmin_s ||x - s P_d(x)||^2``. There is a factor for each array. Survivors
+    keep the proportions that P gives them, so that one which is about to die is small; but together
+    they are no longer too small by as much as P shrinks them. That matters where an optimizer can
+    hardly move a weight beyond the threshold within the run, as lion with a small learning rate.
+    The factor is continuous: a weight that comes or goes has no part in it. It is bounded, because
+    the weights could not be small otherwise: their norm would be at least that of as many
+    thresholds. Squares are summed as they are: in float32 weights below about 1e-19 are not
+    rescaled.
 
     Attributes:
       operator: P, which acts on each weight by itself.
+      most: the largest factor, >= 1.
+
+    Raises:
+      ValueError: ``most`` is not a number >= 1.
 
     Example:
       >>> from lats_optax import prox
@@ -109,6 +115,11 @@ class Rescaled(Elementwise):
     """
 
     operator: Elementwise
+    most: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Refuse a bound below 1."""
+        check_above("most", self.most, 1, inclusive=True, infinite=True)
 
     def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
         """``s P_d(x)``, with a factor of exactly 1 under a threshold of zero."""
@@ -116,7 +127,7 @@ class Rescaled(Elementwise):
         squares = jnp.sum(w * w)
         shrunk = (squares > 0) & jnp.any(d != 0)
         factor = jnp.sum(x * w) / jnp.where(shrunk, squares, 1.0)
-        return jnp.where(shrunk, positive_zero(w * factor), w)
+        return positive_zero(w * jnp.where(shrunk, jnp.minimum(factor, self.most), 1.0))
 
     def preimage(self, w: jax.Array, d: Any) -> jax.Array:
         """That of the operator: exact where a threshold begins at zero, with a factor of 1."""
@@ -128,7 +139,7 @@ class Rescaled(Elementwise):
 
     def at(self, count: Any) -> "Rescaled":
         """The operator after so many steps, rescaled."""
-        return Rescaled(self.operator.at(count))
+        return Rescaled(self.operator.at(count), self.most)
 
 
 def prox_annealed_power(steps: int, first: float = 1.0, last: float = 3.0) -> Elementwise:

@@ -386,7 +386,7 @@ def shrink(operator: str, x: np.ndarray, d: float, t: int = 0) -> np.ndarray:
         w = shrink("annealed", x, d, t)
         pairs = list(zip(x.ravel().tolist(), w.ravel().tolist()))
         squares = math.fsum(b * b for _, b in pairs)
-        return w * math.fsum(a * b for a, b in pairs) / squares if squares else w
+        return w * min(math.fsum(a * b for a, b in pairs) / squares, 2.0) if squares else w
     one = {
         "l1": lambda v: math.copysign(max(abs(v) - d, 0.0), v),
         "non_negative": lambda v: max(v - d, 0.0),

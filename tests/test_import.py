@@ -12,8 +12,8 @@ import lats_optax
 PACKAGE = pathlib.Path(lats_optax.__file__).parent
 CORE = {
     *("__init__", "atomic", "controllers", "distributions", "files", "finalize", "groups", "laws"),
-    *("leaves", "masks", "multiply_adds", "operations", "operators", "phases", "prox", "quantile"),
-    *("sparsity", "target", "thresholds", "transforms"),
+    *("leaves", "masks", "multiply_adds", "operations", "operators", "phases", "power", "prox"),
+    *("quantile", "sparsity", "target", "thresholds", "transforms"),
 }
 # What a core module may import besides, within its functions.
 BESIDES = {"files": {"safetensors"}}

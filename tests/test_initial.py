@@ -81,9 +81,10 @@ def test_a_run_ends_in_files_of_its_weights(tmp_path, prune):
         d = float(optax.tree.get(state.opt_state, "threshold"))
         for layer in ("Conv_0", "Dense_0"):
             theta = np.asarray(latent[layer]["kernel"])
-            # At the end the exponent of the power threshold is 5.
-            size = np.maximum(np.abs(theta.astype(float)) ** 5 - d**5, 0) ** 0.2
-            exact[layer]["kernel"] = np.sign(theta) * np.where(np.abs(theta) > d, size, 0)
+            # At the end the exponent of the power threshold is 3.
+            size = np.cbrt(np.maximum(np.abs(theta.astype(float)) ** 3 - d**3, 0))
+            w = np.sign(theta) * np.where(np.abs(theta) > d, size, 0)
+            exact[layer]["kernel"] = w * min(np.sum(theta * w) / np.sum(w * w), 2)
     for got, want in zip(
         jax.tree.leaves(saved.variables),
         jax.tree.leaves({"batch_stats": state.batch_stats, "params": exact}),

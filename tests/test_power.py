@@ -22,11 +22,12 @@ def in_double_precision():
         yield
 
 
-def rescaled(name, x, d):
+def rescaled(name, x, d, most=2.0):
     """As it is written, one weight at a time."""
     w = shrink(name, x, d)
     pairs = list(zip(x.ravel().tolist(), w.ravel().tolist()))
-    return w * (math.fsum(a * b for a, b in pairs) / math.fsum(b * b for _, b in pairs))
+    factor = math.fsum(a * b for a, b in pairs) / math.fsum(b * b for _, b in pairs)
+    return w * min(factor, most)
 
 
 @each
@@ -41,9 +42,17 @@ def test_values_are_those_of_a_loop(name, dtype):
     np.testing.assert_allclose(np.asarray(got, float), want, rtol=close, atol=0)
 
 
+@pytest.mark.parametrize("most", [1.0, 1.2, math.inf])
+def test_the_factor_is_bounded(most):
+    got = prox.Rescaled(prox.prox_l1, most)(X, 1.5)
+    np.testing.assert_allclose(got, rescaled("l1", X, 1.5, most), rtol=1e-12)
+    # Without a bound the factor is above all of these.
+    assert np.max(np.abs(rescaled("l1", X, 1.5, math.inf))) > 1.2 * (np.max(np.abs(X)) - 1.5)
+
+
 @each
 def test_no_other_factor_comes_nearer(name):
-    got = np.asarray(prox.Rescaled(OPERATORS[name])(X, 0.7))
+    got = np.asarray(prox.Rescaled(OPERATORS[name], math.inf)(X, 0.7))
     distances = [np.sum(np.square(X - factor * got)) for factor in (1.0, 0.99, 1.01)]
     assert min(distances) == distances[0]
 
@@ -94,3 +103,9 @@ def test_an_exponent_that_grows_begins_as_soft_and_ends_as_the_last(wrap):
         np.testing.assert_allclose(at(count, X), wrap(same)(X, 0.7), rtol=1e-9, atol=1e-12)
     np.testing.assert_array_equal(at(11, X), at(10, X))
     np.testing.assert_allclose(operator(X, 0.7), wrap(prox.prox_power(3))(X, 0.7), rtol=1e-12)
+
+
+@pytest.mark.parametrize("most", [0.9, -1.0, math.nan, "2", None])
+def test_bad_bounds(most):
+    with pytest.raises(ValueError, match=r"^most: .* is not allowed; allowed are numbers >= 1"):
+        prox.Rescaled(prox.prox_l1, most)

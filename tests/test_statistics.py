@@ -125,7 +125,8 @@ def test_no_weight_is_lost(values, ends):
 
 def test_groups_die_and_revive_whole():
     columns = prox.Axes(axes=0)
-    transform, mask = lats_optax.soft_threshold(0.5, operator=columns), lats_optax.prunable
+    transform = lats_optax.soft_threshold(0.5, operator=columns, pruned_scale=1.0)
+    mask = lats_optax.prunable
     params = {"kernel": jnp.ones((4, 6))}
     state, bits = transform.init(params), statistics.support_bits(params, mask)
     # Latent weights of 1.5; of the first three columns 0.25, which dies, and then 1.5 again.
