@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import numpy as np
 import pytest
 
 import lats_optax
-from lats_optax.target import default_operator
+from lats_optax import prox
 from lats_optax.training import checkpoint, loop
 from lats_optax.training.config import PruneConfig, check_resumable, prune_from_json, to_json
 from lats_optax.training.optimizer import group_operator, pruned_mask
@@ -64,8 +65,7 @@ def test_a_run_ends_with_whole_groups_at_zero(tmp_path, prune, groups):
 
     if prune.mode == "during-training":
         state = checkpoint.load_state(config.workdir)
-        steps = 2 * 6
-        operator = group_operator(prune, default_operator(steps))
+        operator = group_operator(prune, prox.prox_power(math.inf))
         found = lats_optax.finalize(state.params, state.opt_state, operator=operator)
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a == 0, b == 0), found, params)
 

@@ -116,7 +116,8 @@ class PruneConfig:
     operator: Literal["annealed-power", "power", "soft", "hard"] | None = None
     """What the threshold does to the weights above it: `soft` shrinks all by as much, `hard` none,
     `power` is between them, `annealed-power` goes from soft to there, rescaled, during the run.
-    None: annealed-power with a target_sparsity, soft with a final_threshold."""
+    None: soft with a final_threshold; with a target_sparsity annealed-power, and hard for
+    output-channels, which a batch normalization behind them makes as large again as they were."""
     reach: float | None = None
     """Part of the steps after which target_sparsity is reached, and held; None: a half, and all of
     them with operator soft, which is the published method."""
@@ -150,6 +151,17 @@ class PruneConfig:
     def enabled(self) -> bool:
         """Whether the run's weights have zeros that are meant to be there."""
         return self.has_threshold or self.mode == "fine-tuning"
+
+    @property
+    def chosen_operator(self) -> str:
+        """The operator, where none is named."""
+        if self.operator is not None:
+            return self.operator
+        if self.target_sparsity is None:
+            return "soft"
+        # A shrunken channel has the same outputs behind a batch normalization, and gradients as
+        # much larger as it is smaller.
+        return "hard" if self.structure == "output-channels" else "annealed-power"
 
     @property
     def horizon(self) -> float:

@@ -162,9 +162,8 @@ def pruned_mask(prune: PruneConfig) -> Callable[[Any], Any]:
 
 
 def _shrinkage(prune: PruneConfig, steps: int) -> Elementwise:
-    """The operator of `prune.operator`, on single weights or on the size of a group."""
-    default = "soft" if prune.target_sparsity is None else "annealed-power"
-    match prune.operator or default:
+    """The operator that the config chooses, on single weights or on the size of a group."""
+    match prune.chosen_operator:
         case "annealed-power":
             return default_operator(steps)
         case "power":
