@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lats_optax.leaves import positive_zero
 from lats_optax.operators import Elementwise
-from lats_optax.thresholds import check_steps, is_number
+from lats_optax.thresholds import check_above, check_steps
 
 
 @dataclass(frozen=True)
@@ -176,16 +176,3 @@ def prox_annealed_power(steps: int, first: float = 1.0, last: float = 3.0) -> El
         for name, value in (("first", first), ("last", last))
     }
     return AnnealedPower(**exponents, steps=check_steps(steps))
-
-
-def check_above(
-    name: str, value: Any, least: int, *, inclusive: bool = False, infinite: bool = False
-) -> float:
-    """A number above a bound, or a ValueError that names the argument."""
-    known = is_number(value)
-    if known and (infinite or math.isfinite(value)):
-        number = float(value)
-        if number > least or (inclusive and number == least):
-            return number
-    allowed = f"numbers {'>=' if inclusive else '>'} {least}{', inf among them' * infinite}"
-    raise ValueError(f"{name}: {value!r} is not allowed; allowed are {allowed}")

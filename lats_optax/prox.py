@@ -17,7 +17,8 @@ import numpy as np
 
 from lats_optax.leaves import check_not_negative, positive_zero
 from lats_optax.operators import Elementwise, GroupOperator, Operator
-from lats_optax.power import PowerThreshold, Rescaled, check_above, prox_annealed_power
+from lats_optax.power import PowerThreshold, Rescaled, prox_annealed_power
+from lats_optax.thresholds import check_above
 
 __all__ = [
     "Axes",

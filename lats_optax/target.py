@@ -38,7 +38,13 @@ from lats_optax.laws import Law, constant_l1
 from lats_optax.operators import Elementwise, Operator
 from lats_optax.power import Rescaled, prox_annealed_power
 from lats_optax.quantile import kth_smallest, kth_smallest_of_each
-from lats_optax.thresholds import ScalarOrSchedule, check_steps, is_number, learning_rates
+from lats_optax.thresholds import (
+    ScalarOrSchedule,
+    check_fraction,
+    check_steps,
+    is_number,
+    learning_rates,
+)
 
 # The window of the moving average, as a part of the budget that remains. The mean speed alone is
 # too fast at the end: the threshold overshoots by 1 to 3 % (digits, 95 and 80 %), and falls back
@@ -128,8 +134,7 @@ def target_sparsity(
       [[False, True], [False, False]]
     """
     steps = check_steps(steps)
-    if not (is_number(reach) and 0 < reach <= 1):
-        raise ValueError(f"reach: {reach!r} is not allowed; allowed are numbers in (0, 1]")
+    reach = check_fraction("reach", reach)
     if update_every is None:
         update_every = default_update_every(steps)
     rates = learning_rates(learning_rate, steps)
@@ -137,7 +142,7 @@ def target_sparsity(
         target=_checked(target),
         law=constant_l1() if law is None else law,
         rates=rates,
-        horizon=max(round(float(reach) * steps), 1),
+        horizon=max(round(reach * steps), 1),
         update_every=check_steps(update_every, "update_every"),
     )
 

@@ -312,6 +312,26 @@ def check_threshold(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_above(
+    name: str, value: Any, least: int, *, inclusive: bool = False, infinite: bool = False
+) -> float:
+    """A number above a bound, or a ValueError that names the argument."""
+    known = is_number(value)
+    if known and (infinite or math.isfinite(value)):
+        number = float(value)
+        if number > least or (inclusive and number == least):
+            return number
+    allowed = f"numbers {'>=' if inclusive else '>'} {least}{', inf among them' * infinite}"
+    raise ValueError(f"{name}: {value!r} is not allowed; allowed are {allowed}")
+
+
+def check_fraction(name: str, value: Any) -> float:
+    """``value`` as a float in (0, 1], or a ValueError that names the argument."""
+    if not (is_number(value) and 0 < value <= 1):
+        raise ValueError(f"{name}: {value!r} is not allowed; allowed are numbers in (0, 1]")
+    return float(value)
+
+
 def is_number(value: Any) -> bool:
     """Whether a value is one real number: of Python, NumPy or JAX, and not a bool."""
     array = np.asarray(value)

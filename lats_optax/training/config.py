@@ -154,7 +154,7 @@ class PruneConfig:
 
     @property
     def chosen_operator(self) -> str:
-        """The operator, where none is named."""
+        """`operator`, or what is best where it is None."""
         if self.operator is not None:
             return self.operator
         if self.target_sparsity is None:

@@ -12,7 +12,8 @@ import numpy as np
 import optax
 
 from benchmarks.quality.peers.alternating import alternate
-from benchmarks.quality.peers.base import Setting, check_fraction
+from benchmarks.quality.peers.base import Setting
+from lats_optax.thresholds import check_fraction
 
 
 def make(

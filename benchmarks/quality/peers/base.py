@@ -41,13 +41,6 @@ class Setting(NamedTuple):
 Make = Callable[[optax.GradientTransformation, Setting], optax.GradientTransformation]
 
 
-def check_fraction(name: str, value: float) -> float:
-    """The value, or a ValueError if it is not in (0, 1]."""
-    if not 0 < value <= 1:
-        raise ValueError(f"{name}: {value!r} is not allowed; allowed are numbers in (0, 1]")
-    return value
-
-
 def check_params(params: Any) -> None:
     """Refuse an update without parameters."""
     if params is None:

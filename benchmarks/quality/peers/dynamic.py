@@ -26,7 +26,6 @@ from jax import lax
 import lats_optax
 from benchmarks.quality.peers.base import (
     Setting,
-    check_fraction,
     check_params,
     full_support,
     leaves_of,
@@ -38,6 +37,7 @@ from benchmarks.quality.peers.base import (
     zero_moments,
 )
 from lats_optax import masks
+from lats_optax.thresholds import check_fraction
 
 # The gradients of the prunable leaves, and a random key -> a score for each of their weights.
 Growth = Callable[[list[jax.Array], jax.Array], list[jax.Array]]

@@ -10,7 +10,8 @@ and the learning-rate schedule of one run.
 import optax
 
 from benchmarks.quality.peers.alternating import alternate
-from benchmarks.quality.peers.base import Setting, check_fraction
+from benchmarks.quality.peers.base import Setting
+from lats_optax.thresholds import check_fraction
 
 
 def make(
