@@ -34,7 +34,7 @@ def finalize(
         back without its types, in dicts and lists.
       average: averaged parameters (EMA), a pytree like ``params``.
       operator: the proximal operator that ``soft_threshold`` was given. Default (None): the one
-        that it takes by default, ``prox.Rescaled(prox.prox_annealed_power(steps))`` for a state of
+        that it takes by default, ``prox.Rescaled(prox.prox_annealed(steps))`` for a state of
         ``target_sparsity`` and :data:`lats_optax.prox.prox_l1` otherwise. Where several states have
         one each (``optax.partition``): a tree of operators like ``params``, or a prefix of it.
 

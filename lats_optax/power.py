@@ -1,9 +1,10 @@
-"""Power thresholds that change during a run: what a named sparsity is reached with by default.
+"""Between soft and hard: the power threshold, one that changes during a run, and rescaling.
 
-Here belong the power threshold itself, its exponent that grows, and the rescaling of what survives.
+Here belongs what a named sparsity is reached with by default. Other operators are in `prox.py`.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,66 +21,74 @@ class PowerThreshold(Elementwise):
     """The operator that ``prox.prox_power`` makes.
 
     Attributes:
-      p: a number in (1, inf], or a traced scalar in [1, inf).
+      p: a number in (1, inf].
     """
 
-    p: Any
+    p: float
 
     def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
         """``sign(x) (|x|^p - d^p)^(1/p)`` where ``|x| > d``, else 0."""
-        size = jnp.abs(x)
-        dead = size - d <= 0
-        if self._is(math.inf):
-            return jnp.where(dead, 0.0, jnp.where(jnp.isnan(size - d), jnp.nan, x))
-        # With r = d / |x| the factor is (1 - r^p)^(1/p). Where r is near 1, 1 - r is taken from
-        # the difference |x| - d, which is exact there; where |x| is infinite that has no value.
-        safe = jnp.where(dead, 1.0, size)
-        r = jnp.where(dead, 0.5, d / safe)
-        excess = jnp.where(jnp.isinf(size), 1 - r, (size - d) / safe)
-        excess = jnp.where(dead, 0.5, excess)
-        if self._is(3):
-            factor = jnp.cbrt(excess * (1 + r + r * r))
-        else:
-            p = jnp.asarray(self.p, x.dtype)
-            factor = (-jnp.expm1(p * jnp.log1p(-excess))) ** (1 / p)
-        # Where d is below the rounding of |x|, the factor comes out above 1 by as much.
-        return jnp.where(dead, 0.0, x * jnp.minimum(factor, 1.0))
+        p = self.p
+        if p == math.inf:
+            excess = jnp.abs(x) - d
+            return jnp.where(excess <= 0, 0.0, jnp.where(jnp.isnan(excess), jnp.nan, x))
+        if p == 2:
+            return _shrunk(x, d, lambda r, excess: jnp.sqrt(excess * (1 + r)))
+        if p == 3:
+            return _shrunk(x, d, lambda r, excess: jnp.cbrt(excess * (1 + r + r * r)))
+        return _shrunk(x, d, lambda r, excess: (-jnp.expm1(p * jnp.log1p(-excess))) ** (1 / p))
 
     def preimage(self, w: jax.Array, d: Any) -> jax.Array:
         """``sign(w) (|w|^p + d^p)^(1/p)``."""
-        if self._is(math.inf):
+        if self.p == math.inf:
             return jnp.where(w == 0, 0.0, jnp.sign(w) * jnp.maximum(jnp.abs(w), d))
         # Scaled by the larger of the two, so that no power of a small number underflows.
-        p, larger = jnp.asarray(self.p, w.dtype), jnp.maximum(jnp.abs(w), d)
+        larger = jnp.maximum(jnp.abs(w), d)
         safe = jnp.where(larger == 0, 1.0, larger)
         ratio = jnp.minimum(jnp.abs(w), d) / safe
-        return jnp.sign(w) * larger * (1 + ratio**p) ** (1 / p)
-
-    def _is(self, value: float) -> bool:
-        """Whether p is a number, and this one."""
-        return not isinstance(self.p, jax.Array) and bool(self.p == value)
+        return jnp.sign(w) * larger * (1 + ratio**self.p) ** (1 / self.p)
 
 
 @dataclass(frozen=True)
-class AnnealedPower(Elementwise):
-    """The operator that :func:`prox_annealed_power` makes."""
+class AnnealedThreshold(Elementwise):
+    """The operator that :func:`prox_annealed` makes, after so many steps.
 
-    first: float
-    last: float
+    Attributes:
+      steps: number of steps after which it no longer changes.
+      c: the zero of the second factor, a scalar in [-1, 1], perhaps traced.
+    """
+
     steps: int
+    c: Any = -1.0
 
-    def at(self, count: Any) -> PowerThreshold:
-        """The power threshold after so many steps."""
+    def at(self, count: Any) -> "AnnealedThreshold":
+        """The threshold after so many steps."""
         x = jnp.clip(jnp.asarray(count) / self.steps, 0.0, 1.0)
-        return PowerThreshold(self.first + (self.last - self.first) * x)
+        return AnnealedThreshold(self.steps, 1 - 2 * x)
 
     def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
-        """As at the last step."""
-        return PowerThreshold(self.last).shrink(x, d)
+        """``sign(x) sqrt((|x| - d) (|x| - c d))`` where ``|x| > d``, else 0."""
+        c = jnp.asarray(self.c, x.dtype)
+        return _shrunk(x, d, lambda r, excess: jnp.sqrt(excess * (1 - c * r)))
 
     def preimage(self, w: jax.Array, d: Any) -> jax.Array:
-        """As at the last step."""
-        return PowerThreshold(self.last).preimage(w, d)
+        """``sign(w) ((1 + c) d + hypot(2 w, (1 - c) d)) / 2``."""
+        c = jnp.asarray(self.c, w.dtype)
+        return jnp.sign(w) * ((1 + c) * d + jnp.hypot(2 * w, (1 - c) * d)) / 2
+
+
+def _shrunk(x: jax.Array, d: jax.Array, factor: Callable[[Any, Any], jax.Array]) -> jax.Array:
+    """``x factor(r, 1 - r)`` with ``r = d / |x|`` where that is below 1, else 0."""
+    size = jnp.abs(x)
+    dead = size - d <= 0
+    safe = jnp.where(dead, 1.0, size)
+    r = jnp.where(dead, 0.5, d / safe)
+    # Where r is near 1, 1 - r is taken from the difference |x| - d, which is exact there; where |x|
+    # is infinite that has no value.
+    excess = jnp.where(jnp.isinf(size), 1 - r, (size - d) / safe)
+    excess = jnp.where(dead, 0.5, excess)
+    # Where d is below the rounding of |x|, the factor may come out above 1 by as much.
+    return jnp.where(dead, 0.0, x * jnp.minimum(factor(r, excess), 1.0))
 
 
 @dataclass(frozen=True)
@@ -142,37 +151,33 @@ class Rescaled(Elementwise):
         return Rescaled(self.operator.at(count), self.most)
 
 
-def prox_annealed_power(steps: int, first: float = 1.0, last: float = 3.0) -> Elementwise:
-    """A power threshold whose exponent grows during a run, from soft towards hard.
+def prox_annealed(steps: int) -> Elementwise:
+    """A threshold that changes during a run, from soft to ``prox_power(2)``.
 
-    ``p = first + (last - first) min(t / steps, 1)`` after t steps, in ``prox.prox_power``.
+    ``A_d(x) = sign(x) sqrt((|x| - d) (|x| - c d))`` where ``|x| > d``, else 0, with
+    ``c = 1 - 2 min(t / steps, 1)`` after t steps
 
-    A small exponent lets weights enter and leave the support gently, and shrinks the survivors. A
-    large one leaves them as they are, and makes the support stiff. So a run begins with the first
-    and ends with the second.
+    It is the geometric mean of two lines. With c = 1 they are the same, and it is the soft
+    threshold; c = -1 gives ``sqrt(x^2 - d^2)``. The first lets weights enter and leave the support
+    gently, and shrinks the survivors. The last leaves the larger ones nearly as they are, and makes
+    the support stiff. It costs products and a square root, where other powers take logarithms.
 
     Args:
-      steps: number of optimizer steps over which the exponent grows.
-      first: the exponent before the first step, >= 1 and finite.
-      last: the exponent at the end, >= 1 and finite.
+      steps: number of optimizer steps over which the threshold changes.
 
     Returns:
-      An operator. Outside of a run, ``operator(x, d)`` is that of the last step.
+      An operator. Outside of a run, ``operator(x, d)`` is that of the last step. The penalty is
+      not convex where c < 1.
 
     Raises:
-      ValueError: ``steps`` < 1, or an exponent outside [1, inf).
+      ValueError: ``steps`` < 1.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> operator = prox_annealed_power(steps=100)
-      >>> [round(float(operator.at(count)(jnp.array(1.2), 1.0)), 3) for count in (0, 50, 100)]
-      [0.2, 0.663, 0.9]
+      >>> operator = prox_annealed(steps=100)
+      >>> [round(float(operator.at(count)(jnp.array(1.25), 1.0)), 3) for count in (0, 50, 100)]
+      [0.25, 0.559, 0.75]
 
     Source: this library; continuation from a convex problem to a non-convex one is the idea of
     Blake and Zisserman, "Visual Reconstruction" (1987).
     """
-    exponents = {
-        name: check_above(name, value, 1, inclusive=True)
-        for name, value in (("first", first), ("last", last))
-    }
-    return AnnealedPower(**exponents, steps=check_steps(steps))
+    return AnnealedThreshold(check_steps(steps))

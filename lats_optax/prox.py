@@ -17,7 +17,7 @@ import numpy as np
 
 from lats_optax.leaves import check_not_negative, positive_zero
 from lats_optax.operators import Elementwise, GroupOperator, Operator
-from lats_optax.power import PowerThreshold, Rescaled, prox_annealed_power
+from lats_optax.power import PowerThreshold, Rescaled, prox_annealed
 from lats_optax.thresholds import check_above
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "ElasticNet",
     "Operator",
     "Rescaled",
-    "prox_annealed_power",
+    "prox_annealed",
     "prox_elastic_net",
     "prox_firm",
     "prox_group_lasso",

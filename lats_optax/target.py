@@ -36,7 +36,7 @@ from lats_optax import masks
 from lats_optax.distributions import check_sparsity
 from lats_optax.laws import Law, constant_l1
 from lats_optax.operators import Elementwise, Operator
-from lats_optax.power import Rescaled, prox_annealed_power
+from lats_optax.power import Rescaled, prox_annealed
 from lats_optax.quantile import kth_smallest, kth_smallest_of_each
 from lats_optax.thresholds import (
     ScalarOrSchedule,
@@ -112,7 +112,7 @@ def target_sparsity(
 
     Returns:
       A controller for ``soft_threshold``. Its default operator is
-      ``prox.Rescaled(prox.prox_annealed_power(steps))``: soft at first, between soft and hard at
+      ``prox.Rescaled(prox.prox_annealed(steps))``: soft at first, between soft and hard at
       the end, and half of the shrinkage given back.
 
     Raises:
@@ -358,7 +358,7 @@ def control(
 
 def default_operator(steps: int) -> Elementwise:
     """What a named sparsity is reached with in a run of ``steps``, unless another is given."""
-    return Rescaled(prox_annealed_power(steps))
+    return Rescaled(prox_annealed(steps))
 
 
 def default_update_every(steps: int) -> int:

@@ -34,8 +34,8 @@ OPERATORS = {
     "blocks": lats_optax.groups.blocks(4, 3),
     "l0": prox.prox_l0,
     "power": prox.prox_power(3),
-    "annealed": prox.prox_annealed_power(STEPS, 1.5, 6.0),
-    "rescaled": prox.Rescaled(prox.prox_annealed_power(STEPS, 1.5, 6.0)),
+    "annealed": prox.prox_annealed(STEPS),
+    "rescaled": prox.Rescaled(prox.prox_annealed(STEPS)),
 }
 
 
@@ -393,13 +393,18 @@ def shrink(operator: str, x: np.ndarray, d: float, t: int = 0) -> np.ndarray:
         "elastic_net": lambda v: math.copysign(max(abs(v) - d, 0.0), v) / (1 + 0.5 * d),
         "l0": lambda v: v if abs(v) > math.sqrt(2 * d) else 0.0,
         "power": lambda v: _power(v, d, 3.0),
-        "annealed": lambda v: _power(v, d, 1.5 + 4.5 * min(t / STEPS, 1.0)),
+        "annealed": lambda v: _annealed(v, d, min(t / STEPS, 1.0)),
     }[operator]
     return np.array([one(float(v)) for v in x.ravel()]).reshape(x.shape)
 
 
 def _power(v: float, d: float, p: float) -> float:
     return math.copysign((abs(v) ** p - d**p) ** (1 / p), v) if abs(v) > d else 0.0
+
+
+def _annealed(v: float, d: float, x: float) -> float:
+    size = math.sqrt((abs(v) - d) * (abs(v) - d + 2 * d * x)) if abs(v) > d else 0.0
+    return math.copysign(size, v)
 
 
 def _tiles(
@@ -448,7 +453,7 @@ def _lift(operator: str, w: np.ndarray, d: float) -> np.ndarray:
         "elastic_net": w * (1 + 0.5 * d) + d * np.sign(w),
         "l0": w,
         "power": np.sign(w) * (np.abs(w) ** 3 + d**3) ** (1 / 3),
-        "annealed": np.sign(w) * (np.abs(w) ** 1.5 + d**1.5) ** (1 / 1.5),
+        "annealed": w + d * np.sign(w),  # as at the first step
         "rescaled": w,  # its thresholds begin at zero
     }[operator]
 

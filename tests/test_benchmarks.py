@@ -67,7 +67,7 @@ def test_a_frozen_step_moves_the_bytes_of_sgd_and_one_multiply(small):
 @pytest.mark.parametrize(
     ("operator", "copies"),
     # To rescale them, CPUs keep the weights until their factor is known.
-    [(None, 1.01), (prox.prox_annealed_power(optimizer_step.STEPS), 0.02)],
+    [(None, 1.01), (prox.prox_annealed(optimizer_step.STEPS), 0.02)],
     ids=["default", "not rescaled"],
 )
 def test_copies_of_the_weights_in_a_step_of_the_closed_loop(small, operator, copies):

@@ -1,4 +1,4 @@
-"""Rescaled operators and exponents that grow, against loops over single weights."""
+"""Rescaled operators and thresholds that anneal, against loops over single weights."""
 
 import math
 
@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis.strategies import floats
 
 from lats_optax import prox
 from tests.properties import shrink
@@ -16,7 +18,7 @@ OPERATORS = {"l1": prox.prox_l1, "power": prox.prox_power(3), "elastic_net": pro
 each = pytest.mark.parametrize("name", OPERATORS)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def in_double_precision():
     with jax.enable_x64(True):
         yield
@@ -95,14 +97,25 @@ def test_groups_are_rescaled_together():
 
 
 @pytest.mark.parametrize("wrap", [lambda operator: operator, prox.Rescaled])
-def test_an_exponent_that_grows_begins_as_soft_and_ends_as_the_last(wrap):
-    operator = wrap(prox.prox_annealed_power(10, first=1.0, last=3.0))
+def test_an_annealed_threshold_begins_as_soft_and_ends_as_the_second_power(wrap):
+    operator = wrap(prox.prox_annealed(10))
     at = jax.jit(lambda count, x: operator.at(count)(x, 0.7))
-    for count, same in ((0, prox.prox_l1), (5, prox.prox_power(2)), (10, prox.prox_power(3))):
-        # The exponent is traced, so the value is by logarithms, with a few more roundings.
+    for count, same in ((0, prox.prox_l1), (10, prox.prox_power(2)), (11, prox.prox_power(2))):
         np.testing.assert_allclose(at(count, X), wrap(same)(X, 0.7), rtol=1e-9, atol=1e-12)
-    np.testing.assert_array_equal(at(11, X), at(10, X))
-    np.testing.assert_allclose(operator(X, 0.7), wrap(prox.prox_power(3))(X, 0.7), rtol=1e-12)
+    np.testing.assert_allclose(operator(X, 0.7), wrap(prox.prox_power(2))(X, 0.7), rtol=1e-12)
+
+
+@settings(deadline=None, derandomize=True)
+@given(floats(0, 1e30), floats(0, 1e30), floats(0, 1), floats(0.1, 10))
+def test_laws_of_the_annealed_threshold(size, d, x, factor):
+    operator = prox.prox_annealed(1).at(x)
+    w = float(operator(size, d))
+    assert 0 <= w <= size
+    assert (w == 0) == (size <= d) or size - d < 1e-300
+    if w > 0:
+        # It scales with its argument, and its preimage gives the argument back.
+        np.testing.assert_allclose(operator(factor * size, factor * d), factor * w, rtol=1e-6)
+        np.testing.assert_allclose(operator.preimage(jnp.array(w), d), size, rtol=1e-6)
 
 
 @pytest.mark.parametrize("most", [0.9, -1.0, math.nan, "2", None])

@@ -113,10 +113,10 @@ class PruneConfig:
     """Threshold at the end of training, instead of a sparsity."""
     schedule: Literal["lats", "s-lats", "epoch-lats", "pgh", "constant"] = "lats"
     """How the threshold rises to its end; `lats` is exact for the run's learning rate."""
-    operator: Literal["annealed-power", "power", "soft", "hard"] | None = None
+    operator: Literal["annealed", "power", "soft", "hard"] | None = None
     """What the threshold does to the weights above it: `soft` shrinks all by as much, `hard` none,
-    `power` is between them, `annealed-power` goes from soft to there, rescaled, during the run.
-    None: soft with a final_threshold; with a target_sparsity annealed-power, and hard for
+    `power` is between them, `annealed` goes from soft to there, rescaled, during the run.
+    None: soft with a final_threshold; with a target_sparsity annealed, and hard for
     output-channels, which a batch normalization behind them makes as large again as they were."""
     reach: float | None = None
     """Part of the steps after which target_sparsity is reached, and held; None: a half, and all of
@@ -161,7 +161,7 @@ class PruneConfig:
             return "soft"
         # A shrunken channel has the same outputs behind a batch normalization, and gradients as
         # much larger as it is smaller.
-        return "hard" if self.structure == "output-channels" else "annealed-power"
+        return "hard" if self.structure == "output-channels" else "annealed"
 
     @property
     def horizon(self) -> float:
@@ -209,7 +209,7 @@ class PruneConfig:
             _check(not self.exclude, "prune.exclude", self.exclude, dense)
         if not self.has_threshold:
             _check(self.operator is None, "prune.operator", self.operator, "None in a dense run")
-        anneals = self.operator != "annealed-power" or target is not None
+        anneals = self.operator != "annealed" or target is not None
         _check(anneals, "prune.operator", self.operator, "another one without target_sparsity")
         reach = self.reach
         if target is None:

@@ -164,7 +164,7 @@ def pruned_mask(prune: PruneConfig) -> Callable[[Any], Any]:
 def _shrinkage(prune: PruneConfig, steps: int) -> Elementwise:
     """The operator that the config chooses, on single weights or on the size of a group."""
     match prune.chosen_operator:
-        case "annealed-power":
+        case "annealed":
             return default_operator(steps)
         case "power":
             return lats_optax.prox.prox_power(3)
