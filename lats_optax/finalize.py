@@ -1,7 +1,8 @@
 """The end of training: exactly sparse weights out of a state, and a check that they are its own."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,8 @@ import jax.numpy as jnp
 from lats_optax import masks
 from lats_optax.leaves import compute_dtype
 from lats_optax.operators import Operator, as_operator
-from lats_optax.prox import prox_l1
-from lats_optax.target import default_operator
-from lats_optax.transforms import SoftThresholdState
+from lats_optax.progress import misgivings
+from lats_optax.states import latents
 
 
 def finalize(
@@ -25,6 +25,10 @@ def finalize(
     Adding an update to a parameter rounds, so ``params`` may be an ulp away from w; their zeros
     are those of w, and where they are not the weights were changed since the update: by another
     transform behind ``soft_threshold``, by a cast, by an average in their place.
+
+    It warns where the state tells that the run went wrong: where it stopped short of the target of
+    ``target_sparsity``, where nothing was pruned, or where the gradients went through two
+    optimizers.
 
     Args:
       params: the parameters after the last update.
@@ -45,7 +49,7 @@ def finalize(
       ValueError: there is no state of ``soft_threshold``; it is that of other parameters; or
         their zeros differ from its zeros (the message lists the paths and counts), or their values
         from its values, as under another operator; or ``average`` or a tree of operators is of
-        another structure or shape.
+        another structure or shape; or ``params`` or ``average`` are not finite somewhere.
 
     Example:
       >>> import jax.numpy as jnp, optax, lats_optax
@@ -65,19 +69,20 @@ def finalize(
     operators = _operators(operator, params)
     names: list[str] = jax.tree.leaves(masks.paths(params))
     structure: Any = jax.tree.structure(params)
-    latents = _latents(opt_state)
-    if unknown := sorted(latents.keys() - set(names)):
+    _check_finite("params", names, jax.tree.leaves(params))
+    known = latents(opt_state)
+    if unknown := sorted(known.keys() - set(names)):
         raise ValueError(
             f"opt_state: its latent weights have {', '.join(unknown)}; params has no such path, "
             f"but {', '.join(names)}"
         )
     weights, alive, differing, unequal = [], [], [], []
     for name, w, own in zip(names, jax.tree.leaves(params), operators):
-        if name not in latents:
+        if name not in known:
             weights.append(w)
             alive.append(jnp.asarray(True))
             continue
-        theta, d, default, step = latents[name]
+        theta, d, default, step = known[name]
         if jnp.shape(theta) != jnp.shape(w):
             raise ValueError(
                 f"opt_state: the latent weights {name} have shape {jnp.shape(theta)}; allowed is "
@@ -96,14 +101,17 @@ def finalize(
         raise ValueError(
             f"params: their zeros are not those of the state: {'; '.join(differing)}. Pass the "
             "parameters as the last update left them, averaged ones as average=, and the operator "
-            "of soft_threshold as operator="
+            "of soft_threshold as operator=; and chain soft_threshold last, once, with nothing "
+            "around it that averages parameters, such as optax.lookahead"
         )
     if unequal:
         raise ValueError(
             f"params: the values of {', '.join(unequal)} are not those of the state. Pass the "
             "operator of soft_threshold as operator=, and the parameters as the last update left "
-            "them"
+            "them; and chain soft_threshold last"
         )
+    for misgiving in misgivings(jax.tree.unflatten(structure, weights), opt_state):
+        warnings.warn(misgiving, stacklevel=2)
     if average is None:
         return jax.tree.unflatten(structure, weights)
     given: Any = jax.tree.structure(average)
@@ -115,28 +123,8 @@ def finalize(
                 f"average: {name} has shape {jnp.shape(a)}; allowed is that of params, "
                 f"{jnp.shape(w)}"
             )
+    _check_finite("average", names, jax.tree.leaves(average))
     return masks.restrict(average, jax.tree.unflatten(structure, alive))
-
-
-class _Latent(NamedTuple):
-    theta: jax.Array
-    threshold: jax.Array
-    operator: Operator
-    step: int
-
-
-def _default_operator(control: Any) -> Operator:
-    """The one that `soft_threshold` takes by default, by the state of its controller."""
-    steps = (
-        control.get("steps") if isinstance(control, Mapping) else getattr(control, "steps", None)
-    )
-    return prox_l1 if steps is None else default_operator(int(_leaf(steps)))
-
-
-def _leaf(node: Any) -> Any:
-    """The only leaf of a node; a checkpoint without types may hold it in a box."""
-    (leaf,) = jax.tree.leaves(node)
-    return leaf
 
 
 def _operators(operator: Operator | Any, params: Any) -> list[Operator | None]:
@@ -144,36 +132,6 @@ def _operators(operator: Operator | Any, params: Any) -> list[Operator | None]:
     if operator is None or callable(operator):
         return [operator] * len(jax.tree.leaves(params))
     return jax.tree.leaves(masks.spread("operator", operator, params))
-
-
-def _latents(opt_state: Any) -> dict[str, _Latent]:
-    """Path of a pruned parameter -> its latent weights and threshold, of all states in a tree."""
-    nodes = jax.tree.leaves(opt_state, is_leaf=_is_state)
-    found: dict[str, _Latent] = {}
-    states = [node for node in nodes if _is_state(node)]
-    if not states:
-        raise ValueError(
-            "opt_state: there is no state of soft_threshold in it; its structure is "
-            f"{jax.tree.structure(opt_state)}"
-        )
-    for state in states:
-        values: Any = state._asdict() if isinstance(state, SoftThresholdState) else state
-        threshold = _leaf(values["threshold"])
-        latent = values["latent"]
-        default, count = _default_operator(values.get("control")), int(_leaf(values["count"]))
-        thetas = jax.tree.leaves(latent)
-        # One threshold for all, or one for each layer.
-        thresholds = jnp.broadcast_to(threshold, (len(thetas),))
-        for name, theta, d in zip(jax.tree.leaves(masks.paths(latent)), thetas, thresholds):
-            if name in found:
-                raise ValueError(f"opt_state: two states have latent weights for {name}")
-            found[name] = _Latent(theta, d, default, count)
-    return found
-
-
-def _is_state(node: Any) -> bool:
-    named = isinstance(node, Mapping) and {"count", "threshold", "latent"} <= node.keys()
-    return named or isinstance(node, SoftThresholdState)
 
 
 def _exact(w: Any, theta: Any, d: Any, operator: Operator) -> tuple[jax.Array, int, int]:
@@ -193,9 +151,28 @@ def _exact(w: Any, theta: Any, d: Any, operator: Operator) -> tuple[jax.Array, i
 
 
 def _is_close(w: Any, exact: jax.Array) -> bool:
-    """Whether values are alike but for the rounding of updates; NaN is like nothing."""
+    """Whether values are alike, together and one by one, but for the rounding of updates."""
     w, exact = (jnp.asarray(x, compute_dtype(jnp.asarray(x).dtype)) for x in (w, exact))
-    return bool(jnp.sum(jnp.abs(w - exact)) <= 0.02 * jnp.sum(jnp.abs(exact)))
+    gap, size = jnp.abs(w - exact), jnp.abs(exact)
+    # An update rounds to the grid of the weight before it, which may have been a larger one.
+    each = jnp.all(gap <= 0.02 * (size + jnp.max(size, initial=0.0)))
+    return bool(each & (jnp.sum(gap) <= 0.02 * jnp.sum(size)))
+
+
+def _check_finite(argument: str, names: Iterable[str], leaves: Iterable[Any]) -> None:
+    """Refuses a model that diverged, pruned or not."""
+    wrong = []
+    for name, leaf in zip(names, leaves):
+        if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact):
+            count = int(jnp.sum(~jnp.isfinite(leaf)))
+            if count:
+                wrong.append(f"{name}: {count:,} of {jnp.size(leaf):,}")
+    if wrong:
+        raise ValueError(
+            f"{argument}: not all values are finite: {'; '.join(wrong)}. Training diverged: try a "
+            "smaller learning rate, chain soft_threshold last, and keep gradients finite, as by "
+            "optax.apply_if_finite"
+        )
 
 
 def _difference(name: str, size: int, only_params: int, only_state: int) -> str:

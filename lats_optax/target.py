@@ -61,12 +61,14 @@ class TargetSparsityState(NamedTuple):
       first: q_0.
       speed: v, the rise of the quantile per unit of the budget, which is 1 for all K steps.
       steps: the number of steps of the whole run, int32 scalar.
+      zeros: how many weights are zero at the target, uint32: of all together, or of each layer.
     """
 
     quantile: jax.Array
     first: jax.Array
     speed: jax.Array
     steps: jax.Array
+    zeros: jax.Array
 
 
 def target_sparsity(
@@ -205,11 +207,12 @@ class TargetSparsity:
 
     def init(self, latent: Any, operator: Operator) -> tuple[jax.Array, TargetSparsityState]:
         """A threshold of zero, after a look at the tree of targets."""
-        shape = np.shape(_targets(self.target, latent, operator).sizes)
-        zero = jnp.zeros(shape, jnp.result_type(float))
+        targets = _targets(self.target, latent, operator)
+        zero = jnp.zeros(np.shape(targets.sizes), jnp.result_type(float))
         # Copies: the state is donated, and a buffer can be given away once.
         steps = jnp.asarray(self.steps, jnp.int32)
-        return zero, TargetSparsityState(zero.copy(), zero.copy(), zero.copy(), steps)
+        zeros = jnp.asarray(targets.ranks(np.ones(1))[0])
+        return zero, TargetSparsityState(zero.copy(), zero.copy(), zero.copy(), steps, zeros)
 
     def update(
         self,
@@ -328,7 +331,7 @@ def control(
       >>> from lats_optax import threshold_curve
       >>> plan = Plan.of(threshold_curve(), np.ones(2), due=np.arange(3))
       >>> d = jnp.zeros(())
-      >>> state = TargetSparsityState(d, d, d, jnp.asarray(3))
+      >>> state = TargetSparsityState(d, d, d, steps=jnp.asarray(3), zeros=jnp.asarray(1))
       >>> for t in range(3):
       ...     d, state = control(plan, jnp.asarray(t), d, state, jnp.asarray(0.5 + t))
       ...     print(d)
@@ -353,7 +356,7 @@ def control(
     # Written so that a gain of 1 gives the setpoint itself, which is then the quantile.
     moved = jnp.maximum((1 - gain) * threshold + gain * setpoint, 0.0)  # (5)
     after = jnp.where(count < horizon, moved, quantile)  # (6)
-    return after, TargetSparsityState(quantile, first, speed, state.steps)
+    return after, state._replace(quantile=quantile, first=first, speed=speed)
 
 
 def default_operator(steps: int) -> Elementwise:

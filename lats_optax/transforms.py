@@ -463,6 +463,13 @@ def _pruned(params: Any, mask: MaskOrFunction, operator: Operator) -> Any:
         warnings.warn(
             f"nothing is pruned: the mask selects none of {', '.join(names)}", stacklevel=3
         )
+    # Parameters without leaves may also be optax's stand-ins (tree.map_params).
+    if not names and jax.tree.leaves(params, is_leaf=is_dense):
+        warnings.warn(
+            "nothing is pruned: a transform around this one, such as optax.masked or "
+            "optax.partition, masks every parameter",
+            stacklevel=3,
+        )
     return pruned
 
 

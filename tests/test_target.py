@@ -254,7 +254,9 @@ def selections(threshold, steps):
             lambda count: threshold.update(
                 count,
                 jnp.zeros(()),
-                lats_optax.TargetSparsityState(*[jnp.full((), -1.0)] * 3, jnp.asarray(steps)),
+                lats_optax.TargetSparsityState(
+                    *[jnp.full((), -1.0)] * 3, *[jnp.asarray(steps)] * 2
+                ),
                 [jnp.ones((1, 2))],
                 prox.prox_l1,
             )
@@ -482,7 +484,7 @@ def test_the_controller_follows_its_law_to_a_still_quantile(name, reach):
         "own_curve": x**2,
     }[name]
     d = jnp.zeros(())
-    state = lats_optax.TargetSparsityState(d, d, d, jnp.asarray(steps))
+    state = lats_optax.TargetSparsityState(d, d, d, jnp.asarray(steps), jnp.asarray(0))
     step = jax.jit(lambda t, d, state: control(plan, t, d, state, jnp.float32(still)))
     thresholds = []
     for t in range(steps):

@@ -1,0 +1,129 @@
+"""What a state tells of how its run went: whether the target was met, and if not, why.
+
+Here belong the sentences that `finalize` warns with.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from lats_optax import masks
+from lats_optax.states import State, find, is_state, leaf_of
+
+# Nobody trains on for so many times the run: an epoch was taken for a step.
+_FAR_BEYOND = 10
+# Where the latent weights are close together, a shortfall is that of a step between selections.
+_TOLERANCE = 5e-4
+# Optimizers keep these for each parameter.
+_MOMENTS = ("mu", "nu", "trace")
+
+
+def misgivings(params: Any, opt_state: Any) -> list[str]:
+    """What went wrong in a run, as far as its state tells; nothing where all is well.
+
+    Args:
+      params: the parameters after the last update.
+      opt_state: the state that came with them.
+
+    Returns:
+      Sentences: a target of ``target_sparsity`` that is not met or was met far too early, a mask
+      that selects nothing, an optimizer in ``soft_threshold`` and another one before it.
+
+    Raises:
+      ValueError: there is no state of ``soft_threshold``.
+
+    Example:
+      >>> import jax.numpy as jnp, lats_optax
+      >>> target = lats_optax.target_sparsity(0.75, 0.1, steps=4)
+      >>> tx = lats_optax.soft_threshold(target)
+      >>> params = {"kernel": jnp.array([[0.1, -0.4], [0.3, 0.2]])}
+      >>> misgivings(params, tx.init(params))[0]
+      'opt_state: the run stopped at step 0 of 4: 0.00% zeros, of the 75.00% named. ...'
+    """
+    states = find(opt_state)
+    zeros = dict(
+        zip(
+            jax.tree.leaves(masks.paths(params)),
+            (int((np.asarray(leaf) == 0).sum()) for leaf in jax.tree.leaves(params)),
+        )
+    )
+    found = [_progress(state, zeros, opt_state) for state in states]
+    if not any(state.latents for state in states):
+        found.append(
+            "opt_state: nothing was pruned: the mask of soft_threshold, or that of a transform "
+            "around it, selects none of the parameters"
+        )
+    if twice := _moved_twice(states, opt_state):
+        found.append(
+            f"opt_state: {', '.join(twice)} went through two optimizers: that which soft_threshold "
+            "has as inner= took the updates of the one before it for gradients, and moves the "
+            "other way. Chain the optimizer or give it as inner=, not both"
+        )
+    return [sentence for sentence in found if sentence]
+
+
+def _progress(state: State, zeros: dict[str, int], opt_state: Any) -> str:
+    """Whether the target of a state is met by the zeros of its parameters."""
+    if state.steps is None or state.zeros is None or not state.latents:
+        return ""
+    names = list(state.latents)
+    # One target for all, or one for each layer.
+    parts = [names] if len(state.zeros) == 1 else [[name] for name in names]
+    short = []
+    for part, named in zip(parts, state.zeros):
+        size = sum(state.latents[name].size for name in part)
+        have = sum(zeros[name] for name in part)
+        if named - have > _TOLERANCE * size:
+            told = f"{have / size:.2%} zeros, of the {named / size:.2%} named"
+            short.append(told if len(parts) == 1 else f"{part[0]} has {told}")
+    if short:
+        at = f"stopped at step {state.count:,} of {state.steps:,}"
+        if state.count >= state.steps:
+            at = f"is over, at step {state.count:,} of {state.steps:,}"
+        return f"opt_state: the run {at}: {'; '.join(short)}. {_cause(state, opt_state)}"
+    if state.count >= _FAR_BEYOND * state.steps:
+        return (
+            f"opt_state: the run went on to step {state.count:,} of {state.steps:,}: the target "
+            f"was met in the first {state.steps / state.count:.1%} of it. The steps of "
+            "target_sparsity are those of the optimizer, not epochs"
+        )
+    return ""
+
+
+def _cause(state: State, opt_state: Any) -> str:
+    """Why a run may have fallen short."""
+    if skipped := _sum(opt_state, "total_notfinite"):
+        return (
+            f"optax.apply_if_finite skipped {skipped:,} updates, which do not count: train for "
+            "that many more, or find why gradients were not finite"
+        )
+    if optax.tree.get_all_with_path(opt_state, "mini_step"):
+        return (
+            "Under optax.MultiSteps a step is what changes the parameters: the steps of "
+            "target_sparsity are its gradient_step, not its calls"
+        )
+    return (
+        "The steps of target_sparsity are those of the optimizer in the whole run; a state that is "
+        "initialized again on the way counts from 0"
+    )
+
+
+def _sum(opt_state: Any, field: str) -> int:
+    return sum(int(leaf_of(value)) for _, value in optax.tree.get_all_with_path(opt_state, field))
+
+
+def _moved_twice(states: list[State], opt_state: Any) -> list[str]:
+    """Paths of what `soft_threshold` moves by an optimizer in it, and another one before it."""
+    within = {name for state in states if state.has_inner for name in state.latents}
+    outside = jax.tree.map(
+        lambda node: None if is_state(node) else node, opt_state, is_leaf=is_state
+    )
+    before = {
+        name
+        for field in _MOMENTS
+        for _, moments in optax.tree.get_all_with_path(outside, field)
+        for name in jax.tree.leaves(masks.paths(moments))
+    }
+    return sorted(within & before)

@@ -1,0 +1,121 @@
+"""The states of `soft_threshold` within an optimizer state, wherever they are in it.
+
+Here belongs what finds and reads them: of their types, or in dicts and lists, as a checkpoint gives
+them back that is read without its types.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lats_optax import masks
+from lats_optax.operators import Operator
+from lats_optax.prox import prox_l1
+from lats_optax.target import default_operator
+from lats_optax.transforms import SoftThresholdState
+
+
+class State(NamedTuple):
+    """One state of `soft_threshold`, read.
+
+    Attributes:
+      count: the number of steps taken.
+      threshold: a scalar, or one for each latent leaf.
+      latents: path -> latent weights.
+      steps: those of `target_sparsity`; None under another threshold.
+      zeros: how many weights are zero at its target, [1] or [layers]; None under another threshold.
+      has_inner: whether there is an optimizer in it.
+    """
+
+    count: int  # type: ignore[assignment]  # tuple.count
+    threshold: Any
+    latents: dict[str, Any]
+    steps: int | None
+    zeros: list[int] | None
+    has_inner: bool
+
+    @property
+    def operator(self) -> Operator:
+        """The one that `soft_threshold` takes by default."""
+        return prox_l1 if self.steps is None else default_operator(self.steps)
+
+
+class Latent(NamedTuple):
+    """The latent weights of one parameter, and what is applied to them."""
+
+    theta: Any
+    threshold: Any
+    operator: Operator
+    step: int
+
+
+def is_state(node: Any) -> bool:
+    """Whether a node of an optimizer state is one of `soft_threshold`."""
+    named = isinstance(node, Mapping) and {"count", "threshold", "latent"} <= node.keys()
+    return named or isinstance(node, SoftThresholdState)
+
+
+def find(opt_state: Any) -> list[State]:
+    """All states of `soft_threshold` in an optimizer state.
+
+    Raises:
+      ValueError: there is none.
+    """
+    nodes = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
+    if not nodes:
+        raise ValueError(
+            "opt_state: there is no state of soft_threshold in it; its structure is "
+            f"{jax.tree.structure(opt_state)}"
+        )
+    return [_read(node) for node in nodes]
+
+
+def latents(opt_state: Any) -> dict[str, Latent]:
+    """Path of a pruned parameter -> its latent weights and threshold, of all states in a tree.
+
+    Raises:
+      ValueError: there is no state, or two have latent weights for one parameter.
+    """
+    found: dict[str, Latent] = {}
+    for state in find(opt_state):
+        # One threshold for all, or one for each layer.
+        thresholds = jnp.broadcast_to(state.threshold, (len(state.latents),))
+        for (name, theta), d in zip(state.latents.items(), thresholds):
+            if name in found:
+                raise ValueError(
+                    f"opt_state: two states have latent weights for {name}; chain one "
+                    "soft_threshold"
+                )
+            found[name] = Latent(theta, d, state.operator, state.count)
+    return found
+
+
+def leaf_of(node: Any) -> Any:
+    """The only leaf of a node; a checkpoint without types may hold it in a box."""
+    (leaf,) = jax.tree.leaves(node)
+    return leaf
+
+
+def _read(node: Any) -> State:
+    values = _fields(node)
+    control = _fields(values.get("control"))
+    steps, zeros = control.get("steps"), control.get("zeros")
+    names = jax.tree.leaves(masks.paths(values["latent"]))
+    return State(
+        count=int(leaf_of(values["count"])),
+        threshold=leaf_of(values["threshold"]),
+        latents=dict(zip(names, jax.tree.leaves(values["latent"]))),
+        steps=None if steps is None else int(leaf_of(steps)),
+        zeros=None if zeros is None else jnp.atleast_1d(leaf_of(zeros)).tolist(),
+        has_inner=bool(values.get("inner_state")),
+    )
+
+
+def _fields(node: Any) -> Mapping[str, Any]:
+    """The fields of a state by name; of a node without names, none."""
+    if isinstance(node, Mapping):
+        return node
+    fields: Mapping[str, Any] = node._asdict() if hasattr(node, "_asdict") else {}
+    return fields
