@@ -46,7 +46,8 @@ def prunable(params: Any) -> Mask:
     name: ``LayerNorm``, ``Embedding``. All other names are those of weights.
 
     Embeddings of tokens are left out because a row belongs to one token: with a threshold common
-    to all layers, those of rare tokens may vanish first. To prune them, name them in :func:`select`.
+    to all layers, those of rare tokens may vanish first. To prune them, name them in
+    :func:`select`.
     :func:`lats_optax.sparsity` prints what is left out, and why.
 
     Args:
