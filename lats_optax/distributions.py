@@ -95,8 +95,9 @@ def per_layer(sparsities: Mapping[str, float]) -> Distribution:
       of :func:`lats_optax.target_sparsity`.
 
     Raises:
-      ValueError: a sparsity outside [0, 1), or what is not a regular expression; from the
-        function, an expression that matches no layer, or a layer that no expression matches.
+      ValueError: no dict, or an empty one; a sparsity outside [0, 1), or what is not a regular
+        expression; from the function, an expression that matches no layer, or a layer that no
+        expression matches.
 
     Example:
       >>> import jax.numpy as jnp
@@ -104,6 +105,11 @@ def per_layer(sparsities: Mapping[str, float]) -> Distribution:
       >>> per_layer({"^stem": 0.5, "": 0.9})(params)
       {'body': 0.9, 'head': 0.9, 'stem': 0.5}
     """
+    if not (isinstance(sparsities, Mapping) and sparsities):
+        raise ValueError(
+            f"sparsities: {sparsities!r} is not allowed; allowed are dicts from an expression to a "
+            "sparsity, with one entry or more"
+        )
     patterns = masks.compile_expressions("sparsities", list(sparsities))
     values = [check_sparsity("sparsities", value) for value in sparsities.values()]
 

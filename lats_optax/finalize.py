@@ -94,7 +94,7 @@ def finalize(
         weights.append(exact)
         alive.append(exact != 0)
         if only_params + only_state:
-            differing.append(_difference(name, w.size, only_params, only_state))
+            differing.append(_difference(name, jnp.size(w), only_params, only_state))
         elif not _is_close(w, exact):
             unequal.append(name)
     if differing:

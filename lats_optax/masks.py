@@ -14,13 +14,41 @@ Mask = Any  # a pytree of bools that matches the parameters (or is a prefix of t
 MaskOrFunction = Mask | Callable[[Any], Mask]
 
 _VALUE = jax.tree_util.GetAttrKey("value")
+_EXPRESSIONS = "a regular expression, a str, or several in a list"
+# What leaves do by a word of their names, the first that matches; "" is for weights.
+_WEIGHTS = "kernels?|w|linear|dense|conv|proj(ection)?|patch(es)?"
+_TABLES = {
+    "norm": r".*norm(ali[sz]ation)?s?|ln|bn",
+    "position": r"pos(itions?|itional|enc|emb(ed)?)?|wpe",
+    "embedding": r".*emb(ed(d(ing|er))?)?s?|wte",
+}
+_LEAVES = {
+    "bias": ".*bias(es)?|offsets?",
+    "scale": "scales?|gammas?|betas?|gains?",
+    "": _WEIGHTS,
+    **_TABLES,
+    "token": "cls|tokens?",
+}
+_HOLDERS = {"": _WEIGHTS, **_TABLES}
+_BESIDE = str.maketrans("bB", "wW")
 
 
 def prunable(params: Any) -> Mask:
-    """The default mask: leaves with two or more dimensions.
+    """The default mask: weights with two or more dimensions.
 
-    Kernels of dense and convolutional layers and embeddings are pruned; biases and the scales of
-    normalisation layers are not.
+    Kernels of dense and convolutional layers are pruned. Biases, scales, the parameters of
+    normalization layers, and embeddings are not. Their shape does not tell: the biases of
+    attention heads have two dimensions, and so have those of layers stacked for ``lax.scan``.
+
+    Names decide, as Flax, Equinox and Haiku give them. The name of the leaf comes first: ``bias``,
+    ``scale``, ``offset``, ``gamma``, ``beta``, ``embedding``, ``pos_embedding``, ``cls``, ``b``
+    beside ``w``. Where it says little, as ``weight`` does, what holds the leaf decides, by class or
+    name: ``LayerNorm``, ``Embedding``. All other names are those of weights.
+
+    Embeddings of tokens are left out because a row belongs to one token: with a threshold common
+    to all layers, those of rare tokens may vanish first. To prune them, name them in
+    :func:`select`.
+    :func:`lats_optax.sparsity` prints what is left out, and why.
 
     Args:
       params: a pytree of arrays.
@@ -28,12 +56,90 @@ def prunable(params: Any) -> Mask:
     Returns:
       A pytree of bools with the structure of ``params``.
 
+    Raises:
+      ValueError: two leaves have the same path.
+
     Example:
       >>> import jax.numpy as jnp
-      >>> prunable({"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)})
+      >>> prunable({"kernel": jnp.ones((3, 4)), "bias": jnp.ones((3, 4))})
       {'bias': False, 'kernel': True}
     """
-    return jax.tree.map(lambda leaf: jnp.ndim(leaf) >= 2, params)
+    return jax.tree.map(lambda reason: not reason, reasons(params))
+
+
+def reasons(params: Any) -> Any:
+    """Why :func:`prunable` leaves out a leaf, in a word or two; "" where it does not.
+
+    Args:
+      params: a pytree of arrays.
+
+    Returns:
+      A pytree of strings with the structure of ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> reasons({"kernel": jnp.ones((3, 4)), "bias": jnp.ones((3, 4)), "a": 1.0})
+      {'a': 'fewer than two dimensions', 'bias': 'bias', 'kernel': ''}
+    """
+    classes: dict[Any, str] = {}
+
+    def note(path: Any, node: Any) -> bool:
+        classes[path] = type(node).__name__
+        return False
+
+    flat, structure = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=note, is_leaf_takes_path=True
+    )
+    names = jax.tree.leaves(paths(params))
+    known = set(names)
+    return jax.tree.unflatten(
+        structure,
+        [
+            _reason(name, leaf, classes[path[:-1]] if path else "", known)
+            for name, (path, leaf) in zip(names, flat)
+        ],
+    )
+
+
+def _reason(name: str, leaf: Any, holder: str, known: set[str]) -> str:
+    if is_key(leaf):
+        return "random key"
+    if jnp.ndim(leaf) < 2:
+        return "fewer than two dimensions"
+    *above, own = re.split("[/.]", name)
+    role = _role(_words(own), _LEAVES)
+    # A `b` alone may be any array.
+    if re.fullmatch(r"[bB]\d*", own) and name[: -len(own)] + own.translate(_BESIDE) in known:
+        role = "bias"
+    if role is not None:
+        return role
+    role = _role(_words(holder), _HOLDERS)
+    if role is None:
+        # The members of a list have numbers for names.
+        named = [part for part in above if not part.isdigit()]
+        role = _role(_words(named[-1] if named else ""), _HOLDERS)
+    return role or ""
+
+
+def _words(name: str) -> list[str]:
+    """The words of snake_case and CamelCase, in lower case.
+
+    >>> _words("pos_embedding"), _words("LayerNorm_0"), _words("MLP")
+    (['pos', 'embedding'], ['layer', 'norm'], ['mlp'])
+    """
+    return [word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
+
+
+def _role(words: list[str], roles: dict[str, str]) -> str | None:
+    """The first role of which an expression matches any of the words."""
+    return next(
+        (
+            role
+            for role, pattern in roles.items()
+            if any(re.fullmatch(pattern, word) for word in words)
+        ),
+        None,
+    )
 
 
 def select(
@@ -69,15 +175,15 @@ def select(
     def mask(params: Any) -> Mask:
         names = paths(params)
         found = jax.tree.leaves(names)
-        # Parameters without leaves are optax's stand-ins (tree.map_params, partition).
         for argument, patterns in (("include", included or []), ("exclude", excluded)):
             check_matches(argument, patterns, found, "parameter")
 
-        def chosen(name: str, leaf: Any) -> bool:
-            base = _matches(included, name) if included is not None else bool(prunable(leaf))
-            return base and not _matches(excluded, name)
-
-        return jax.tree.map(chosen, names, params)
+        base = (
+            prunable(params)
+            if included is None
+            else jax.tree.map(lambda name: _matches(included, name), names)
+        )
+        return jax.tree.map(lambda name, keep: keep and not _matches(excluded, name), names, base)
 
     return mask
 
@@ -177,13 +283,16 @@ def paths(params: Any) -> Any:
     """The path of every leaf, such as ``Dense_0/kernel``, in a tree of the same structure.
 
     Boxes around an array, such as ``flax.nnx.Param``, leave no trace in it; the path of an array
-    that is a tree by itself is ``params``.
+    that is a tree by itself is ``params``. What cannot be encoded (lone surrogates) is escaped.
 
     Args:
       params: a pytree.
 
     Returns:
-      A pytree of strings.
+      A pytree of strings, no two alike.
+
+    Raises:
+      ValueError: two leaves have the same path, such as ``{"a/b": …}`` and ``{"a": {"b": …}}``.
 
     Example:
       >>> paths({"Dense_0": {"kernel": 1.0}})
@@ -191,13 +300,22 @@ def paths(params: Any) -> Any:
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(params)
     below = collections.Counter(path[:end] for path, _ in flat for end in range(len(path)))
-    names = []
+    found: dict[str, Any] = {}
     for path, _ in flat:
         # A box is a node whose only leaf is its attribute `value`.
         boxed = len(path) > 1 and path[-1] == _VALUE and below[path[:-1]] == 1
         shown = path[:-1] if boxed else path
-        names.append(jax.tree_util.keystr(shown, simple=True, separator="/") or "params")
-    return jax.tree.unflatten(structure, names)
+        name = jax.tree_util.keystr(shown, simple=True, separator="/") or "params"
+        # A name is printed, and a lone surrogate cannot be.
+        name = name.encode("utf-8", "backslashreplace").decode("utf-8")
+        if name in found:
+            pair = " and ".join(ascii(jax.tree_util.keystr(p)) for p in (found[name], path))
+            raise ValueError(
+                f"params: {name} is the path of two leaves, {pair}; allowed are keys that, joined "
+                "by slashes, make a path of its own for each"
+            )
+        found[name] = path
+    return jax.tree.unflatten(structure, list(found))
 
 
 def resolve(mask: MaskOrFunction, params: Any) -> Mask:
@@ -218,9 +336,9 @@ def resolve(mask: MaskOrFunction, params: Any) -> Mask:
       >>> resolve({"encoder": True, "head": False}, {"encoder": [1.0, 2.0], "head": [3.0]})
       {'encoder': [True, True], 'head': [False]}
     """
-    tree = mask(params) if is_function(mask) else mask
     if not jax.tree.leaves(params):
         return jax.tree.map(lambda _: False, params)
+    tree = mask(params) if is_function(mask) else mask
     full = spread("mask", tree, params)
     for leaf in jax.tree.leaves(full):
         if np.ndim(leaf) or np.asarray(leaf).dtype != bool:
@@ -234,9 +352,15 @@ def is_function(tree: Any) -> bool:
     >>> is_function(prunable), is_function({"kernel": True})
     (True, False)
     """
+    if not callable(tree) or isinstance(tree, jax.tree_util.Partial):
+        return callable(tree)
     # A tree of bools may be callable too, such as an Equinox module.
-    leaves = jax.tree.leaves(tree)
-    return bool(leaves) and all(map(callable, leaves))
+    return all(map(callable, jax.tree.leaves(tree)))
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether it is an array of typed random keys, as dropout layers hold among their state."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def spread(argument: str, tree: Any, params: Any) -> Any:
@@ -284,10 +408,11 @@ def _unlike(tree: Any, params: Any) -> tuple[str, str]:
     more = [path for path in theirs if not any(f"{path}/".startswith(f"{name}/") for name in its)]
     if not alone and not more:  # lists where the others are dicts, and the like
         return str(jax.tree.structure(tree)), str(jax.tree.structure(params))
-    return _some(alone), _some(more)
+    return some(alone), some(more)
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first four names, and how many more there are."""
     others = f" and {len(names) - 4} others" if len(names) > 4 else ""
     return ", ".join(names[:4]) + others if names else "nothing more"
 
@@ -297,10 +422,28 @@ def is_dense(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
+def as_arrays(argument: str, tree: Any) -> list[jax.Array]:
+    """The leaves of a tree as JAX arrays, or a ValueError that names the argument and the path.
+
+    >>> as_arrays("params", {"a": 1.0})
+    [Array(1., dtype=float32, weak_type=True)]
+    """
+    arrays = []
+    for name, leaf in zip(jax.tree.leaves(paths(tree)), jax.tree.leaves(tree)):
+        try:
+            arrays.append(jnp.asarray(leaf))
+        except TypeError as error:
+            raise ValueError(
+                f"{argument}: at {name} it is {leaf!r}; allowed are arrays and numbers"
+            ) from error
+    return arrays
+
+
 def check_matches(
     argument: str, patterns: Iterable[re.Pattern[str]], found: list[str], what: str
 ) -> None:
     """Refuses an expression that matches none of the paths, if there are any."""
+    # Parameters without leaves are optax's stand-ins (tree.map_params, partition).
     for pattern in patterns:
         if found and not any(pattern.search(name) for name in found):
             raise ValueError(
@@ -311,8 +454,15 @@ def check_matches(
 
 def compile_expressions(argument: str, patterns: str | Iterable[str]) -> list[re.Pattern[str]]:
     """Regular expressions, compiled, or a ValueError that names the argument."""
+    given = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(given, Iterable):
+        raise ValueError(f"{argument}: {given!r} is not allowed; allowed are {_EXPRESSIONS}")
+    given = list(given)
+    for pattern in given:
+        if not isinstance(getattr(pattern, "pattern", pattern), str):
+            raise ValueError(f"{argument}: {pattern!r} is not allowed; allowed are {_EXPRESSIONS}")
     try:
-        return [re.compile(p) for p in ([patterns] if isinstance(patterns, str) else patterns)]
+        return [re.compile(pattern) for pattern in given]
     except re.error as error:
         raise ValueError(
             f"{argument}: {error.pattern!r} is not a regular expression: {error}"

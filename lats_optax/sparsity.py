@@ -19,6 +19,7 @@ class LayerSparsity:
     """One parameter array: its path and shape, how many entries it has and how many are zero.
 
     And, where groups are counted, how many of them it has and how many are zero as a whole.
+    Where it is not prunable, ``reason`` says why in a word or two. Random keys have no entries.
     """
 
     path: str
@@ -28,6 +29,7 @@ class LayerSparsity:
     prunable: bool
     groups: int | None = None
     zero_groups: int | None = None
+    reason: str = ""
 
     @property
     def sparsity(self) -> float:
@@ -100,7 +102,10 @@ class SparsityReport:
         )
 
     def __str__(self) -> str:
-        """The table: prunable layers one by one, then the two totals and what deserves a look."""
+        """The table: prunable layers one by one, then the two totals and what deserves a look.
+
+        Of what is not prunable it names the arrays of two or more dimensions, a line a reason.
+        """
         rows = [
             (layer.path, _shape(layer.shape), layer.size, layer.zeros, _groups(layer))
             for layer in self.layers
@@ -126,6 +131,7 @@ class SparsityReport:
         lines[1:1], lines[-2:-2] = [rule], [rule]
         if self.wholly_zero:
             lines.append(f"wholly zero: {', '.join(self.wholly_zero)}")
+        lines += _left_out(self.layers)
         if not self.size:
             lines.append("nothing was prunable")
         return "\n".join(lines)
@@ -149,8 +155,8 @@ def sparsity(
       A :class:`SparsityReport`; ``str()`` of it is a table. It warns where nothing was prunable.
 
     Raises:
-      ValueError: the mask is of another structure than the parameters, or selects one that lacks
-        the axes of a group.
+      ValueError: a leaf is no array; the mask is of another structure than the parameters, or
+        selects one that lacks the axes of a group; or ``groups`` does not operate on groups.
 
     Example:
       >>> import jax.numpy as jnp, lats_optax
@@ -168,16 +174,25 @@ def sparsity(
       >>> sparsity(jnp.array([[0.0, 1.0], [0.0, 0.0]]), groups=columns).zero_groups
       1
     """
-    chosen = jax.tree.leaves(masks.resolve(mask, params))
+    leaves = masks.as_arrays("params", params)
     names = jax.tree.leaves(masks.paths(params))
-    leaves = jax.tree.leaves(params)
-    counts = jax.device_get([jnp.asarray(leaf).size - jnp.count_nonzero(leaf) for leaf in leaves])
+    chosen = jax.tree.leaves(masks.resolve(mask, params))
+    default = mask is masks.prunable
+    reasons = jax.tree.leaves(masks.reasons(params)) if default else ["mask"] * len(names)
+    sizes = [0 if masks.is_key(leaf) else leaf.size for leaf in leaves]
+    counts = jax.device_get(
+        [size - jnp.count_nonzero(leaf) if size else 0 for size, leaf in zip(sizes, leaves)]
+    )
     if groups is not None:
+        if not isinstance(groups, GroupOperator):
+            raise ValueError(
+                f"groups: {groups!r} is not allowed; allowed are operators of lats_optax.groups"
+            )
         prunable = {name: leaf for name, leaf, masked in zip(names, leaves, chosen) if masked}
         check_fits("groups", groups, prunable)
     counted = jax.device_get(
         [
-            groups.count(jnp.asarray(leaf)) if groups is not None and masked else (None, None)
+            groups.count(leaf) if groups is not None and masked else (None, None)
             for leaf, masked in zip(leaves, chosen)
         ]
     )
@@ -185,15 +200,16 @@ def sparsity(
         tuple(
             LayerSparsity(
                 name,
-                tuple(jnp.shape(leaf)),
-                int(jnp.size(leaf)),
+                leaf.shape,
+                size,
                 int(zeros),
                 masked,
                 groups=total,
                 zero_groups=None if dead is None else int(dead),
+                reason="" if masked else reason,
             )
-            for name, leaf, zeros, masked, (total, dead) in zip(
-                names, leaves, counts, chosen, counted
+            for name, leaf, size, zeros, masked, (total, dead), reason in zip(
+                names, leaves, sizes, counts, chosen, counted, reasons
             )
         )
     )
@@ -208,6 +224,15 @@ def sparsity(
 def _sum(counts: Iterable[int | None]) -> int | None:
     known = [count for count in counts if count is not None]
     return sum(known) if known else None
+
+
+def _left_out(layers: Iterable[LayerSparsity]) -> list[str]:
+    """A line for each reason, with the first arrays that it leaves out."""
+    found: dict[str, list[str]] = {}
+    for layer in layers:
+        if not layer.prunable and len(layer.shape) >= 2:
+            found.setdefault(layer.reason, []).append(f"{layer.path} {_shape(layer.shape)}")
+    return [f"not pruned ({reason}): {masks.some(names)}" for reason, names in found.items()]
 
 
 def _groups(counted: LayerSparsity | SparsityReport) -> str:

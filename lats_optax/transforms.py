@@ -153,7 +153,7 @@ def soft_threshold(
 
     def init(params: Any) -> SoftThresholdState:
         pruned = jax.tree.map(
-            lambda chosen, leaf: leaf if chosen else optax.MaskedNode(),
+            lambda chosen, leaf: jnp.asarray(leaf) if chosen else optax.MaskedNode(),
             _pruned(params, mask, operator),
             params,
         )
@@ -174,7 +174,7 @@ def soft_threshold(
         """The update, scaled where the weight is pruned."""
         scale = pruned_scale
         if scale is None:
-            if operator.group_sizes(w.shape).max(initial=1) == 1:
+            if operator.group_sizes(jnp.shape(w)).max(initial=1) == 1:
                 return update
             scale = 0.0
         return jnp.where(w == 0, scale * update, update)
@@ -212,7 +212,9 @@ def soft_threshold(
         shrink = operator.at(count)
         new_updates = jax.tree.map(
             lambda theta, d, u, w: (
-                u if is_dense(theta) else _living_difference(shrink(theta, d), w, u)
+                u
+                if is_dense(theta)
+                else _living_difference(shrink(theta, d), jnp.asarray(w), jnp.asarray(u))
             ),
             moved,
             expand_threshold(after, moved),
@@ -282,6 +284,7 @@ def proximal_step(
         def step(chosen: bool, u: Any, w: jax.Array) -> Any:
             if not chosen:
                 return u
+            w, u = jnp.asarray(w), jnp.asarray(u)
             return _difference(shrink(w + u.astype(w.dtype), current), w, u)
 
         new_updates = jax.tree.map(step, masks.resolve(mask, params), updates, params)
@@ -351,7 +354,7 @@ def _check_fraction(name: str, value: Any) -> float:
 
 def _move(theta: jax.Array, update: Any, frozen: jax.Array | None) -> jax.Array:
     wide = compute_dtype(theta.dtype)
-    moved = _rounded(theta.astype(wide) + update.astype(wide), theta.dtype)
+    moved = _rounded(theta.astype(wide) + jnp.asarray(update, wide), theta.dtype)
     if frozen is None:
         return moved
     # A survivor that lands on zero exactly would be taken for dead from then on.

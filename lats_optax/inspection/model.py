@@ -33,7 +33,7 @@ class Layer:
       path: such as ``stem/kernel``.
       shape: of the array.
       zeros: how many of its entries are zero.
-      prunable: whether it has two or more dimensions.
+      prunable: whether :func:`lats_optax.prunable` selects it.
       outputs, inputs: channels, as Flax has them: the last axis and the one before; 0 for arrays of
         fewer than two dimensions or no entries.
       zero_outputs, zero_inputs: those of which every weight is zero.
