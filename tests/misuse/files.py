@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lats_optax import load_sparse, models, save_sparse
+from lats_optax import epoch_lats_threshold, load_sparse, models, save_sparse
 from lats_optax.atomic import replacing
+from lats_optax.models import torch_io
 from lats_optax.training.export import load_model, variables_of
-from tests.misuse import Case, gives, raises
+from tests.misuse import Case, gives, raises, warns
 
 
 def in_a_directory(act):
@@ -116,7 +117,26 @@ def names(tree, metadata=None, name="model"):
     return in_a_directory(lambda directory: save_sparse(directory / name, tree, metadata))
 
 
+def latent(of=None, **options):
+    """The stem's largest weight, of a checkpoint of the published code in which all are 1."""
+    model = models.create("resnet20", num_classes=10)
+    ones = jax.tree.map(
+        lambda leaf: np.ones(leaf.shape, leaf.dtype), variables_of(model, (8, 8, 3))
+    )
+    checkpoint = {"state_dict": torch_io.variables_to_torch(ones, model)}
+    if of is not None:
+        checkpoint["epoch"] = of
+    read = torch_io.variables_from_torch(checkpoint, model, **options)
+    return float(read["params"]["stem"]["kernel"].max())
+
+
+def is_at(epoch):
+    """Whether that weight is what the threshold of an epoch leaves."""
+    return lambda weight: abs(weight - (1 - float(BY_EPOCH(epoch)))) < 1e-6
+
+
 ONE = np.ones(1)
+BY_EPOCH = epoch_lats_threshold(100, 1, final=0.5)
 CASES = [
     Case(
         "a link where a temporary file may be", in_a_directory(links_at_guessed_names), gives(bool)
@@ -182,5 +202,56 @@ CASES = [
         "half a surrogate pair in the name of a file",
         names({"a": ONE}, name="x\ud800"),
         raises(ValueError, r"^path: '.*x\\ud800' is not allowed; allowed are names"),
+    ),
+    Case(
+        "the last threshold for a checkpoint of an earlier epoch",
+        lambda: latent(73, threshold=0.5),
+        warns(
+            r"^threshold: 0\.5 is taken, and the checkpoint is of epoch 73; .* epoch=73$",
+            lambda weight: weight == 0.5,
+        ),
+    ),
+    Case(
+        "a threshold by the epoch",
+        lambda: latent(73, threshold=BY_EPOCH),
+        gives(is_at(73)),
+    ),
+    Case(
+        "a threshold by an epoch that is given",
+        lambda: latent(73, threshold=BY_EPOCH, epoch=74),
+        gives(is_at(74)),
+    ),
+    Case(
+        "a threshold by an epoch that nobody knows",
+        lambda: latent(threshold=BY_EPOCH),
+        raises(
+            ValueError,
+            "^epoch is None; allowed: an integer of 0 or more, since the state dict does not",
+        ),
+    ),
+    Case(
+        "a threshold by an epoch that its schedule has not",
+        lambda: latent(120, threshold=BY_EPOCH),
+        raises(ValueError, "^epoch is 120; allowed: 0 to 100, the steps of the"),
+    ),
+    Case(
+        "a threshold of an epoch that is confirmed",
+        lambda: latent(100, threshold=0.5, epoch=100),
+        gives(lambda weight: weight == 0.5),
+    ),
+    Case(
+        "a threshold of another epoch than the checkpoint's",
+        lambda: latent(73, threshold=0.5, epoch=100),
+        warns("the checkpoint is of epoch 73"),
+    ),
+    Case(
+        "an epoch that is none",
+        lambda: latent(threshold=0.5, epoch=-1),
+        raises(ValueError, "^epoch is -1; allowed: None, or"),
+    ),
+    Case(
+        "a schedule that gives no threshold",
+        lambda: latent(3, threshold=lambda epoch: -epoch),
+        raises(ValueError, "^threshold at epoch 3: -3 is not allowed"),
     ),
 ]
