@@ -104,6 +104,8 @@ def save_sparse(
             raise ValueError(f"metadata: {key!r} is {value!r}; allowed are strings")
         if key in ("lats_optax", "sha256"):
             raise ValueError(f"metadata: {key!r} is taken; allowed is any other key")
+        _check_text("metadata", key, f"the key {key!a}")
+        _check_text("metadata", value, f"{value[:80]!a} at {key!a}")
     texts |= {"lats_optax": json.dumps(layout, separators=(",", ":")), "sha256": "0" * 64}
     _import_safetensors()
     from safetensors.numpy import save
@@ -115,7 +117,7 @@ def save_sparse(
         unfinished.write_bytes(data)
 
 
-def load_sparse(path: str | os.PathLike[str]) -> Any:
+def load_sparse(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> Any:
     """Read a file of :func:`save_sparse`: the same tree, bit for bit.
 
     Nothing is returned unless the checksum of the whole file and every field in it are right. The
@@ -123,6 +125,9 @@ def load_sparse(path: str | os.PathLike[str]) -> Any:
 
     Args:
       path: of the file.
+      max_bytes: how many bytes the arrays may take in memory, all together: a file of zeros alone
+        can ask for 2,000 times its size. Unless given, 1 GiB or 100 times the size of the file,
+        whichever is more.
 
     Returns:
       Dicts, lists, tuples and None as they were saved, with NumPy arrays of the dtypes that they
@@ -131,7 +136,8 @@ def load_sparse(path: str | os.PathLike[str]) -> Any:
     Raises:
       FileNotFoundError: there is no such file.
       ImportError: safetensors is missing.
-      ValueError: the file is truncated, changed, or not one of ``save_sparse``.
+      ValueError: the file is truncated, changed, or not one of ``save_sparse``; or its arrays take
+        more than ``max_bytes``, of which none beyond that is made.
 
     Example:
       >>> import os, tempfile
@@ -141,6 +147,10 @@ def load_sparse(path: str | os.PathLike[str]) -> Any:
       ...     load_sparse(path)
       {'layers': [array([0, 1, 2]), None]}
     """
+    if max_bytes is not None and (type(max_bytes) is not int or max_bytes < 0):
+        raise ValueError(
+            f"max_bytes: {max_bytes!r} is not allowed; allowed are None and integers >= 0"
+        )
     tensors, texts = _read(Path(path))
     try:
         layout = _parse(texts["lats_optax"])
@@ -150,10 +160,12 @@ def load_sparse(path: str | os.PathLike[str]) -> Any:
             raise _DamagedError(
                 f"its version is {str(layout['version'])[:40]}; known is {_VERSION}"
             )
+        needed = _bytes(layout["tree"], "", tensors)
+        _check_bytes(Path(path), needed, max_bytes)
         params = _decode(layout["tree"], "", tensors)
         if tensors:
             raise _DamagedError(f"{', '.join(sorted(tensors))}: in no place of the tree")
-    except _DamagedError as error:
+    except (_DamagedError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {str(error)[:300]}") from error
     return params
 
@@ -254,6 +266,7 @@ def _encode(node: Any, name: str, tensors: Tensors) -> Any:
         for key in node:
             if isinstance(key, bool) or not isinstance(key, str | int):
                 raise ValueError(f"params: {_at(name)} has the key {key!r}; allowed: str and int")
+            _check_text("params", str(key), f"the key {key!a} of {_at(name)}")
         return {
             "dict": [
                 [key, _encode(value, _join(name, key), tensors)] for key, value in node.items()
@@ -275,6 +288,39 @@ def _encode(node: Any, name: str, tensors: Tensors) -> Any:
         raise ValueError(f"params: the name {min(taken)} is taken; rename one of the two")
     tensors |= stored
     return {"array": form} if form == "dense" else {"array": form, "shape": list(node.shape)}
+
+
+def _bytes(node: Any, name: str, tensors: Tensors) -> int:
+    """What the arrays of a layout take in memory; whatever else is wrong in it, `_decode` tells."""
+    if not isinstance(node, dict):
+        return 0
+    at = _at(name)
+    if node.get("array") in ("bitmap", "gaps") and "shape" in node:
+        where, values = tensors.get(f"{at}:{node['array']}"), tensors.get(f"{at}:values")
+        if where is None or values is None:
+            return 0
+        size = math.prod(_check_shape(at, node["shape"]))
+        # A shape beyond that is damage, and not a matter of memory.
+        return min(size, 255 * (where.size + 1)) * values.itemsize
+    if node == {"array": "dense"} and at in tensors:
+        return tensors[at].nbytes
+    total = 0
+    for kind, children in node.items():
+        for number, child in enumerate(children if isinstance(children, list) else []):
+            pair = kind == "dict" and isinstance(child, list) and len(child) == 2
+            key, value = child if pair else (number, child)
+            total += _bytes(value, _join(name, key), tensors)
+    return total
+
+
+def _check_bytes(path: Path, needed: int, max_bytes: int | None) -> None:
+    size = path.stat().st_size
+    allowed = max(2**30, 100 * size) if max_bytes is None else max_bytes
+    if needed > allowed:
+        raise ValueError(
+            f"{path} has {size:,} bytes and asks for arrays of {needed:,}; allowed are "
+            f"{allowed:,}, or, where you trust the file, load_sparse(…, max_bytes={needed})"
+        )
 
 
 def _decode(node: Any, name: str, tensors: Tensors) -> Any:
@@ -301,6 +347,16 @@ def _decode(node: Any, name: str, tensors: Tensors) -> Any:
             raise _DamagedError(f"{_at(name)}: the layout has the key {child[0]!r} twice there")
         decoded[child[0]] = _decode(child[1], _join(name, child[0]), tensors)
     return decoded
+
+
+def _check_text(argument: str, text: str, what: str) -> None:
+    """Raises ValueError where a text has half of a surrogate pair, which no UTF-8 file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{argument}: {what} is not allowed; allowed is text without lone surrogates"
+        ) from error
 
 
 def _join(name: str, key: str | int) -> str:

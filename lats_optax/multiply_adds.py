@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, primitives
 
 
 class Part(NamedTuple):
@@ -219,14 +219,38 @@ def _shard_map(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> 
     return _anywhere(outputs)
 
 
+def _sparse_dot(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
+    """A product with a BCOO or BCSR array: of its stored entries, zeros among them included."""
+    data, indices, *_, right = map(_shape, eqn.invars)
+    batch_axes = len(indices) - (2 if eqn.primitive.name == "bcoo_dot_general" else 1)
+    stored = [*eqn.params["lhs_spinfo"].shape[:batch_axes], *data[batch_axes:]]
+    (_, contracted), (_, batch) = eqn.params["dimension_numbers"]
+    free = [n for axis, n in enumerate(right) if axis not in {*contracted, *batch}]
+    # The positions are no factor, and may be parameters by their place in the tree.
+    factors = [inputs[0], inputs[-1]]
+    return _product(eqn, factors, tally, times * math.prod(stored) * math.prod(free))
+
+
+def _callee(eqn: JaxprEqn) -> Jaxpr | None:
+    """The jaxpr that a call runs on its own inputs; that of a reduction is for scalars."""
+    ends = [*map(_shape, eqn.invars)], [*map(_shape, eqn.outvars)]
+    for value in eqn.params.values():
+        inner = value.jaxpr if isinstance(value, ClosedJaxpr) else value
+        if isinstance(inner, Jaxpr) and ends == (
+            [*map(_shape, inner.invars)],
+            [*map(_shape, inner.outvars)],
+        ):
+            return inner
+    return None
+
+
 def _other(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
     """Calls of other jaxprs, and primitives of which nothing in particular is known."""
-    inner = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
-    inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
-    if isinstance(inner, Jaxpr) and len(inner.invars) == len(inputs):
-        outputs = walk(inner, inputs, tally, times)
-        if len(outputs) == len(eqn.outvars):
-            return outputs
+    if (inner := _callee(eqn)) is not None:
+        return walk(inner, inputs, tally, times)
+    arrays = any(_shape(atom) for atom in eqn.invars)
+    if arrays and eqn.primitive.name not in _NO_PRODUCT:
+        return _opaque(eqn, inputs, tally, times)
     return [_combine(inputs)] * len(eqn.outvars)
 
 
@@ -253,14 +277,23 @@ def _rearranged(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) ->
     return [Weight(value.entries, value.parts, nonzero)]
 
 
-def _slice(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
-    (value,) = _rearranged(eqn, inputs, tally, times)
+def _pieces(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
+    """Parts of an array, at positions that are known."""
+    del tally, times
+    (value,) = inputs
     if not isinstance(value, Weight) or value.nonzero is None:
-        return [value]
-    nonzero = np.asarray(value.nonzero())
+        return [value] * len(eqn.outvars)
+    found = eqn.primitive.bind(value.nonzero(), **eqn.params)  # type: ignore[no-untyped-call]
+    return [
+        _piece(value, piece) for piece in (found if eqn.primitive.multiple_results else [found])
+    ]
+
+
+def _piece(whole: Weight, nonzero: Any) -> Weight:
+    nonzero = np.asarray(nonzero)
     density = Fraction(int(nonzero.sum()), nonzero.size) if nonzero.size else Fraction(1)
-    part = value.parts[0]._replace(density=density)
-    return [Weight(value.entries, (part,), lambda: nonzero)]
+    part = whole.parts[0]._replace(density=density)
+    return Weight(whole.entries, (part,), lambda: nonzero)
 
 
 def _indexed(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
@@ -301,7 +334,7 @@ def _times(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list
 
 
 def _shape(atom: Any) -> tuple[int, ...]:
-    return tuple(atom.aval.shape)
+    return tuple(getattr(atom.aval, "shape", ()))  # a token has none
 
 
 def _anywhere(values: Sequence[Value]) -> list[Value]:
@@ -321,18 +354,34 @@ _RULES: dict[str, Callable[[JaxprEqn, list[Value], Tally, int], list[Value]]] = 
     "while": _while,
     "cond": _cond,
     "shard_map": _shard_map,
-    "slice": _slice,
-    "concatenate": _concatenate,
+    "bcoo_dot_general": _sparse_dot,
+    "bcsr_dot_general": _sparse_dot,
+    **dict.fromkeys(("slice", "split", "unstack"), _pieces),
+    **dict.fromkeys(("concatenate", "stack"), _concatenate),
     "mul": _times,
     "div": _times,
-    **dict.fromkeys(("broadcast_in_dim", "reshape", "rev", "squeeze", "transpose"), _rearranged),
+    **dict.fromkeys(
+        ("broadcast_in_dim", "reshape", "rev", "squeeze", "tile", "transpose"), _rearranged
+    ),
     **dict.fromkeys(("dynamic_slice", "gather"), _indexed),
     **dict.fromkeys(_ZEROS_STAY, _unchanged),
     **dict.fromkeys(
         (
-            *("cholesky", "custom_linear_solve", "eigh", "ffi_call", "fft", "lu", "pallas_call"),
-            *("ragged_dot_general", "scaled_matmul", "triangular_solve"),
+            *("cholesky", "custom_linear_solve", "eig", "eigh", "fft", "hessenberg"),
+            *("householder_product", "lu", "pallas_call", "qr", "schur", "svd"),
+            *("triangular_solve", "tridiagonal", "tridiagonal_solve"),
         ),
         _opaque,
     ),
+}
+# Other primitives of JAX, and these that its public modules leave out. What is not here, such as a
+# callback or a kernel of somebody else, may multiply arrays.
+_NO_PRODUCT = {
+    *(p.name for m in (primitives, jax.lax) for p in vars(m).values() if isinstance(p, Primitive)),
+    *("accum_grad_in_ref", "addupdate", "debug_callback", "debug_print", "empty_ref", "free_ref"),
+    *("freeze", "from_edtype", "new_ref", "random_unwrap", "random_wrap", "to_edtype"),
+    *("all_gather_invariant", "all_gather_reduced", "pbroadcast", "pgather", "preduced"),
+    *("psum_invariant", "reduce_scatter", "unreduced_psum", "unreduced_reduce_scatter"),
+    *("bcoo_extract", "bcoo_fromdense", "bcoo_sort_indices", "bcoo_sum_duplicates"),
+    *("bcoo_todense", "bcoo_transpose", "bcsr_extract", "bcsr_fromdense", "bcsr_todense"),
 }

@@ -5,6 +5,7 @@ Here belong the counts of a call and the table that prints them; what finds them
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -125,11 +126,12 @@ def count_operations(fn: Callable[..., Any], *args: Any, params: int = 0) -> Ope
     are not counted, nor are zeros among activations.
 
     Nothing is computed: the function is traced to a jaxpr, and through ``jit``, ``checkpoint``,
-    custom derivatives, ``scan`` (times its length), ``cond`` (the dearest branch), ``pmap`` and
-    ``shard_map`` (all devices together). A parameter is followed through casts, reshapes,
-    transposes, slices, concatenation and arithmetic with constants and other parameters. Where one
-    is indexed with what a loop counts, as a stack of layers is, its mean sparsity stands for that
-    of each slice.
+    custom derivatives, ``custom_vmap``, ``scan`` (times its length), ``cond`` (the dearest branch),
+    ``pmap`` and ``shard_map`` (all devices together). A parameter is followed through casts,
+    reshapes, transposes, slices, splits, tiling, concatenation and arithmetic with constants and
+    other parameters. Where one is indexed with what a loop counts, as a stack of layers is, its
+    mean sparsity stands for that of each slice. A BCOO or BCSR array takes part with the entries
+    that it stores. A warning names what cannot be counted, such as callbacks and factorizations.
 
     Args:
       fn: any function that JAX can trace; anything static in it is bound beforehand, with
@@ -143,7 +145,11 @@ def count_operations(fn: Callable[..., Any], *args: Any, params: int = 0) -> Ope
       An :class:`OperationsReport`.
 
     Raises:
+      TypeError: ``fn`` is not callable.
       ValueError: ``params`` is not the number of an argument, or that has no arrays.
+
+    Warns:
+      UserWarning: primitives that may multiply arrays are not counted.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -156,6 +162,8 @@ def count_operations(fn: Callable[..., Any], *args: Any, params: int = 0) -> Ope
       --------------------------------------------------------------------
       multiply-adds                                   6                  3
     """
+    if not callable(fn):
+        raise TypeError(f"fn: {fn!r} is not allowed; allowed are functions of the arguments")
     if isinstance(params, bool) or not isinstance(params, int) or not 0 <= params < len(args):
         raise ValueError(
             f"params: {params!r} is not the number of an argument; allowed are 0 to {len(args) - 1}"
@@ -174,6 +182,14 @@ def count_operations(fn: Callable[..., Any], *args: Any, params: int = 0) -> Ope
         inputs += weights if number == params else [ACTIVATION] * found
     tally = Tally()
     walk(jax.make_jaxpr(fn)(*args).jaxpr, inputs, tally, 1)
+
+    if tally.uncounted:
+        warnings.warn(
+            f"fn: not counted are {', '.join(sorted(tally.uncounted))}, which may multiply arrays; "
+            "the counts are of everything else",
+            UserWarning,
+            stacklevel=2,
+        )
 
     names = jax.tree.leaves(masks.paths(args[params]))
     parameters = []

@@ -136,6 +136,16 @@ FOLLOWED = {
     "standardised": (lambda w, x: x @ ((w - w.mean(0)) / w.std(0)), FULL),
     "shifted": (lambda w, x: x @ (w + 1.0), FULL),
     "half": (lambda w, x: x @ w[:, :4], (48, 2 * LEFT)),
+    "split": (lambda w, x: x @ jnp.split(w, 2, 1)[0], (48, 2 * LEFT)),
+    "half of a split cast": (
+        lambda w, x: x @ jnp.split(w.astype(jnp.bfloat16), 2, 1)[0],
+        (48, 2 * LEFT),
+    ),
+    "unstacked": (lambda w, x: [x @ row for row in jnp.unstack(w.T)[:4]], (48, 2 * LEFT)),
+    "tiled": (lambda w, x: x @ jnp.tile(w, (1, 3)), (288, 6 * NONZERO)),
+    "tiled, half": (lambda w, x: x @ jnp.tile(w, (1, 3))[:, 8:12], (48, 2 * LEFT)),
+    "repeated": (lambda w, x: x @ jnp.repeat(w, 2, 1), (192, 4 * NONZERO)),
+    "stacked": (lambda w, x: jnp.einsum("bi,sij->sbj", x, jnp.stack([w, -w])), (192, 4 * NONZERO)),
     "both halves": (lambda w, x: (x @ w[:, :4], x @ w[:, 4:]), DENSE),
     "half, transposed": (lambda w, x: w.T[:4] @ x.T, (48, 2 * LEFT)),
     "half, reversed": (lambda w, x: x @ jnp.flip(w, 1)[:, 4:], (48, 2 * LEFT)),
@@ -287,7 +297,8 @@ def test_all_devices_together():
 
 
 def test_what_cannot_be_looked_into_is_named():
-    report = count_operations(lambda w, x: jnp.fft.fft(x @ w), W, X)
+    with pytest.warns(UserWarning, match="^fn: not counted are fft, which may multiply arrays"):
+        report = count_operations(lambda w, x: jnp.fft.fft(x @ w), W, X)
     assert report.uncounted == ("fft",)
     assert str(report).endswith("not counted: fft")
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from lats_optax import models
+from lats_optax import models, s_lats_threshold
 from lats_optax.models import torch_io
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -397,7 +397,7 @@ def test_torchvisions_vgg_is_refused_with_what_to_do():
 
 @pytest.mark.parametrize("threshold", [-0.1, math.nan, math.inf, True, "0.1"])
 def test_wrong_thresholds(threshold):
-    with pytest.raises(ValueError, match=r"threshold is .*; allowed: None, or a number of 0 or"):
+    with pytest.raises(ValueError, match=r"^threshold: .* is not allowed; allowed are finite numb"):
         torch_io.variables_from_torch({}, create(), threshold=threshold)
 
 
@@ -637,7 +637,8 @@ def test_a_checkpoint_as_the_published_code_writes_it(tmp_path):
         "optimizer": optimizer.state_dict(),
     }
     torch.save(checkpoint, tmp_path / "epoch_99.state")
-    variables = torch_io.load(tmp_path / "epoch_99.state", create("resnet18"), threshold=0.05)
+    path, threshold = tmp_path / "epoch_99.state", s_lats_threshold(100, final=0.05)
+    variables = torch_io.load(path, create("resnet18"), threshold=threshold)
     params = variables["params"]
     for weight, kernel in [
         (network.conv1.weight, params["stem"]["kernel"]),

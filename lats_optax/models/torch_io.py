@@ -6,9 +6,9 @@ thresholded, bits.
 """
 
 import math
-import numbers
 import os
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +24,14 @@ from lats_optax.models.layers import check, check_choice
 from lats_optax.models.torch_files import to_numpy
 from lats_optax.models.torch_names import Form, form_of
 from lats_optax.prox import prox_l1
+from lats_optax.thresholds import check_threshold
 
 Shape = tuple[int, ...]
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 # What training scripts wrap a state dict in: the published LATS and STR code, and torchvision's.
 _WRAPPERS = ("state_dict", "model")
+_EPOCH = "epoch"  # how many epochs a checkpoint of those two was trained for
 _COUNTER, _OWN_THRESHOLD = "num_batches_tracked", "sparseThreshold"
 
 
@@ -37,14 +39,17 @@ def variables_from_torch(
     state_dict: Mapping[str, Any],
     model: nn.Module,
     *,
-    threshold: float | None = None,
+    threshold: float | Callable[[int], Any] | None = None,
+    epoch: int | None = None,
     channels: int = 3,
 ) -> dict[str, Any]:
     """The variables of a model of the zoo, from a PyTorch state dict.
 
     Published checkpoints of soft threshold pruning hold latent weights θ; the weights that the
-    network ran on are ``S_D(θ) = sign(θ) max(|θ| − D, 0)``. LATS has one number D, which is not in
-    the checkpoint; STR has ``D = σ(sparseThreshold)`` of each layer, which is.
+    network ran on are ``S_d(θ) = sign(θ) max(|θ| − d, 0)``. LATS has one number d, which is not in
+    the checkpoint; STR has ``d = σ(sparseThreshold)`` of each layer, which is. LATS raises d in
+    every epoch, to D in the last; ``model_best.pth`` is of the most accurate epoch, often an
+    earlier one, whose d is lower.
 
     Args:
       state_dict: name -> array (a NumPy or JAX array or a tensor of PyTorch), of float16, bfloat16,
@@ -52,10 +57,14 @@ def variables_from_torch(
         as ``{"state_dict": …}`` or ``{"model": …}``. ``num_batches_tracked`` is passed over.
       model: a `ResNet`, `CifarResNet`, `MobileNetV1`, `VGG16BN` or `SEWResNet`; its classifier may
         be given as a linear layer or as a 1×1 convolution.
-      threshold: D ≥ 0, in the units of the weights, where they are latent ones of LATS: all
+      threshold: d ≥ 0, in the units of the weights, where they are latent ones of LATS: all
         convolutions are thresholded, and a classifier without a bias (one with a bias is dense in
-        the published code). ``None``: weights as they are, or thresholded as their
-        ``sparseThreshold`` says.
+        the published code). Or a function of the epochs done, such as `s_lats_threshold` or
+        `epoch_lats_threshold` with steps of an epoch each: ``epoch_lats_threshold(100, 1, D)``.
+        ``None``: weights as they are, or thresholded as their ``sparseThreshold`` says.
+      epoch: how many epochs were done when the checkpoint was written: that at which a function is
+        taken, and with a number, that which the number is of. Unless given, it is the ``epoch``
+        beside ``state_dict``, where the published code keeps it.
       channels: of the images.
 
     Returns:
@@ -64,7 +73,12 @@ def variables_from_torch(
 
     Raises:
       ValueError: tensors are unknown, missing, misshapen or of another dtype (all of them are
-        named); a threshold is given and they have their own; the model has no PyTorch form.
+        named); a threshold is given and they have their own; it is a function and no epoch is
+        known; the model has no PyTorch form.
+
+    Warns:
+      UserWarning: the threshold is a number, and the checkpoint says of which epoch it is, which
+        ``epoch`` does not confirm.
 
     Example:
       >>> from lats_optax import models
@@ -82,10 +96,7 @@ def variables_from_torch(
     Source: Chen et al., "A Unified Framework for Soft Threshold Pruning" (ICLR 2023); Kusupati et
     al., "Soft Threshold Weight Reparameterization for Learnable Sparsity" (ICML 2020).
     """
-    if threshold is not None:
-        known = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)
-        holds = known and 0 <= threshold < math.inf
-        check(holds, "threshold", threshold, "None, or a number of 0 or more")
+    strength = _strength(threshold, epoch, _own_epoch(state_dict))
     places = _places(model, channels)
     tensors = _arrays(_unwrapped(state_dict))
     kernels = {name for name, place in places.items() if place.path.endswith("/kernel")}
@@ -103,7 +114,7 @@ def variables_from_torch(
         for name, kernel in own.items()
         if name in tensors
     }
-    if threshold is not None:
+    if strength is not None:
         if strengths:
             names = ", ".join(sorted(own.keys() & tensors.keys()))
             allowed = f"None, since the state dict has its own: {names}"
@@ -111,7 +122,7 @@ def variables_from_torch(
         paths = {place.path for place in places.values()}
         dense = {"params/classifier/kernel"} if "params/classifier/bias" in paths else set()
         pruned = {places[name].path for name in kernels} - dense
-        strengths = dict.fromkeys(pruned, float(threshold))
+        strengths = dict.fromkeys(pruned, strength)
     flat = {place.path: _to_flax(tensors[name], place.path) for name, place in places.items()}
     sparse = _thresholded(flat, strengths)
     return traverse_util.unflatten_dict(sparse, sep="/")  # type: ignore[no-untyped-call]
@@ -162,7 +173,8 @@ def load(
     path: str | os.PathLike[str],
     model: nn.Module,
     *,
-    threshold: float | None = None,
+    threshold: float | Callable[[int], Any] | None = None,
+    epoch: int | None = None,
     channels: int = 3,
 ) -> dict[str, Any]:
     """The variables of a model of the zoo, from a file that holds a PyTorch state dict.
@@ -171,8 +183,9 @@ def load(
       path: ``.safetensors``, which takes the package safetensors; or ``.pt``, ``.pth``, ``.th`` or
         ``.state`` (as the LATS code calls its checkpoints), which take torch, and of which tensors
         and plain Python values are read, never code.
-      model: as in `variables_from_torch`, and so are ``threshold`` and ``channels``.
-      threshold: of latent weights.
+      model: as in `variables_from_torch`, and so are ``threshold``, ``epoch`` and ``channels``.
+      threshold: of latent weights, or a function of the epochs done.
+      epoch: of the checkpoint, where the file does not say it or a number is the threshold then.
       channels: of the images.
 
     Returns:
@@ -184,11 +197,19 @@ def load(
       ValueError: the suffix is another; the file is damaged or holds something else; as
         `variables_from_torch`. Each message names the file.
 
-    Example: see `save`.
+    Warns:
+      UserWarning: as `variables_from_torch`.
+
+    Example: of the published ``model_best.pth``, whose run had 100 epochs and ended at D = 0.01::
+
+      threshold = lats_optax.epoch_lats_threshold(100, 1, final=0.01)
+      variables = torch_io.load("model_best.pth", model, threshold=threshold)
     """
     state_dict = torch_files.read(Path(path))
     try:
-        return variables_from_torch(state_dict, model, threshold=threshold, channels=channels)
+        return variables_from_torch(
+            state_dict, model, threshold=threshold, epoch=epoch, channels=channels
+        )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -296,6 +317,49 @@ def _check_fit(
     if form.note:
         problems.append(form.note)
     raise ValueError("\n  ".join([f"{what} and {type(model).__name__} do not fit:", *problems]))
+
+
+# --- thresholds ---------------------------------------------------------------------------------
+
+
+def _own_epoch(checkpoint: Any) -> int | None:
+    """The epochs that a checkpoint says it was trained for, if it says so."""
+    wrapped = isinstance(checkpoint, Mapping) and any(key in checkpoint for key in _WRAPPERS)
+    found = checkpoint.get(_EPOCH) if wrapped else None
+    return found if type(found) is int else None
+
+
+def _strength(
+    threshold: float | Callable[[int], Any] | None, epoch: int | None, own: int | None
+) -> float | None:
+    """The threshold of a checkpoint, of an epoch that is given or that it says itself."""
+    if epoch is not None:
+        whole = type(epoch) is int and epoch >= 0
+        check(whole, "epoch", epoch, "None, or an integer of 0 or more")
+    if threshold is None:
+        return None
+    if callable(threshold):
+        at = own if epoch is None else epoch
+        if at is None:
+            raise ValueError(
+                "epoch is None; allowed: an integer of 0 or more, since the state dict does not "
+                "say of which epoch it is."
+            )
+        # A schedule holds its last value, and so would answer for a longer run than its own.
+        steps = getattr(threshold, "steps", math.inf)
+        check(at <= steps, "epoch", at, f"0 to {steps}, the steps of the threshold's schedule")
+        return check_threshold(f"threshold at epoch {at}", threshold(at))
+    strength = check_threshold("threshold", threshold)
+    if own is not None and epoch != own:
+        warnings.warn(
+            f"threshold: {strength:g} is taken, and the checkpoint is of epoch {own}; unless that "
+            "was the last, the threshold was lower then. Pass a function of the epoch, such as "
+            f"epoch_lats_threshold(epochs, 1, {strength:g}), or, where {strength:g} is that of "
+            f"epoch {own}, epoch={own}",
+            UserWarning,
+            stacklevel=3,
+        )
+    return strength
 
 
 # --- arrays -------------------------------------------------------------------------------------

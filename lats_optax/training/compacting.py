@@ -1,6 +1,7 @@
 """From the file of a model with dead channels to that of a smaller one with the same outputs."""
 
 import dataclasses
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ def build(request: Request) -> Compaction:
         saved.model, saved.variables, multiple_of=request.multiple_of
     )
     small = saved._replace(model=model, variables=variables)
-    images = np.random.default_rng(0).normal(size=(_IMAGES, *saved.image_shape))
+    count = max(1, min(_IMAGES, 2**24 // math.prod(saved.image_shape)))  # within some memory
+    images = np.random.default_rng(0).normal(size=(count, *saved.image_shape))
     logits = [_logits(which, jnp.asarray(images, jnp.float32)) for which in (saved, small)]
     difference = float(np.abs(logits[0] - logits[1]).max() / np.abs(logits[0]).max())
     # Sixteen bits are rounded anew in every layer.

@@ -130,7 +130,7 @@ def find_model(path: Path) -> Path:
     return file
 
 
-def load_model(path: str | os.PathLike[str]) -> SavedModel:
+def load_model(path: str | os.PathLike[str], *, max_image_size: int = 2**24) -> SavedModel:
     """Reads a file of `save_model`.
 
     Nothing is returned unless the model that the file describes exists and the arrays in it are
@@ -138,6 +138,8 @@ def load_model(path: str | os.PathLike[str]) -> SavedModel:
 
     Args:
       path: of the file.
+      max_image_size: the most that height × width × channels may be: whoever makes an image of the
+        shape that a file asks for should not run out of memory.
 
     Returns:
       The model and its weights.
@@ -145,8 +147,9 @@ def load_model(path: str | os.PathLike[str]) -> SavedModel:
     Raises:
       FileNotFoundError: there is no such file.
       ImportError: safetensors is missing.
-      ValueError: the file is damaged, or not one of `save_model`; there is no such model; or the
-        arrays are not its own (the message lists paths and shapes).
+      ValueError: the file is damaged, or not one of `save_model`; there is no such model; the
+        arrays are not its own (the message lists paths and shapes); or its arrays or images are
+        beyond the limits of `load_sparse` and ``max_image_size``.
     """
     texts = lats_optax.read_metadata(path)
     if missing := {_MODEL, _IMAGE_SHAPE} - texts.keys():
@@ -160,6 +163,11 @@ def load_model(path: str | os.PathLike[str]) -> SavedModel:
     try:
         model = _rebuild(texts.pop(_MODEL))
         image_shape = _check_image_shape(json.loads(texts.pop(_IMAGE_SHAPE)))
+        if (size := math.prod(image_shape)) > max_image_size:
+            raise ValueError(
+                f"image_shape is {[*image_shape]}, {size:,} numbers; allowed are {max_image_size:,}"
+                f", or, where you trust the file, load_model(…, max_image_size={size})"
+            )
         expected = variables_of(model, image_shape)
     except Exception as error:
         raise ValueError(f"{path}: its description of the model: {_in_short(error)}") from error
@@ -236,11 +244,10 @@ def _rebuild(description: str) -> nn.Module:
 
 def _check_image_shape(shape: Any) -> tuple[int, int, int]:
     whole = isinstance(shape, list) and all(type(n) is int and n >= 1 for n in shape)
-    # Whoever makes an image of that shape should not run out of memory.
-    if not whole or len(shape) != 3 or math.prod(shape) > 2**28:
+    # XLA counts bytes in 64 bits.
+    if not whole or len(shape) != 3 or math.prod(shape) >= 2**59:
         raise ValueError(
-            f"image_shape is {str(shape)[:80]}; allowed: height, width and channels, 1 or more, "
-            "with a product of at most 2**28"
+            f"image_shape is {str(shape)[:80]}; allowed: height, width and channels, 1 or more"
         )
     return (shape[0], shape[1], shape[2])
 
