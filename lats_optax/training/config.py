@@ -383,7 +383,8 @@ class TrainConfig:
 
 
 # Where a run is, how it is watched and who does the work: a resumed run may differ in these alone.
-# In skip_corrupt too: a run that a corrupt record has stopped would be lost.
+# In skip_corrupt too: a run that a corrupt record has stopped would be lost. And in recalibrate,
+# which training does not depend on: a run that is over can be evaluated again.
 _FREE = {
     "workdir",
     "resume",
@@ -392,6 +393,7 @@ _FREE = {
     "eval_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "recalibrate",
     "distributed",
     "coordinator",
     "process_count",

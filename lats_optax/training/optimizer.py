@@ -199,7 +199,7 @@ def _threshold(config: TrainConfig, learning_rate: optax.Schedule, steps_per_epo
     if prune.schedule != "lats":
         law = curve_law(schedule_to(config, learning_rate, steps_per_epoch, 1.0))
     return lats_optax.target_sparsity(
-        _target(prune),
+        target_of(prune),
         learning_rate,
         threshold_epochs(config) * steps_per_epoch,
         law=law,
@@ -208,7 +208,7 @@ def _threshold(config: TrainConfig, learning_rate: optax.Schedule, steps_per_epo
     )
 
 
-def _target(prune: PruneConfig) -> Any:
+def target_of(prune: PruneConfig) -> Any:
     """What `target_sparsity` is to reach: one sparsity for all weights, or one for each layer."""
     target = prune.target_sparsity
     assert target is not None
