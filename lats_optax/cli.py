@@ -5,6 +5,7 @@ import dataclasses
 import io
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -163,7 +164,9 @@ def _run(program: str, prepare: Callable[[], Ready], execute: Callable[[Ready], 
         return code
 
     try:
-        ready = prepare()
+        with warnings.catch_warnings():
+            warnings.showwarning = _one_line(program)
+            ready = prepare()
     except (ValueError, OSError) as error:
         return fail(error, 2)
     except data.PrepareError as error:
@@ -179,6 +182,15 @@ def _run(program: str, prepare: Callable[[], Ready], execute: Callable[[Ready], 
     except KeyboardInterrupt as error:
         return fail(str(error) or "interrupted", 130)
     return 0
+
+
+def _one_line(program: str) -> Callable[..., None]:
+    """Prints a warning as a line of the command, without the line of code that it is from."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        print(f"{program}: warning: {message}", file=sys.stderr)
+
+    return show
 
 
 def _in_one_line(
