@@ -5,6 +5,7 @@ import dataclasses
 import io
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -51,6 +52,9 @@ def train(args: Sequence[str] | None = None) -> int:
         # Last, so that a picture that cannot be written takes nothing with it.
         if drawn := pictures.write(result):
             print(f"pictures      {', '.join(map(str, drawn))}")
+        if result.is_primary and result.target_line is not None:
+            print(result.target_line)
+        _warn_of("lats-train", result)
 
     return _run("lats-train", prepare, execute)
 
@@ -160,7 +164,9 @@ def _run(program: str, prepare: Callable[[], Ready], execute: Callable[[Ready], 
         return code
 
     try:
-        ready = prepare()
+        with warnings.catch_warnings():
+            warnings.showwarning = _one_line(program)
+            ready = prepare()
     except (ValueError, OSError) as error:
         return fail(error, 2)
     except data.PrepareError as error:
@@ -174,8 +180,17 @@ def _run(program: str, prepare: Callable[[], Ready], execute: Callable[[Ready], 
     except (loop.NonFiniteError, data.CorruptRecordError) as error:
         return fail(error, 1)
     except KeyboardInterrupt as error:
-        return fail(error or "interrupted", 130)
+        return fail(str(error) or "interrupted", 130)
     return 0
+
+
+def _one_line(program: str) -> Callable[..., None]:
+    """Prints a warning as a line of the command, without the line of code that it is from."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        print(f"{program}: warning: {message}", file=sys.stderr)
+
+    return show
 
 
 def _in_one_line(
@@ -240,6 +255,13 @@ def _print_run(result: loop.RunResult) -> None:
         print(f"averaged      {result.model_averaged}")
 
 
+def _warn_of(program: str, result: loop.RunResult, name: str = "") -> None:
+    """The last lines: what looks wrong in a run."""
+    sys.stdout.flush()
+    for problem in result.problems if result.is_primary else ():
+        print(f"{program}: warning: {name}{problem}", file=sys.stderr)
+
+
 def _print_demo(result: DemoResult) -> None:
     print(result.table)
     print()
@@ -249,3 +271,5 @@ def _print_demo(result: DemoResult) -> None:
     for name, run in result.runs.items():
         print(f"{name + ' run':<12} {run.checkpoint} (checkpoint)")
         print(f"{name + ' file':<12} {run.model}")
+    for name, run in result.runs.items():
+        _warn_of("lats-demo", run, f"{name} run: ")

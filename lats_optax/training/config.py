@@ -46,6 +46,10 @@ class DataConfig:
         examples, classes = self.synthetic_examples, self.synthetic_classes
         _check(examples >= 1, "data.synthetic_examples", examples, "1 or more")
         _check(classes >= 1, "data.synthetic_classes", classes, "1 or more")
+        for field in ("synthetic_examples", "synthetic_classes"):
+            value = getattr(self, field)
+            used = self.name == "synthetic" or value == getattr(type(self), field)
+            _check(used, f"data.{field}", value, "the default, but for the data set synthetic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +82,21 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Stochastic gradient descent: linear warm-up, then a cosine to zero."""
+    """Stochastic gradient descent: linear warm-up, then a cosine."""
 
     learning_rate: float = 0.3
     """Learning rate at its peak."""
     momentum: float = 0.9
     """Momentum of SGD; 0 for none."""
     weight_decay: float = 0.0
-    """Coefficient of the L2 penalty on all parameters, batch normalization's included."""
+    """Coefficient of the L2 penalty on the parameters."""
+    decay_norm: bool = True
+    """Whether the penalty is also on batch normalization and biases: all of fewer than 2 axes."""
+    nesterov: bool = False
+    """Nesterov's momentum."""
+    minimum_learning_rate: float = 0.0
+    """Where the cosine ends. The schedule `lats`, which sums the rates of the run, is still exact;
+    the closed forms `s-lats`, `epoch-lats` and `pgh` are of a cosine that ends at 0."""
     warmup_epochs: int = 0
     """Epochs over which the learning rate rises linearly to its peak."""
     decay: Literal["step", "epoch"] = "step"
@@ -99,6 +110,14 @@ class OptimizerConfig:
         _check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "0 <= momentum < 1")
         not_negative = self.weight_decay >= 0 and math.isfinite(self.weight_decay)
         _check(not_negative, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        nesterov = not self.nesterov or self.momentum > 0
+        _check(nesterov, "optimizer.nesterov", self.nesterov, "False without momentum")
+        penalized = self.decay_norm or self.weight_decay > 0
+        _check(penalized, "optimizer.decay_norm", self.decay_norm, "True without weight_decay")
+        least = self.minimum_learning_rate
+        below = 0 <= least < self.learning_rate
+        allowed = f"0 or more, and below learning_rate, {self.learning_rate:g}"
+        _check(below, "optimizer.minimum_learning_rate", least, allowed)
         _check(self.warmup_epochs >= 0, "optimizer.warmup_epochs", self.warmup_epochs, "0 or more")
         _check(self.accumulate >= 1, "optimizer.accumulate", self.accumulate, "1 or more")
 
@@ -118,9 +137,11 @@ class PruneConfig:
     `power` is between them, `annealed` goes from soft to there, rescaled, during the run.
     None: soft with a final_threshold; with a target_sparsity annealed, and hard for
     output-channels, which a batch normalization behind them makes as large again as they were."""
+    first_epoch: int = 0
+    """Epochs before the threshold begins to rise: until then it is 0."""
     reach: float | None = None
-    """Part of the steps after which target_sparsity is reached, and held; None: a half, and all of
-    them with operator soft, which is the published method."""
+    """Part of the steps, from first_epoch on, after which target_sparsity is reached, and held;
+    None: a half, and all of them with operator soft, which is the published method."""
     beta: float | None = None
     """Base of the pgh schedule: the L1 penalty is proportional to beta**x, x from 0 to 1."""
     update_every: int | None = None
@@ -209,6 +230,11 @@ class PruneConfig:
             _check(not self.exclude, "prune.exclude", self.exclude, dense)
         if not self.has_threshold:
             _check(self.operator is None, "prune.operator", self.operator, "None in a dense run")
+            for field in ("schedule", "weight_decay_on", "first_epoch"):
+                value, default = getattr(self, field), getattr(type(self), field)
+                without = f"{default!r} without prune.target_sparsity or prune.final_threshold"
+                _check(value == default, f"prune.{field}", value, without)
+        _check(self.first_epoch >= 0, "prune.first_epoch", self.first_epoch, "0 or more")
         anneals = self.operator != "annealed" or target is not None
         _check(anneals, "prune.operator", self.operator, "another one without target_sparsity")
         reach = self.reach
@@ -319,8 +345,9 @@ class TrainConfig:
             "0 <= label_smoothing < 1",
         )
         decay = self.average_decay
-        allowed = "None, or 0 <= average_decay < 1"
-        _check(decay is None or 0 <= decay < 1, "average_decay", decay, allowed)
+        # An average of decay 0 is the weights.
+        allowed = "None, or 0 < average_decay < 1"
+        _check(decay is None or 0 < decay < 1, "average_decay", decay, allowed)
         batches = self.recalibrate
         _check(batches is None or batches >= 0, "recalibrate", batches, "None, or 0 or more")
         for field in ("epochs", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
@@ -345,6 +372,16 @@ class TrainConfig:
             "prune.search_epochs",
             search,
             f"with mode early, less than epochs, {self.epochs}",
+        )
+        first, epochs = self.prune.first_epoch, self.prune.search_epochs or self.epochs
+        allowed = f"less than the epochs of the threshold, {epochs}"
+        _check(first == 0 or first < epochs, "prune.first_epoch", first, allowed)
+        penalized = self.prune.weight_decay_on == "latent" or self.optimizer.weight_decay > 0
+        _check(
+            penalized,
+            "prune.weight_decay_on",
+            self.prune.weight_decay_on,
+            "'latent' without optimizer.weight_decay",
         )
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite are both True; allowed: one of the two.")
@@ -383,7 +420,8 @@ class TrainConfig:
 
 
 # Where a run is, how it is watched and who does the work: a resumed run may differ in these alone.
-# In skip_corrupt too: a run that a corrupt record has stopped would be lost.
+# In skip_corrupt too: a run that a corrupt record has stopped would be lost. And in recalibrate,
+# which training does not depend on: a run that is over can be evaluated again.
 _FREE = {
     "workdir",
     "resume",
@@ -392,6 +430,7 @@ _FREE = {
     "eval_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "recalibrate",
     "distributed",
     "coordinator",
     "process_count",

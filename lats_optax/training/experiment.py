@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 import lats_optax
-from lats_optax import data, models
+from lats_optax import data, masks, models
 from lats_optax.training import config as configs
 from lats_optax.training import workdir
 from lats_optax.training.checkpoint import Checkpoints
 from lats_optax.training.config import TrainConfig
-from lats_optax.training.export import SavedModel
+from lats_optax.training.export import SavedModel, variables_of
 from lats_optax.training.initial import load_initial
 from lats_optax.training.optimizer import Optimizer, make_optimizer
 from lats_optax.training.parallel import AXIS, DataParallel, join_processes
@@ -112,6 +112,7 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
         )
     model = make_model(config, dataset.num_classes)
     optimizer = make_optimizer(config, steps_per_epoch)
+    _check_effects(config, optimizer, variables_of(model, dataset.image_shape))
     resumes = _check_resumable(config)
     initial = None
     if config.initial is not None:
@@ -138,6 +139,29 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
     # Expressions that match no parameter are found when the mask meets the parameters.
     jax.eval_shape(partial(make_state, config, model, optimizer, dataset.image_shape))
     return experiment
+
+
+def _check_effects(config: TrainConfig, optimizer: Optimizer, variables: Mapping[str, Any]) -> None:
+    """Refuses a mask that leaves nothing to prune, and statistics of a model that has none.
+
+    Args:
+      config: the run.
+      optimizer: its own.
+      variables: the shapes of the model's.
+    """
+    params = variables["params"]
+    if config.prune.enabled and not any(jax.tree.leaves(optimizer.mask(params))):
+        prune, names = config.prune, jax.tree.leaves(masks.paths(params))
+        raise ValueError(
+            f"prune.include is {prune.include!r}, prune.exclude {prune.exclude!r} and "
+            f"prune.structure {prune.structure!r}, which leaves nothing to prune; allowed: a "
+            f"choice with at least one of the parameters {', '.join(names)}."
+        )
+    if config.recalibrate and not variables.get("batch_stats"):
+        raise ValueError(
+            f"recalibrate is {config.recalibrate}; allowed: None or 0, as the model "
+            f"{config.model.name!r} has no batch statistics."
+        )
 
 
 def _check_resumable(config: TrainConfig) -> bool:

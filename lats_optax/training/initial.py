@@ -1,5 +1,6 @@
 """What a run begins from in the place of random weights: a model file, checked against the run."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from lats_optax import models
 from lats_optax.masks import MaskOrFunction
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.export import SavedModel, differences, load_model, variables_of
+
+_STRAY = 0.01
+"""Zeros up to this part of the weights are nobody's work: those of a dead unit, or of chance."""
 
 
 def load_initial(
@@ -35,6 +39,9 @@ def load_initial(
     Returns:
       The file's model, with the dtype and axis of the wanted one, and its variables in the types
       that a run trains.
+
+    Warns:
+      UserWarning: it has zeros that the run does not keep.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -70,7 +77,16 @@ def load_initial(
     )
     finite = all(bool(np.isfinite(array).all()) for array in jax.tree.leaves(variables))
     require(finite, "it holds numbers that are not finite")
+    report = lats_optax.sparsity(variables["params"], mask)
     if config.prune.mode == "fine-tuning":
-        zeros = lats_optax.sparsity(variables["params"], mask).zeros
+        zeros = report.zeros
         require(zeros > 0, "no weight of it that is pruned is zero, so nothing would stay zero")
+    elif report.sparsity > max(config.prune.target_sparsity or 0, _STRAY):
+        warnings.warn(
+            f"initial is {str(config.initial)!r}, of whose weights {report.sparsity:.2%} are zero: "
+            "this run trains them too, and they do not stay zero. --prune.mode fine-tuning, "
+            "without a target_sparsity or final_threshold, keeps them zero",
+            UserWarning,
+            stacklevel=2,
+        )
     return saved._replace(model=model, variables=variables)

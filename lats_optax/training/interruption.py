@@ -9,6 +9,8 @@ from typing import Any
 class Interruption:
     """While it is entered, a first signal is noted, and a second one acts as it always does.
 
+    A KeyboardInterrupt that leaves it says how to go on.
+
     Outside the main thread, where Python hands out no signals, nothing is noted. Neither is it with
     `enabled` False, for runs of several processes: they could not agree on a step to stop at.
     """
@@ -31,6 +33,9 @@ class Interruption:
         traceback: TracebackType | None,
     ) -> None:
         self._restore()
+        # What Python raises at a second signal has no message.
+        if isinstance(error, KeyboardInterrupt) and not error.args:
+            error.args = ("interrupted at once; --resume goes on from the last checkpoint",)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

@@ -20,7 +20,7 @@ import optax
 import lats_optax
 from lats_optax import data, models
 from lats_optax.training import config as configs
-from lats_optax.training import statistics, workdir
+from lats_optax.training import statistics, verdict, workdir
 from lats_optax.training.checkpoint import Checkpoints
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.experiment import Experiment, build, fix_support, initial_state
@@ -55,6 +55,8 @@ class RunResult:
       model: the file of the weights, exactly as sparse as the state; None where `is_primary` is
         False.
       model_averaged: that of the averaged weights; None where there are none.
+      target_line: whether the target sparsity was met; None in a run without one.
+      problems: what looks wrong in the run, a sentence each; `lats-train` prints them as warnings.
     """
 
     config: TrainConfig
@@ -69,6 +71,8 @@ class RunResult:
     weights: dict[str, LayerStatistics] = dataclasses.field(default_factory=dict)
     model: ModelFile | None = None
     model_averaged: ModelFile | None = None
+    target_line: str | None = None
+    problems: list[str] = dataclasses.field(default_factory=list)
 
 
 def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> RunResult:
@@ -96,7 +100,7 @@ def fit(experiment: Experiment) -> RunResult:
       FileExistsError: since `build`, another run has begun in the work directory.
       NonFiniteError: training diverged.
       CorruptRecordError: a record cannot be read, without `config.data.skip_corrupt`.
-      KeyboardInterrupt: after the checkpoint.
+      KeyboardInterrupt: after the checkpoint; after the last step, when all files are written.
     """
     started = time.perf_counter()
     config, parallel = experiment.config, experiment.parallel
@@ -113,7 +117,10 @@ def fit(experiment: Experiment) -> RunResult:
     # Of the weights at the last evaluation; before the first, of the initial ones.
     support = [] if mask is None else statistics.support_bits(state.params, mask)
 
-    with Checkpoints(config.workdir, config.keep_checkpoints) as checkpoints:
+    with (
+        Interruption(enabled=parallel.process_count == 1) as interruption,
+        Checkpoints(config.workdir, config.keep_checkpoints) as checkpoints,
+    ):
         search_steps = experiment.optimizer.search_steps
         if config.resume and (latest := checkpoints.latest_step) is not None:
             if search_steps is not None and latest > search_steps:
@@ -126,7 +133,6 @@ def fit(experiment: Experiment) -> RunResult:
 
         with (
             MetricsLog(config.workdir, step, experiment.total_steps, parallel.is_primary) as log,
-            Interruption(enabled=parallel.process_count == 1) as interruption,
             contextlib.closing(batches),
         ):
             test: dict[str, dict[str, float]] = {}
@@ -176,19 +182,39 @@ def fit(experiment: Experiment) -> RunResult:
                         )
                     window, window_started = [], time.perf_counter()
 
-    # The last step is followed by an evaluation, but a run may be resumed when it is over.
-    test = test or evaluate_all(experiment, state)
-    if mask is not None and not weights:
-        weights, _ = statistics.measure(state.params, state.opt_state, mask, support)
-    files = _write_models(experiment, state, test) if parallel.is_primary else {}
+        # The last step is followed by an evaluation, but a run may be resumed when it is over.
+        if not test:
+            state = recalibrated(experiment, state)
+            test = evaluate_all(experiment, state)
+        if mask is not None and not weights:
+            weights, _ = statistics.measure(state.params, state.opt_state, mask, support)
+        files = _write_models(experiment, state, test) if parallel.is_primary else {}
+
+    if interruption.requested:
+        raise KeyboardInterrupt(
+            f"interrupted after the last step; the run is over, and its files are in "
+            f"{config.workdir}; --resume shows what came of it"
+        )
+    sparsity = lats_optax.sparsity(
+        state.params, experiment.optimizer.mask, groups=experiment.optimizer.groups
+    )
+    wanted = verdict.wanted_zeros(config, state.params, experiment.optimizer)
+    trained = [record["accuracy"] for record in log.records if record["split"] == "train"]
     return RunResult(
         config=config,
         test_accuracy=test["test"]["accuracy"],
         test_accuracy_averaged=test.get("test_average", {}).get("accuracy"),
         seconds=time.perf_counter() - started,
         state=state,
-        sparsity=lats_optax.sparsity(
-            state.params, experiment.optimizer.mask, groups=experiment.optimizer.groups
+        sparsity=sparsity,
+        target_line=verdict.target_line(config, sparsity.zeros, wanted),
+        problems=verdict.problems(
+            config,
+            experiment.optimizer,
+            sparsity,
+            {"train": trained[-1] if trained else None, "test": test["test"]["accuracy"]},
+            wanted,
+            normalized=bool(jax.tree.leaves(state.batch_stats)),
         ),
         checkpoint=workdir.checkpoint_path(config.workdir, step),
         metrics=log.records,

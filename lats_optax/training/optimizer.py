@@ -11,11 +11,13 @@ import numpy as np
 import optax
 
 import lats_optax
+from lats_optax.controllers import as_controller
 from lats_optax.masks import paths
 from lats_optax.operators import Elementwise, GroupOperator, Operator
 from lats_optax.target import default_operator
 from lats_optax.thresholds import tabulate
 from lats_optax.training.config import PruneConfig, TrainConfig
+from lats_optax.training.delayed import Delayed
 
 
 class Optimizer(NamedTuple):
@@ -71,7 +73,7 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> Optimizer:
     if not prune.has_threshold:
         plain = kept if prune.mode == "fine-tuning" else _sgd(config, training_rate)
         return Optimizer(plain, learning_rate, sums, mask)
-    shrinkage = _shrinkage(prune, threshold_epochs(config) * steps_per_epoch)
+    shrinkage = _shrinkage(prune, _operator_epochs(config) * steps_per_epoch)
     groups = group_operator(prune, shrinkage)
     operator = shrinkage if groups is None else groups
     threshold = _threshold(config, searching_rate, steps_per_epoch)
@@ -86,9 +88,12 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> Optimizer:
 
 
 def _sgd(config: TrainConfig, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    sgd = config.optimizer
+    # Not the mask of what is pruned: a layer that stays dense is penalized all the same.
+    penalized = None if sgd.decay_norm else lats_optax.prunable
     return optax.chain(
-        optax.add_decayed_weights(config.optimizer.weight_decay),
-        optax.sgd(learning_rate, momentum=config.optimizer.momentum or None),
+        optax.add_decayed_weights(sgd.weight_decay, penalized),
+        optax.sgd(learning_rate, momentum=sgd.momentum or None, nesterov=sgd.nesterov),
     )
 
 
@@ -103,10 +108,11 @@ def hurried(schedule: optax.Schedule, epochs: int, search_epochs: int) -> optax.
 
 
 def cosine(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
-    """The learning rate: linear warm-up, then a cosine to zero, moved every step or once an epoch.
+    """The learning rate: linear warm-up, then a cosine, moved every step or once an epoch.
 
     Counted in steps or in epochs, u of them done, W of warm-up, U in all:
-    peak · (u + 1) / W while u < W, then peak · ½ · (1 + cos(π · (u − W) / (U − W))).
+    peak · (u + 1) / W while u < W, then
+    least + (peak − least) · ½ · (1 + cos(π · (u − W) / (U − W))).
 
     Args:
       config: the run.
@@ -126,7 +132,12 @@ def cosine(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
 
     def schedule(count: Any) -> Any:
         done = jnp.minimum(jnp.asarray(count) // unit, total)
+        # Under x64 the ratio of int32 counts would still be float32.
+        done = done.astype(jnp.result_type(float))
         falling = 0.5 * (1 + jnp.cos(jnp.pi * (done - warmup) / (total - warmup)))
+        # Parts of the peak, so that without a minimum no rounding is added.
+        least = sgd.minimum_learning_rate / sgd.learning_rate
+        falling = least + (1 - least) * falling
         return sgd.learning_rate * jnp.where(done < warmup, (done + 1) / max(warmup, 1), falling)
 
     return schedule
@@ -191,6 +202,16 @@ def group_operator(prune: PruneConfig, shrinkage: Elementwise) -> GroupOperator 
 
 
 def _threshold(config: TrainConfig, learning_rate: optax.Schedule, steps_per_epoch: int) -> Any:
+    """The threshold of the run: 0 in its first epochs, then that of a run of the others."""
+    delay = config.prune.first_epoch * steps_per_epoch
+    if delay == 0:
+        return _rising(config, learning_rate, steps_per_epoch)
+    late = _rising(config, lambda count: learning_rate(count + delay), steps_per_epoch)
+    return Delayed(as_controller(late), delay)
+
+
+def _rising(config: TrainConfig, learning_rate: optax.Schedule, steps_per_epoch: int) -> Any:
+    """The threshold from where it begins to rise, for the learning rate from there."""
     prune = config.prune
     if prune.target_sparsity is None:
         assert prune.final_threshold is not None
@@ -199,7 +220,7 @@ def _threshold(config: TrainConfig, learning_rate: optax.Schedule, steps_per_epo
     if prune.schedule != "lats":
         law = curve_law(schedule_to(config, learning_rate, steps_per_epoch, 1.0))
     return lats_optax.target_sparsity(
-        _target(prune),
+        target_of(prune),
         learning_rate,
         threshold_epochs(config) * steps_per_epoch,
         law=law,
@@ -208,7 +229,7 @@ def _threshold(config: TrainConfig, learning_rate: optax.Schedule, steps_per_epo
     )
 
 
-def _target(prune: PruneConfig) -> Any:
+def target_of(prune: PruneConfig) -> Any:
     """What `target_sparsity` is to reach: one sparsity for all weights, or one for each layer."""
     target = prune.target_sparsity
     assert target is not None
@@ -224,7 +245,12 @@ def _target(prune: PruneConfig) -> Any:
 
 
 def threshold_epochs(config: TrainConfig) -> int:
-    """Epochs over which the threshold rises: those of the search, or all."""
+    """Epochs over which the threshold rises: those of the search, or all, but for the first."""
+    return _operator_epochs(config) - config.prune.first_epoch
+
+
+def _operator_epochs(config: TrainConfig) -> int:
+    """Epochs in which there is a threshold: those of the search, or all."""
     return config.prune.search_epochs or config.epochs
 
 

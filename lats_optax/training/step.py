@@ -214,7 +214,7 @@ def eval_step(
     """
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits = apply(variables, batch["image"], train=False)
-    weight = batch["weight"].astype(jnp.float32)
+    weight = batch["weight"].astype(jnp.result_type(float))
     # A padding example may hold anything, so it is left out rather than multiplied by zero.
     losses = jnp.where(weight > 0, cross_entropy(logits, batch["label"], 0.0), 0.0)
     return total(
@@ -230,20 +230,20 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax
     """−Σ_c q_c log p_c an example, q = (1 − smoothing) · one-hot + smoothing / classes.
 
     Args:
-      logits: [n, classes], any float type; the loss is computed in float32.
+      logits: [n, classes], any float type; the loss is computed in float32, or float64 under x64.
       labels: int [n].
       smoothing: in [0, 1).
 
     Returns:
-      float32 [n].
+      float32 [n], or float64.
 
     >>> cross_entropy(jnp.zeros((1, 4)), jnp.array([2]), 0.1).round(4)
     Array([1.3863], dtype=float32)
     """
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    log_p = jax.nn.log_softmax(logits.astype(jnp.result_type(float)))
     hit = jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
     return -(1 - smoothing) * hit - smoothing * jnp.mean(log_p, axis=1)
 
 
 def _correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    return (jnp.argmax(logits, axis=-1) == labels).astype(jnp.result_type(float))
