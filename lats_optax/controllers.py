@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lats_optax.operators import Operator
 from lats_optax.prox import prox_l1
@@ -84,7 +85,7 @@ class OpenLoop:
     ) -> tuple[jax.Array, Any]:
         """The schedule at ``count + 1``."""
         del threshold, latent, operator
-        return self.schedule(count + 1), state
+        return self.schedule(optax.safe_increment(count)), state
 
 
 def as_controller(threshold: ScalarOrSchedule | Controller) -> Controller:

@@ -51,45 +51,38 @@ def kth_smallest(
       >>> kth_smallest([jnp.array([3.0, -1.0]), jnp.array([[2.0]])], 2)
       Array(2., dtype=float32)
     """
-    return _select([arrays], [rank], operator, dtype)[0]
+    return kth_smallest_of_each([arrays], [rank], operator, dtype=dtype)[0]
 
 
 def kth_smallest_of_each(
-    arrays: Sequence[jax.Array],
+    lists: Sequence[Sequence[jax.Array]],
     ranks: Any,
     operator: Operator = prox_l1,
     *,
     dtype: Any = jnp.float32,
 ) -> jax.Array:
-    """The ``ranks[i]``-th smallest magnitude of each array by itself, in one loop over them all.
+    """The ``ranks[i]``-th smallest magnitude over the arrays of each list, in one loop over all.
 
     Args:
-      arrays: real arrays of any shapes, fewer than 2**32 entries each.
-      ranks: one for each array, numbers or a traced vector of integers.
+      lists: real arrays of any shapes, fewer than 2**32 entries in each list.
+      ranks: one for each list, numbers or a traced vector of integers.
       operator: as in :func:`kth_smallest`.
       dtype: as in :func:`kth_smallest`.
 
     Returns:
-      An array of type ``dtype`` and shape (number of arrays,).
+      An array of type ``dtype`` and shape (number of lists,).
 
     Raises:
       ValueError: as :func:`kth_smallest`.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> kth_smallest_of_each([jnp.array([3.0, -1.0]), jnp.array([[2.0]])], [2, 1])
+      >>> kth_smallest_of_each([[jnp.array([3.0, -1.0])], [jnp.array([[2.0]])]], [2, 1])
       Array([3., 2.], dtype=float32)
     """
-    return _select([[array] for array in arrays], ranks, operator, dtype)
-
-
-def _select(
-    lists: Sequence[Sequence[jax.Array]], ranks: Any, operator: Operator, dtype: Any
-) -> jax.Array:
-    """The ``ranks[i]``-th smallest magnitude over the arrays of each list."""
     _check_ranks(lists, ranks)
     rows = [[_measured(array, operator) for array in arrays] for arrays in lists]
-    pattern = np.dtype(f"int{jnp.dtype(dtype).itemsize * 8}")
+    pattern = _pattern_of(dtype)
     bits = pattern.itemsize * 8 - 1  # all but the sign
     passes = -(-bits // _DIGIT_BITS)
     digits = jnp.arange(1, 2**_DIGIT_BITS, dtype=pattern)
@@ -111,6 +104,48 @@ def _select(
 
     found = lax.fori_loop(0, passes, one_digit, jnp.zeros(len(rows), pattern))
     return lax.bitcast_convert_type(found, dtype)
+
+
+def below_the_largest(
+    lists: Sequence[Sequence[jax.Array]], found: jax.Array, operator: Operator = prox_l1
+) -> jax.Array:
+    """The quantiles as thresholds that leave something: finite, and below the largest magnitude.
+
+    Args:
+      lists: real arrays.
+      found: a magnitude for each list, as :func:`kth_smallest_of_each` finds it.
+      operator: as in :func:`kth_smallest`.
+
+    Returns:
+      ``found``; where it is not finite, or no magnitude is larger, the largest finite magnitude
+      that is smaller, and 0 where there is none. The arrays are read once.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> lists = [[jnp.array([1.0, 2.0, 2.0])], [jnp.array([2.0, 2.0])], [jnp.array([2.0, 3.0])]]
+      >>> below_the_largest(lists, jnp.full(3, 2.0))
+      Array([1., 0., 2.], dtype=float32)
+    """
+    dtype = found.dtype
+    patterns = lax.bitcast_convert_type(found, _pattern_of(dtype))
+    infinity = lax.bitcast_convert_type(jnp.asarray(jnp.inf, dtype), patterns.dtype)
+    zero = np.zeros((), patterns.dtype)
+
+    def one(arrays: Sequence[jax.Array], q: jax.Array) -> jax.Array:
+        largest, lower = jnp.asarray(zero), jnp.asarray(zero)
+        for array, magnitude, _ in (_measured(array, operator) for array in arrays):
+            each = _patterns(magnitude(array), dtype)
+            top, below = lax.reduce(
+                [each, jnp.where(each < jnp.minimum(q, infinity), each, zero)],
+                [zero, zero],
+                lambda left, right: [jnp.maximum(a, b) for a, b in zip(left, right)],
+                tuple(range(array.ndim)),
+            )
+            largest, lower = jnp.maximum(largest, top), jnp.maximum(lower, below)
+        return jnp.where((q < largest) & (q < infinity), q, lower)
+
+    kept = jnp.stack([one(arrays, q) for arrays, q in zip(lists, patterns)])
+    return lax.bitcast_convert_type(kept, dtype)
 
 
 def _check_ranks(lists: Sequence[Sequence[jax.Array]], ranks: Any) -> None:
@@ -143,9 +178,7 @@ def _count_below(measured: Sequence[_Measured], pivots: jax.Array, dtype: Any) -
     """For each pivot the number of bit patterns below it, in one pass over the arrays."""
     total = jnp.zeros(pivots.shape, jnp.uint32)
     for array, magnitude, sizes in measured:
-        # abs: the order of bit patterns holds for a clear sign bit, and a magnitude may be -0.0.
-        magnitudes = jnp.abs(magnitude(array).astype(dtype))
-        patterns = lax.bitcast_convert_type(magnitudes, pivots.dtype)
+        patterns = _patterns(magnitude(array), dtype)
         # One reduction with fifteen results is one loop over the array, vectorized; fifteen
         # reductions would each read it again. Signed integers: unsigned ones are slower on CPUs.
         below = [(patterns < pivot).astype(jnp.int32) for pivot in pivots]
@@ -159,6 +192,16 @@ def _count_below(measured: Sequence[_Measured], pivots: jax.Array, dtype: Any) -
         )
         total += jnp.stack(counts).astype(jnp.uint32)
     return total
+
+
+def _patterns(magnitudes: jax.Array, dtype: Any) -> jax.Array:
+    """Integers in the order of the magnitudes."""
+    # abs: the order of bit patterns holds for a clear sign bit, and a magnitude may be -0.0.
+    return lax.bitcast_convert_type(jnp.abs(magnitudes.astype(dtype)), _pattern_of(dtype))
+
+
+def _pattern_of(dtype: Any) -> np.dtype[Any]:
+    return np.dtype(f"int{jnp.dtype(dtype).itemsize * 8}")
 
 
 def _barrier(values: Any) -> Any:

@@ -1,8 +1,8 @@
 """The closed loop: the user names the sparsity, the threshold follows the latent weights to it.
 
 Here belongs the controller. Laws are in `laws.py`, the selection of the quantile is in
-`quantile.py`. With N weights, the target s, the law's increments eta_t and fraction f, and the step
-K at which the target is reached, the controller does after step t = 0, 1, …
+`selection.py`. With N weights, the target s, the law's increments eta_t and fraction f, and the
+step K at which the target is reached, the controller does after step t = 0, 1, …
 
     (1)  q_t = the quantile of the latent magnitudes at sparsity s f((t + 1) / K)
 
@@ -30,14 +30,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from lats_optax import masks
 from lats_optax.distributions import check_sparsity
 from lats_optax.laws import Law, constant_l1
 from lats_optax.operators import Elementwise, Operator
 from lats_optax.power import Rescaled, prox_annealed
-from lats_optax.quantile import kth_smallest, kth_smallest_of_each
+from lats_optax.selection import quantiles
 from lats_optax.thresholds import (
     ScalarOrSchedule,
     check_fraction,
@@ -85,8 +84,14 @@ def target_sparsity(
     The threshold rises by ``law`` until ``reach * steps``, where the target is met. From there on
     it is the ``target`` quantile of the latent magnitudes: weights may still swap, and the sparsity
     stays. At the last step it is met exactly: ``round(target * N)`` of the N pruned weights are
-    zero, more only where magnitudes tie; with a target for each layer, that many of each. The
-    equations stand at the top of ``lats_optax/target.py``.
+    zero, more only where magnitudes tie; with a target for each layer, that many of each. Where all
+    magnitudes from the quantile up tie, they stay, and fewer are zero: a threshold is finite and
+    below the largest magnitude. The equations stand at the top of ``lats_optax/target.py``.
+
+    Copies under ``jax.vmap`` select when one of them is due, and not at every step. Within
+    ``jax.shard_map`` the latent weights must be the same on all devices, which is checked unless
+    it is called with ``check_vma=False``. A derivative through the threshold is that of the weight
+    that it is taken from.
 
     Under an operator of groups, such as those of :mod:`lats_optax.groups`, the weights of a group
     tie, and the one that the quantile lies in goes as a whole: ``round(target * N)`` weights are
@@ -108,8 +113,8 @@ def target_sparsity(
       reach: the part of the steps after which the target is met, in (0, 1].
       update_every: the quantile is selected every so many steps, and always where the target is met
         and at the last step. After ``steps`` it is selected at every step. Default: a two-hundredth
-        of the run, between 1 and 1000 steps. Each selection reads the latent weights eight times in
-        float32, and does not sort them; under an operator of groups it reads them once, and eight
+        of the run, between 1 and 1000 steps. Each selection reads the latent weights nine times in
+        float32, and does not sort them; under an operator of groups it reads them once, and nine
         times the magnitudes of the groups.
 
     Returns:
@@ -121,7 +126,8 @@ def target_sparsity(
       ValueError: ``target`` outside [0, 1); ``steps`` or ``update_every`` < 1; ``reach`` outside
         (0, 1]; a learning rate that is negative or not finite somewhere, or zero throughout; a law
         with a value that is not allowed. From ``init`` of the transform, a tree of targets of
-        another structure, or with one outside [0, 1).
+        another structure, or with one outside [0, 1). From ``update``, latent weights that vary
+        over an axis of ``jax.shard_map``.
 
     Example:
       >>> import jax.numpy as jnp, optax, lats_optax
@@ -229,12 +235,9 @@ class TargetSparsity:
         targets = _targets(self.target, latent, operator)
         index, due = self.plan.selection(count)
         ranks = jnp.asarray(targets.ranks(self.plan.fraction))[index]
-        select = kth_smallest if np.ndim(targets.sizes) == 0 else kth_smallest_of_each
-        quantile = lax.cond(
-            due,
-            lambda: select(leaves, ranks, operator, dtype=threshold.dtype),
-            lambda: state.quantile,
-        )
+        lists = [leaves] if np.ndim(targets.sizes) == 0 else [[leaf] for leaf in leaves]
+        previous, ranks = jnp.reshape(state.quantile, -1), jnp.reshape(ranks, -1)
+        quantile = quantiles(due, previous, lists, ranks, operator).reshape(threshold.shape)
         return control(self.plan, count, threshold, state, quantile)
 
 

@@ -203,11 +203,11 @@ def test_kth_smallest_of_each_is_a_sort_of_each():
     arrays = [rng.normal(size=s).astype(np.float32) for s in [(7,), (3, 5), (0,), (2, 2, 2)]]
     arrays[1][0] = arrays[1][1]  # ties
     for ranks in ([0, 0, 0, 0], [7, 15, 0, 8], [3, 8, 0, 1]):
-        got = kth_smallest_of_each([jnp.asarray(array) for array in arrays], ranks)
+        got = kth_smallest_of_each([[jnp.asarray(array)] for array in arrays], ranks)
         expected = [
             np.sort(abs(array), axis=None)[rank - 1] if rank else 0
             for array, rank in zip(arrays, ranks)
         ]
         np.testing.assert_array_equal(got, np.asarray(expected, np.float32))
     with pytest.raises(ValueError, match=r"^rank: 8"):
-        kth_smallest_of_each([jnp.ones(7)], [8])
+        kth_smallest_of_each([[jnp.ones(7)]], [8])

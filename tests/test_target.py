@@ -196,7 +196,7 @@ def test_the_forecast_is_that_of_a_loop(rate, every):
     # Speeds up, and slows down.
     quantiles = [1 + t**2 / 100 + 3 * max(t - 12, 0) ** (1 / 3) for t in range(steps)]
     tx = soft(to_the_end(0.5, rate, steps, update_every=every))
-    w = jnp.ones((2, 2))
+    w = jnp.array([[1.0, 1.0], [1.0, 2.0]])
     state, update = tx.init(w), jax.jit(tx.update)
     threshold, slope, aim, last, spent_at_last = 0.0, 0.0, 0.0, 0.0, 0.0
     theta = 1.0
@@ -257,7 +257,7 @@ def selections(threshold, steps):
                 lats_optax.TargetSparsityState(
                     *[jnp.full((), -1.0)] * 3, *[jnp.asarray(steps)] * 2
                 ),
-                [jnp.ones((1, 2))],
+                [jnp.array([[1.0, 2.0]])],
                 prox.prox_l1,
             )
         )

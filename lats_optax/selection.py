@@ -1,0 +1,156 @@
+"""The quantile that the closed loop steers by: selected where it is due, and only there.
+
+Here belongs what a selection of `quantile.py` needs to live within JAX's transformations: one
+conditional for all copies under `vmap`, one compilation for all calls that are not jitted, a
+derivative, and a refusal of weights that differ between the devices of a `shard_map`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from lats_optax.operators import Operator
+from lats_optax.quantile import below_the_largest, kth_smallest_of_each
+
+Lists = Sequence[Sequence[jax.Array]]
+
+
+def quantiles(
+    due: jax.Array, previous: jax.Array, lists: Lists, ranks: jax.Array, operator: Operator
+) -> jax.Array:
+    """The ``ranks[i]``-th smallest magnitude over each list of arrays, where it is due.
+
+    Where a quantile is not finite, or no magnitude is larger, it is the largest finite magnitude
+    that is smaller, and 0 where there is none: a threshold that leaves something. Its derivative is
+    that of the magnitude that it is: the mean of them, where several tie.
+
+    Args:
+      due: bool scalar, whether to select.
+      previous: float [lists], the result where it is not due.
+      lists: real arrays, in lists of fewer than 2**32 entries each.
+      ranks: integers [lists].
+      operator: the operator under which magnitudes are taken.
+
+    Returns:
+      Float [lists], of the type of ``previous``.
+
+    Raises:
+      ValueError: within a `shard_map` the arrays differ between devices.
+
+    Example:
+      >>> weights = [jnp.array([3.0, -1.0, 2.0, 0.5])]
+      >>> from lats_optax.prox import prox_l1
+      >>> quantiles(jnp.array(True), jnp.zeros(1), [weights], jnp.array([3]), prox_l1)
+      Array([2.], dtype=float32)
+    """
+    _check_equal_on_devices(lists)
+    return _jitted(due, previous, lists, ranks, _Identity(operator))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Identity:
+    """An operator as a static argument: one that has no hash can be one too."""
+
+    operator: Operator
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and other.operator is self.operator
+
+    def __hash__(self) -> int:
+        return id(self.operator)
+
+
+# Without jit here, a call outside of one would trace and compile the loop at every step.
+@functools.partial(jax.jit, static_argnums=4, inline=True)
+def _jitted(
+    due: jax.Array, previous: jax.Array, lists: Lists, ranks: jax.Array, static: _Identity
+) -> jax.Array:
+    return _selected(static.operator, due, previous, lists, ranks)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _selected(
+    operator: Operator, due: jax.Array, previous: jax.Array, lists: Lists, ranks: jax.Array
+) -> jax.Array:
+    def select(lists: Lists, ranks: jax.Array) -> jax.Array:
+        found = kth_smallest_of_each(lists, ranks, operator, dtype=previous.dtype)
+        return below_the_largest(lists, found, operator)
+
+    return _when(due, select, (lists, ranks), previous)
+
+
+@_selected.defjvp
+def _derivative(operator: Operator, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    # The selection compares bit patterns: without this rule its derivative would be zero.
+    due, _, lists, _ = primals
+    _, previous, slopes, _ = tangents
+    found = _selected(operator, *primals)
+    each = [_slope(*row, operator) for row in zip(lists, slopes, found)]
+    return found, jnp.where(due, jnp.stack(each), previous)
+
+
+def _slope(
+    arrays: Sequence[jax.Array], slopes: Sequence[jax.Array], found: jax.Array, operator: Operator
+) -> jax.Array:
+    """The derivative of a quantile, from those of the arrays."""
+    pairs = [
+        jax.jvp(lambda array: operator.magnitude(array).astype(found.dtype), (array,), (slope,))
+        for array, slope in zip(arrays, slopes)
+    ]
+    # The nearest, and not those that are equal: another program may round a magnitude otherwise.
+    distances = [jnp.abs(magnitude - found) for magnitude, _ in pairs]
+    least = functools.reduce(jnp.minimum, [jnp.min(d, initial=jnp.inf) for d in distances])
+    chosen = [distance == least for distance in distances]
+    total = sum(jnp.sum(jnp.where(it, slope, 0.0)) for it, (_, slope) in zip(chosen, pairs))
+    return jnp.where(found > 0, total / sum(jnp.sum(it) for it in chosen), 0.0)
+
+
+def _when(
+    due: jax.Array, compute: Callable[..., jax.Array], operands: Any, otherwise: jax.Array
+) -> jax.Array:
+    """``compute(*operands)`` where it is due, in a conditional that stays one under `vmap`.
+
+    `vmap` makes of a conditional with a predicate of its own for each copy a computation of both
+    branches, always. Here it is computed for all copies where it is due for any.
+    """
+
+    @custom_vmap
+    def conditional(due: jax.Array, operands: Any, otherwise: jax.Array) -> jax.Array:
+        return lax.cond(due, lambda: compute(*operands), lambda: otherwise)
+
+    @conditional.def_vmap
+    def batched(
+        size: int, is_batched: Any, due: jax.Array, operands: Any, otherwise: jax.Array
+    ) -> tuple[jax.Array, bool]:
+        axes = jax.tree.map(lambda each: 0 if each else None, is_batched[1])
+        computes = jax.vmap(compute, in_axes=axes, axis_size=size)
+        if not is_batched[2]:
+            otherwise = jnp.broadcast_to(otherwise, (size, *otherwise.shape))
+        # Again by way of this function: a second `vmap` finds a conditional too.
+        computed = _when(jnp.any(due), computes, operands, otherwise)
+        return jnp.where(due.reshape(-1, *(1,) * (otherwise.ndim - 1)), computed, otherwise), True
+
+    return conditional(due, operands, otherwise)
+
+
+def _check_equal_on_devices(lists: Lists) -> None:
+    axes = {
+        name
+        for arrays in lists
+        for array in arrays
+        for name in jax.typeof(array).manual_axis_type.varying
+    }
+    if axes:
+        names = ", ".join(map(repr, sorted(axes)))
+        raise ValueError(
+            f"target_sparsity: within shard_map the latent weights vary over {names}, so that each "
+            "device would select a quantile of its own; allowed are weights that are the same on "
+            "all devices (average the gradients over the axis, by jax.lax.pmean), and sharded ones "
+            "in an update outside of shard_map, under jax.jit"
+        )
