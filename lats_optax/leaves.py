@@ -94,7 +94,7 @@ def check_fits(
     unfit: dict[str, ValueError] = {}
     asked = set()
     for path, array in arrays.items():
-        kind = (jnp.shape(array), jnp.asarray(array).dtype)
+        kind = (jnp.shape(array), jnp.result_type(array))
         if kind not in asked:
             asked.add(kind)
             try:

@@ -142,6 +142,11 @@ def soft_threshold(
     mask = masks.prunable if mask is None else mask
     if latent_dtype is not None and not jnp.issubdtype(latent_dtype, jnp.floating):
         raise ValueError(f"latent_dtype: {latent_dtype} is not a float type")
+    if latent_dtype is not None and jnp.dtype(latent_dtype).itemsize < 2:
+        raise ValueError(
+            f"latent_dtype: {jnp.dtype(latent_dtype)} is not allowed; allowed are float types of "
+            "16 bits or more"
+        )
     if freeze_after is not None:
         freeze_after = check_steps(freeze_after, "freeze_after")
     if pruned_scale is not None and not isinstance(pruned_scale, jax.core.Tracer):
@@ -164,7 +169,13 @@ def soft_threshold(
             wide = leaf.astype(compute_dtype(dtype))
             return operator.at(0).preimage(wide, d.astype(wide.dtype)).astype(dtype)
 
-        latent = _map_pruned(latent_of, pruned, expand_threshold(first, pruned))
+        def latent_or_shape(leaf: Any, d: jax.Array) -> Any:
+            if not isinstance(leaf, jax.ShapeDtypeStruct):
+                return latent_of(leaf, d)
+            shape = jax.eval_shape(latent_of, leaf, d)
+            return leaf.update(dtype=shape.dtype)  # type: ignore[no-untyped-call]
+
+        latent = _map_pruned(latent_or_shape, pruned, expand_threshold(first, pruned))
         inner_state = () if inner is None else inner.init(_where_latent(latent, params))
         return SoftThresholdState(
             jnp.zeros((), jnp.int32), first, latent, control_state, inner_state
@@ -366,7 +377,7 @@ def _difference(target: jax.Array, w: jax.Array, update: Any) -> jax.Array:
     """The update w' - w, such that w + (w' - w) is zero where w' is."""
     dtype = _wider(update, w)
     wide = compute_dtype(dtype)
-    target = _rounded(target.astype(wide), w.dtype).astype(wide)
+    target = _alive(target.astype(wide), w.dtype).astype(wide)
     return _rounded(target - w.astype(wide), dtype)
 
 
@@ -377,7 +388,7 @@ def _living_difference(target: jax.Array, w: jax.Array, update: Any) -> jax.Arra
     in the latent weights; the next float towards zero leaves one ulp of it.
     """
     difference = _difference(target, w, update)
-    target = _rounded(target.astype(compute_dtype(w.dtype)), w.dtype)
+    target = _alive(target.astype(compute_dtype(w.dtype)), w.dtype)
     lost = (difference == -w.astype(difference.dtype)) & (target != 0)
     return jnp.where(lost, difference * (1 - _finfo(difference.dtype).eps), difference)
 
@@ -399,6 +410,15 @@ def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
         small = jnp.abs(x) < info.tiny.astype(x.dtype)
         x = jnp.where(small, x, lax.reduce_precision(x, info.nexp, info.nmant))
     return x.astype(dtype)
+
+
+def _alive(x: jax.Array, dtype: Any) -> jax.Array:
+    """As :func:`_rounded`, but what is not zero stays so: float16 would lose small weights."""
+    rounded = _rounded(x, dtype)
+    if rounded.dtype == x.dtype:
+        return rounded
+    least = jnp.copysign(_finfo(dtype).smallest_subnormal.astype(x.dtype), x).astype(dtype)
+    return jnp.where((rounded == 0) & (x != 0), least, rounded)
 
 
 def _finfo(dtype: Any) -> Any:
@@ -454,10 +474,16 @@ def _pruned(params: Any, mask: MaskOrFunction, operator: Operator) -> Any:
     names = jax.tree.leaves(masks.paths(params))
     selected: dict[str, Any] = {}
     for name, (leaf, chosen) in zip(names, _pairs(params, pruned)):
-        dtype = jnp.asarray(leaf).dtype
+        dtype = jnp.result_type(leaf)
         if chosen and not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
                 f"mask: it selects {name}, which is {dtype}; only float parameters can be pruned"
+            )
+        if chosen and dtype.itemsize < 2:
+            # In eight bits a large weight becomes NaN, and w + (w' - w) is not w'.
+            raise ValueError(
+                f"mask: it selects {name}, which is {dtype}; allowed are float types of 16 bits or "
+                "more: keep the parameters in bfloat16, and cast the pruned ones afterwards"
             )
         if chosen:
             selected[name] = leaf

@@ -108,6 +108,15 @@ def within_shard_map(spec):
     return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec))(NORMAL)
 
 
+def halves():
+    """Zeros of float16 parameters over float32 latent weights, many of them a little alive."""
+    latent = jnp.asarray(np.linspace(1, 1 + 101 * 2**-23, 101)[1:].reshape(4, 25), jnp.float32)
+    tx = closed(target=0.5, steps=1, latent_dtype=jnp.float32)
+    w = jnp.ones((4, 25), jnp.float16)
+    updates, _ = tx.update(latent - 1, tx.init(w), w)
+    return int(jnp.sum(optax.apply_updates(w, updates) == 0))
+
+
 CASES = [
     Case(
         "all weights are equal, and one has to survive",
@@ -178,5 +187,25 @@ CASES = [
         "weights that are the same on all devices of a shard_map",
         lambda: within_shard_map(()),
         gives(lambda w: np.sum(w == 0) == 64),
+    ),
+    Case(
+        "weights too small for float16 beside latent weights in float32",
+        halves,
+        gives(lambda zeros: zeros == 50),
+    ),
+    Case(
+        "parameters in eight bits",
+        lambda: closed().init({"a": jnp.ones((2, 2), jnp.float8_e4m3fn)}),
+        raises(ValueError, "^mask: it selects a, which is float8_e4m3fn; allowed are"),
+    ),
+    Case(
+        "latent weights in eight bits",
+        lambda: closed(latent_dtype=jnp.float8_e5m2),
+        raises(ValueError, "^latent_dtype: float8_e5m2 is not allowed"),
+    ),
+    Case(
+        "init of shapes without arrays",
+        lambda: closed(latent_dtype=jnp.bfloat16).init({"a": jax.ShapeDtypeStruct((2, 3), float)}),
+        gives(lambda state: state.latent["a"] == jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)),
     ),
 ]
