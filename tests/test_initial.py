@@ -167,6 +167,7 @@ def test_a_fine_tuning_step_is_the_step_of_the_frozen_phase(tmp_path, initial):
     assert programs[0] == programs[1]
 
 
+@pytest.mark.filterwarnings("ignore:initial is .* do not stay zero")
 @pytest.mark.parametrize("prune", [PruneConfig(), TARGET], ids=["dense", "during-training"])
 def test_any_run_can_begin_from_a_file(tmp_path, initial, prune):
     config = tiny.config(tmp_path / "run", prune=prune, initial=initial, average_decay=0.9)
