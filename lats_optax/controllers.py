@@ -4,6 +4,7 @@ The closed loop, which follows the latent weights to a named sparsity, is in `ta
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol, TypeGuard
 
@@ -13,7 +14,11 @@ import optax
 
 from lats_optax.operators import Operator
 from lats_optax.prox import prox_l1
-from lats_optax.thresholds import ScalarOrSchedule, check_threshold
+from lats_optax.thresholds import ScalarOrSchedule, check_threshold, is_distribution
+
+# A count beyond all runs, and the part of the first threshold below which the last has fallen.
+_LATE = 2**30
+_FALL = 0.1
 
 
 class Controller(Protocol):
@@ -59,10 +64,12 @@ class OpenLoop:
     Attributes:
       schedule: ``count -> d``, a float array.
       steps: the number of steps over which it moves; None: not known.
+      constant: the threshold, where it is the same at all steps; None: it is not.
     """
 
     schedule: Callable[[Any], jax.Array]
     steps: int | None = None
+    constant: Any = None
     default_operator: Operator = prox_l1
 
     def prepared(self, operator: Operator, freeze_after: int | None) -> "OpenLoop":
@@ -73,12 +80,15 @@ class OpenLoop:
                 f"freeze_after: {freeze_after} is not allowed; allowed are whole numbers up to "
                 f"{self.steps}, the steps of the threshold"
             )
+        if self.constant is None:
+            _warn_of_a_fall(self.schedule, _LATE if freeze_after is None else freeze_after)
         return self
 
     def init(self, latent: Any, operator: Operator) -> tuple[jax.Array, Any]:
-        """The schedule at 0."""
-        del latent, operator
-        return self.schedule(0), ()
+        """The schedule at 0, after a look at what a threshold of that size leaves alive."""
+        first = self.schedule(0)
+        _warn_of_nothing_left(self.constant, latent, operator)
+        return first, ()
 
     def update(
         self, count: jax.Array, threshold: jax.Array, state: Any, latent: Any, operator: Operator
@@ -96,7 +106,14 @@ def as_controller(threshold: ScalarOrSchedule | Controller) -> Controller:
     """
     if _is_controller(threshold):
         return threshold
-    return OpenLoop(as_schedule("threshold", threshold), getattr(threshold, "steps", None))
+    if callable(threshold) and is_distribution(threshold):
+        raise ValueError(
+            "threshold: it is a function that gives each layer a sparsity; wrap it, as in "
+            "soft_threshold(target_sparsity(erdos_renyi(0.95), learning_rate, steps))"
+        )
+    schedule = as_schedule("threshold", threshold)
+    constant = None if callable(threshold) else threshold
+    return OpenLoop(schedule, getattr(threshold, "steps", None), constant)
 
 
 def as_schedule(name: str, value: Any) -> Callable[[Any], jax.Array]:
@@ -106,8 +123,47 @@ def as_schedule(name: str, value: Any) -> Callable[[Any], jax.Array]:
         check_threshold(name, first)
     # The default float type is asked for at each call: x64 may be enabled after construction.
     if callable(value):
-        return lambda count: jnp.asarray(value(count), jnp.result_type(float))
+        # Below zero an operator would move weights away from zero.
+        return lambda count: jnp.maximum(jnp.asarray(value(count), jnp.result_type(float)), 0.0)
     return lambda count: jnp.asarray(value, jnp.result_type(float))
+
+
+def _warn_of_a_fall(schedule: Callable[[Any], jax.Array], late: int) -> None:
+    """Warns of a schedule that is far lower late in a run than at its start."""
+    try:
+        first, last = schedule(0), schedule(late)
+    except Exception:  # a schedule of anyone's, which may end in an error
+        return
+    if isinstance(first, jax.core.Tracer) or isinstance(last, jax.core.Tracer):
+        return
+    if float(last) <= _FALL * float(first):
+        warnings.warn(
+            f"threshold: it begins at {float(first):g} and ends at {float(last):g}, so zeros do "
+            "not stay; a threshold rises. If it is a learning-rate schedule, give it to "
+            "target_sparsity(0.95, learning_rate, steps) or lats_threshold(learning_rate, steps, "
+            "final)",
+            stacklevel=4,
+        )
+
+
+def _warn_of_nothing_left(constant: Any, latent: Any, operator: Operator) -> None:
+    """Warns of a constant threshold that no weight reaches, as of a sparsity in its place."""
+    leaves = [leaf for leaf in jax.tree.leaves(latent) if leaf.size]
+    known = not any(isinstance(node, jax.core.Tracer) for node in [constant, *leaves])
+    if constant is None or not known or not all(isinstance(leaf, jax.Array) for leaf in leaves):
+        return
+    try:
+        magnitudes = [float(jnp.max(operator.magnitude(leaf))) for leaf in leaves]
+    except ValueError:  # that of a plain function is not known
+        return
+    largest = max(magnitudes, default=0.0)
+    if 0 < largest <= float(constant):
+        warnings.warn(
+            f"threshold: {float(constant):g} is a magnitude of weights, and that of no pruned "
+            f"weight is above {largest:g}; if a sparsity is meant, write "
+            "target_sparsity(0.95, learning_rate, steps)",
+            stacklevel=4,
+        )
 
 
 def _is_controller(threshold: Any) -> TypeGuard[Controller]:

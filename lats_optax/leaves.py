@@ -42,7 +42,10 @@ def compute_dtype(dtype: Any) -> Any:
 
 def as_real(x: Any) -> jax.Array:
     """A float array, of integers too; complex numbers are a TypeError."""
-    x = jnp.asarray(x)
+    try:
+        x = jnp.asarray(x)
+    except TypeError as error:
+        raise TypeError(f"x: {x!r} is not allowed; allowed are real arrays") from error
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"x: {x.dtype} is complex; proximal operators take real arrays")
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
@@ -71,9 +74,13 @@ def check_broadcasts(d: jax.Array, shape: tuple[int, ...]) -> None:
 
 
 def check_not_negative(name: str, value: Any) -> None:
-    """Refuses negative numbers, as far as they are known without waiting for a device."""
-    # Only what is on the host: a device array may be traced, and reading it would block.
-    if isinstance(value, int | float | np.ndarray | np.generic) and np.any(np.asarray(value) < 0):
+    """Refuses what is no real number >= 0, as far as it is known without waiting for a device."""
+    if isinstance(value, jax.Array):
+        return  # it may be traced, and reading it would block
+    array = np.asarray(value)
+    if not jnp.isdtype(array.dtype, ("bool", "real floating", "integral")) or np.isnan(array).any():
+        raise ValueError(f"{name}: {value!r} is not allowed; allowed are numbers >= 0")
+    if np.any(array < 0):
         raise ValueError(f"{name}: {value} is negative; allowed are numbers >= 0")
 
 
@@ -92,15 +99,24 @@ def check_fits(
     """
     reasons: dict[Any, ValueError] = {}
     unfit: dict[str, ValueError] = {}
+    what = f"{argument}: {operator!r} is not a function (x, strength) -> z"
     asked = set()
     for path, array in arrays.items():
         kind = (jnp.shape(array), jnp.result_type(array))
         if kind not in asked:
             asked.add(kind)
             try:
-                jax.eval_shape(operator, jax.ShapeDtypeStruct(*kind), 0.0)  # type: ignore[no-untyped-call]
+                value = jax.eval_shape(operator, jax.ShapeDtypeStruct(*kind), 0.0)  # type: ignore[no-untyped-call]
             except ValueError as error:
                 reasons[kind] = error
+            except TypeError as error:
+                raise ValueError(f"{what}: for {path} there is a TypeError: {error}") from error
+            else:
+                if getattr(value, "shape", None) != kind[0]:
+                    raise ValueError(
+                        f"{what}: for {path}, of shape {kind[0]}, its value is {value!r}; allowed "
+                        "are values of the shape of x"
+                    )
         if kind in reasons:
             unfit[path] = reasons[kind]
     if unfit:

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from lats_optax import masks
+from lats_optax.arguments import check_arrays, check_transform
 from lats_optax.masks import MaskOrFunction
+from lats_optax.target import TargetSparsityState
 from lats_optax.thresholds import check_steps
 from lats_optax.transforms import KeepSupportState, ProximalStepState, SoftThresholdState
 
@@ -54,6 +56,8 @@ def freeze(state: Any, frozen: optax.GradientTransformation, params: Any) -> Any
       >>> (params != 0).tolist()
       [[False, False, True, True]]
     """
+    check_transform("frozen", frozen)
+    check_arrays("params", params)
     fresh = frozen.init(params)
     searched = jax.tree.map(
         lambda node: _beside_inner(node) if _is_search(node) else node, state, is_leaf=_is_search
@@ -129,6 +133,10 @@ def prune_at_initialization(
     initialization.
     """
     steps = check_steps(steps)
+    if not callable(loss):
+        raise ValueError(f"loss: {loss!r} is not allowed; allowed are functions (params, batch)")
+    check_transform("transform", transform)
+    check_arrays("params", params)
     mask = masks.prunable if mask is None else mask
     masks.resolve(mask, params)
 
@@ -137,15 +145,23 @@ def prune_at_initialization(
         updates, state = transform.update(jax.grad(loss)(weights, batch), state, weights)
         return optax.apply_updates(weights, updates), state
 
+    try:
+        source = iter(batches)
+    except TypeError as error:
+        raise ValueError(
+            f"batches: {batches!r} is not allowed; allowed are iterables of pytrees"
+        ) from error
     # A copy, because a step uses up what it is given.
     weights = jax.tree.map(jnp.copy, params)
     state = transform.init(weights)
-    source = iter(batches)
+    _check_length(state, steps)
     for taken in range(steps):
         try:
             batch = next(source)
         except StopIteration:
             raise ValueError(f"batches: they end after {taken} of the {steps} steps") from None
+        if taken == 0:
+            _check_loss(loss, weights, batch)
         weights, state = step(weights, state, batch)
     if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(weights)):
         raise ValueError(
@@ -155,10 +171,31 @@ def prune_at_initialization(
     return masks.support(weights, mask)
 
 
+def _check_length(state: Any, steps: int) -> None:
+    """Refuses a search of another length than its target's, which it would miss."""
+    for node in jax.tree.leaves(state, is_leaf=_is_target):
+        if _is_target(node) and int(node.steps) != steps:
+            raise ValueError(
+                f"steps: {steps} is not allowed; the target_sparsity of the transform is for "
+                f"{int(node.steps)} steps, and so must the search be"
+            )
+
+
+def _check_loss(loss: Callable[[Any, Any], Any], params: Any, batch: Any) -> None:
+    check_arrays("batches", batch)
+    value = jax.eval_shape(loss, params, batch)
+    if getattr(value, "shape", None) != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"loss: its value is {value!r}; allowed are float scalars")
+
+
 _DIFFERS = (
     "frozen: it is not the transform of the search with keep_support in the place of "
     "soft_threshold; for soft_threshold(..., inner=inner) that is optax.chain(inner, keep_support)"
 )
+
+
+def _is_target(node: Any) -> bool:
+    return isinstance(node, TargetSparsityState)
 
 
 def _is_search(node: Any) -> bool:

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lats_optax.leaves import check_not_negative, positive_zero
+from lats_optax.leaves import positive_zero
 from lats_optax.operators import Elementwise, GroupOperator, Operator
 from lats_optax.power import PowerThreshold, Rescaled, prox_annealed
-from lats_optax.thresholds import check_above
+from lats_optax.thresholds import check_above, check_threshold
 
 __all__ = [
     "Axes",
@@ -121,8 +121,9 @@ class ElasticNet(Elementwise):
     l2: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse a negative number."""
-        check_not_negative("l2", self.l2)
+        """Refuse what is not a finite number >= 0, unless it is on a device."""
+        if not isinstance(self.l2, jax.Array):
+            check_threshold("l2", self.l2)
 
     def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
         """``S_d(x) / (1 + d l2)``."""
@@ -275,7 +276,7 @@ def prox_elastic_net(x: Any, strength: Any = 1.0, *, l2: float = 1.0) -> Any:
       ``operator=prox.ElasticNet(l2)``.
 
     Raises:
-      ValueError: as :data:`prox_l1`, and if ``l2`` is a negative number.
+      ValueError: as :data:`prox_l1`, and if ``l2`` is a number that is negative or not finite.
       TypeError: as :data:`prox_l1`.
 
     Example:

@@ -42,6 +42,7 @@ from lats_optax.thresholds import (
     check_fraction,
     check_steps,
     is_number,
+    is_schedule,
     learning_rates,
 )
 
@@ -211,8 +212,15 @@ class TargetSparsity:
             )
         return dataclasses.replace(self, freeze_after=freeze_after)
 
-    def init(self, latent: Any, operator: Operator) -> tuple[jax.Array, TargetSparsityState]:
+    def init(
+        self, latent: Any, operator: Operator | None = None
+    ) -> tuple[jax.Array, TargetSparsityState]:
         """A threshold of zero, after a look at the tree of targets."""
+        if operator is None:  # as optax.chain would call it
+            raise TypeError(
+                "target_sparsity: it is a threshold and not a transform; wrap it, as in "
+                "optax.chain(optimizer, soft_threshold(target_sparsity(...)))"
+            )
         targets = _targets(self.target, latent, operator)
         zero = jnp.zeros(np.shape(targets.sizes), jnp.result_type(float))
         # Copies: the state is donated, and a buffer can be given away once.
@@ -399,6 +407,12 @@ class _Targets(NamedTuple):
 def _checked(target: Any) -> Any:
     """A target as far as it can be checked before there are parameters."""
     if masks.is_function(target):
+        if is_schedule(target):
+            raise ValueError(
+                "target: it is a schedule, count -> number; allowed are sparsities, trees of them "
+                "and functions from parameters to such trees. The arguments are target_sparsity("
+                "target, learning_rate, steps)"
+            )
         return target
     for value in jax.tree.leaves(target) or [target]:
         check_sparsity("target", value)

@@ -15,6 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# What an optimizer can count in int32, and what a table can hold (0.8 GB in float64).
+_MOST_COUNTED = 2**31 - 1
+_MOST_TABULATED = 10**8
+
 Schedule = Callable[[Any], Any]
 ScalarOrSchedule = float | jax.Array | Schedule
 
@@ -81,13 +85,14 @@ def lats_threshold(
 
     Source: Chen et al., "A Unified Framework for Soft Threshold Pruning" (ICLR 2023), section 4.
     """
-    steps, final = check_steps(steps), check_threshold("final", final)
+    steps, final = _check_tabulated(steps), check_threshold("final", final)
     rates = learning_rates(learning_rate, steps)
     if l1 is not None:
-        profile = np.broadcast_to(np.asarray(l1(np.arange(steps) / steps), float), (steps,))
-        rates = rates * _check_each("l1", profile)
-        if not rates.sum() > 0:
+        with np.errstate(over="ignore"):
+            rates = rates * _profile(l1, steps)
+        if not rates.any():
             raise ValueError("l1: the profile is zero wherever the learning rate is not")
+        _check_sum("l1: the product with the learning rate", rates)
     sums = _prefix_sums(rates)
     return ThresholdSchedule(final * (sums / sums[-1]), final * (rates / sums[-1]))
 
@@ -143,7 +148,7 @@ def epoch_lats_threshold(epochs: int, steps_per_epoch: int, final: float) -> Thr
     """
     epochs = check_steps(epochs, "epochs")
     steps_per_epoch = check_steps(steps_per_epoch, "steps_per_epoch")
-    step = np.arange(epochs * steps_per_epoch + 1)
+    step = np.arange(_check_tabulated(epochs * steps_per_epoch, "epochs * steps_per_epoch") + 1)
     epoch = np.minimum(step // steps_per_epoch, epochs - 1)
     within = (step - epoch * steps_per_epoch) / steps_per_epoch
     before = 1 + 2 * epoch + np.sin(np.pi * (epoch - 0.5) / epochs) / np.sin(np.pi / (2 * epochs))
@@ -178,9 +183,7 @@ def pgh_threshold(steps: int, final: float, beta: float) -> ThresholdSchedule:
     Source: Chen et al. (ICLR 2023), PGH.
     """
     x = _fractions(steps)
-    if not (beta > 0 and math.isfinite(beta)):
-        raise ValueError(f"beta: {beta} is not allowed; allowed are finite numbers > 0")
-    log = math.log(beta)
+    log = math.log(check_above("beta", beta, 0))
     # The textbook form divides 0 by 0 at beta = 1 and cancels near it. With E = beta^x - 1 from
     # expm1, and one factor of L divided out of both sides, every term is accurate for all beta.
     growth = np.expm1(log * x)
@@ -188,9 +191,13 @@ def pgh_threshold(steps: int, final: float, beta: float) -> ThresholdSchedule:
     def over_log(value: Any, limit: Any) -> Any:
         return value / log if log else limit
 
-    top = np.pi**2 * over_log(growth, x) + (1 + growth) * np.pi * np.sin(np.pi * x)
-    top += log * (growth * (1 + np.cos(np.pi * x)) - 2 * np.sin(np.pi * x / 2) ** 2)
-    return _closed_form(final, top / (np.pi**2 * over_log(np.expm1(log), 1.0) - 2 * log))
+    with np.errstate(over="ignore", invalid="ignore"):
+        top = np.pi**2 * over_log(growth, x) + (1 + growth) * np.pi * np.sin(np.pi * x)
+        top += log * (growth * (1 + np.cos(np.pi * x)) - 2 * np.sin(np.pi * x / 2) ** 2)
+        shape = top / (np.pi**2 * over_log(np.expm1(log), 1.0) - 2 * log)
+    if not np.all(np.isfinite(shape)):
+        raise ValueError(f"beta: {beta} is not allowed; it is too large for float64")
+    return _closed_form(final, shape)
 
 
 def threshold_from_l1(
@@ -222,14 +229,15 @@ def threshold_from_l1(
 
     Source: Chen et al. (ICLR 2023), the unified view: a threshold is a prefix sum of L1 steps.
     """
-    steps, initial = check_steps(steps), check_threshold("initial", initial)
+    steps, initial = _check_tabulated(steps), check_threshold("initial", initial)
     rates = learning_rates(learning_rate, steps)
-    coefficients = tabulate(l1, steps)
+    coefficients = tabulate("l1", l1, steps)
     if not np.all(np.isfinite(coefficients)):
         step = int(np.argmin(np.isfinite(coefficients)))
         raise ValueError(f"l1: {coefficients[step]} at step {step} is not finite")
-    increments = rates * coefficients
-    table = initial + _prefix_sums(increments)
+    with np.errstate(over="ignore", invalid="ignore"):
+        increments = rates * coefficients
+        table = initial + _prefix_sums(increments)
     # A threshold that falls back to zero may miss it by what rounding makes of so many terms.
     rounding = steps * np.finfo(float).eps * np.abs(increments).sum()
     table = np.where((table < 0) & (table >= -rounding), 0.0, table)
@@ -272,7 +280,7 @@ def l1_from_threshold(
 
     def on_host(counts: np.ndarray) -> np.ndarray:
         rise = _rise(threshold, counts)
-        rate = evaluate(learning_rate, counts)
+        rate = evaluate("learning_rate", learning_rate, counts)
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where((rise == 0) & (rate == 0), 0.0, rise / rate)
 
@@ -297,11 +305,14 @@ def l1_from_threshold(
 # --- checks that name the argument --------------------------------------------------------------
 
 
-def check_steps(steps: Any, name: str = "steps") -> int:
+def check_steps(steps: Any, name: str = "steps", most: int = _MOST_COUNTED) -> int:
     """``steps`` as an int >= 1, or a ValueError that names the argument."""
-    if not (is_number(steps) and float(steps).is_integer() and steps >= 1):
-        raise ValueError(f"{name}: {steps!r} is not allowed; allowed are whole numbers >= 1")
-    return int(steps)
+    # An int beyond 64 bits is no number to NumPy.
+    whole = type(steps) is int or (is_number(steps) and float(steps).is_integer())
+    if whole and 1 <= steps <= most:
+        return int(steps)
+    bound = f" and <= {most}" if whole and steps > most else ""
+    raise ValueError(f"{name}: {steps!r} is not allowed; allowed are whole numbers >= 1{bound}")
 
 
 def check_threshold(name: str, value: Any) -> float:
@@ -321,7 +332,8 @@ def check_above(
         number = float(value)
         if number > least or (inclusive and number == least):
             return number
-    allowed = f"numbers {'>=' if inclusive else '>'} {least}{', inf among them' * infinite}"
+    kind, more = ("numbers", ", inf among them") if infinite else ("finite numbers", "")
+    allowed = f"{kind} {'>=' if inclusive else '>'} {least}{more}"
     raise ValueError(f"{name}: {value!r} is not allowed; allowed are {allowed}")
 
 
@@ -338,9 +350,33 @@ def is_number(value: Any) -> bool:
     return array.ndim == 0 and jnp.isdtype(array.dtype, ("real floating", "integral"))
 
 
+def is_schedule(function: Callable[[Any], Any]) -> bool:
+    """Whether a function takes a count, and no tree of parameters as `erdos_renyi(0.9)` does.
+
+    >>> is_schedule(lambda count: 0.9**count), is_schedule(lambda tree: jax.tree.map(len, tree))
+    (True, False)
+    """
+    return _answers(function, 0) and not _answers(function, {})
+
+
+def is_distribution(function: Callable[[Any], Any]) -> bool:
+    """Whether a function makes a tree from a tree, as `erdos_renyi(0.9)` does."""
+    return _answers(function, {}) and isinstance(function({}), dict)
+
+
+def _answers(function: Callable[[Any], Any], argument: Any) -> bool:
+    try:
+        function(argument)
+    except Exception:  # of whatever kind: the function is anyone's
+        return False
+    return True
+
+
 def learning_rates(learning_rate: ScalarOrSchedule, steps: int) -> np.ndarray:
     """The learning rates eta_0 … eta_{steps-1}, float64, checked: finite, >= 0, not all zero."""
-    rates = _check_each("learning_rate", tabulate(learning_rate, steps))
+    steps = _check_tabulated(steps)
+    rates = _check_each("learning_rate", tabulate("learning_rate", learning_rate, steps))
+    _check_sum("learning_rate: it", rates)
     if not rates.any():
         raise ValueError(
             f"learning_rate: it is zero at all of the {steps} steps, so no threshold can rise"
@@ -351,24 +387,40 @@ def learning_rates(learning_rate: ScalarOrSchedule, steps: int) -> np.ndarray:
 # --- evaluating somebody's schedule on the host -------------------------------------------------
 
 
-def tabulate(schedule: ScalarOrSchedule, steps: int) -> np.ndarray:
+def tabulate(name: str, schedule: ScalarOrSchedule, steps: int) -> np.ndarray:
     """A schedule at the counts 0 … steps-1, float64, shape (steps,)."""
-    return evaluate(schedule, np.arange(steps))
+    return evaluate(name, schedule, np.arange(steps))
 
 
-def evaluate(schedule: ScalarOrSchedule, counts: np.ndarray) -> np.ndarray:
-    """A number or schedule at host counts, in float64, even while a program is being traced."""
+def evaluate(name: str, schedule: ScalarOrSchedule, counts: np.ndarray) -> np.ndarray:
+    """A number or schedule at host counts, in float64, even while a program is being traced.
+
+    Raises:
+      ValueError: it is neither; the message names the argument.
+    """
     if not callable(schedule):
+        if not is_number(schedule):
+            raise ValueError(
+                f"{name}: {schedule!r} is not allowed; allowed are numbers and schedules such as "
+                "optax.cosine_decay_schedule(0.1, steps)"
+            )
         return np.full(counts.shape, float(schedule))
     if isinstance(schedule, ThresholdSchedule):
         return schedule(counts)
     with jax.ensure_compile_time_eval(), jax.enable_x64(True), _on_host():
         try:
-            values = jax.vmap(schedule)(counts.reshape(-1))
+            values = np.asarray(jax.vmap(schedule)(counts.reshape(-1)), np.float64)
+            return values.reshape(counts.shape)
         except (jax.errors.ConcretizationTypeError, TypeError, ValueError):
+            pass
+        try:
             # A schedule of Python's own `if` and `math` takes one number at a time.
-            values = np.asarray([float(schedule(int(count))) for count in counts.reshape(-1)])
-        return np.asarray(values, np.float64).reshape(counts.shape)
+            each = [float(schedule(int(count))) for count in counts.reshape(-1)]
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name}: it is not a schedule, which gives a number for a count: {error}"
+            ) from error
+        return np.asarray(each, np.float64).reshape(counts.shape)
 
 
 def _on_host() -> Any:
@@ -393,7 +445,7 @@ def _look_up(table: np.ndarray, count: Any) -> Any:
 
 
 def _fractions(steps: Any) -> np.ndarray:
-    steps = check_steps(steps)
+    steps = _check_tabulated(steps)
     return np.arange(steps + 1) / steps
 
 
@@ -410,7 +462,34 @@ def _rise(threshold: ScalarOrSchedule, counts: np.ndarray) -> np.ndarray:
     if isinstance(threshold, ThresholdSchedule):
         # Before the first step, as after the last, the threshold stands still.
         return np.where(counts < 0, 0.0, _look_up(np.append(threshold.increments, 0.0), counts))
-    return evaluate(threshold, counts + 1) - evaluate(threshold, counts)
+    before, after = (evaluate("threshold", threshold, at) for at in (counts, counts + 1))
+    return after - before
+
+
+def _profile(l1: Callable[[Any], Any], steps: int) -> np.ndarray:
+    if not callable(l1):
+        raise ValueError(f"l1: {l1!r} is not allowed; allowed are functions of x in [0, 1)")
+    values = l1(np.arange(steps) / steps)
+    try:
+        profile = np.broadcast_to(np.asarray(values, float), (steps,))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"l1: it does not give a number for each x in an array of {steps}: {error}"
+        ) from error
+    return _check_each("l1", profile)
+
+
+def _check_tabulated(steps: Any, name: str = "steps") -> int:
+    return check_steps(steps, name, _MOST_TABULATED)
+
+
+def _check_sum(what: str, values: np.ndarray) -> None:
+    with np.errstate(over="ignore"):
+        total = values.sum()
+    if not np.isfinite(total):
+        raise ValueError(
+            f"{what} sums to {total} over {len(values)} steps; allowed are finite sums"
+        )
 
 
 def _check_each(name: str, values: np.ndarray, prefix: str = "") -> np.ndarray:

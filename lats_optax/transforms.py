@@ -15,6 +15,7 @@ import optax
 from jax import lax
 
 from lats_optax import masks
+from lats_optax.arguments import check_beside, check_state, check_transform
 from lats_optax.controllers import Controller, as_controller, as_schedule
 from lats_optax.leaves import check_fits, compute_dtype
 from lats_optax.masks import MaskOrFunction, is_dense
@@ -140,13 +141,15 @@ def soft_threshold(
     for other operators, Glentis Georgoulakis et al., "Feather" (BMVC 2023).
     """
     mask = masks.prunable if mask is None else mask
-    if latent_dtype is not None and not jnp.issubdtype(latent_dtype, jnp.floating):
+    if latent_dtype is not None and not _is_float_type(latent_dtype):
         raise ValueError(f"latent_dtype: {latent_dtype} is not a float type")
     if latent_dtype is not None and jnp.dtype(latent_dtype).itemsize < 2:
         raise ValueError(
             f"latent_dtype: {jnp.dtype(latent_dtype)} is not allowed; allowed are float types of "
             "16 bits or more"
         )
+    if inner is not None:
+        check_transform("inner", inner)
     if freeze_after is not None:
         freeze_after = check_steps(freeze_after, "freeze_after")
     if pruned_scale is not None and not isinstance(pruned_scale, jax.core.Tracer):
@@ -194,6 +197,12 @@ def soft_threshold(
         updates: Any, state: SoftThresholdState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, SoftThresholdState]:
         _require("soft_threshold", params)
+        check_state(state, SoftThresholdState)
+        check_beside("state", state.latent, params)
+        pruned = jax.tree.map(
+            lambda theta, w: not is_dense(theta), state.latent, params, is_leaf=is_dense
+        )
+        check_beside("updates", updates, params, needed=pruned)
         latent, frozen = state.latent, None
         if freeze_after is not None:
             # Entering the frozen phase theta becomes w, and d becomes 0: w = S_d(theta) holds on.
@@ -288,6 +297,9 @@ def proximal_step(
     ) -> tuple[Any, ProximalStepState]:
         del extra_args
         _require("proximal_step", params)
+        check_state(state, ProximalStepState)
+        pruned = masks.resolve(mask, params)
+        check_beside("updates", updates, params, needed=pruned)
         current = schedule(state.count)
         count = optax.safe_increment(state.count)
         shrink = operator.at(count)
@@ -298,7 +310,7 @@ def proximal_step(
             w, u = jnp.asarray(w), jnp.asarray(u)
             return _difference(shrink(w + u.astype(w.dtype), current), w, u)
 
-        new_updates = jax.tree.map(step, masks.resolve(mask, params), updates, params)
+        new_updates = jax.tree.map(step, pruned, updates, params)
         return new_updates, ProximalStepState(count)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -343,6 +355,9 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
     ) -> tuple[Any, KeepSupportState]:
         del extra_args
         _require("keep_support", params)
+        check_state(state, KeepSupportState)
+        jax.eval_shape(masks.spread_support, state.support, params)
+        check_beside("updates", updates, params, needed=jax.tree.map(lambda w: True, params))
         kept = jax.tree.map(
             lambda alive, u, w: jnp.where(alive, u.astype(_wider(u, w)), -w.astype(_wider(u, w))),
             state.support,
@@ -361,6 +376,13 @@ def _check_fraction(name: str, value: Any) -> float:
     if not (is_number(value) and 0 <= value <= 1):
         raise ValueError(f"{name}: {value!r} is not allowed; allowed are numbers in [0, 1]")
     return float(value)
+
+
+def _is_float_type(dtype: Any) -> bool:
+    try:
+        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
+    except TypeError:
+        return False
 
 
 def _move(theta: jax.Array, update: Any, frozen: jax.Array | None) -> jax.Array:

@@ -11,7 +11,17 @@ import lats_optax
 
 PACKAGE = pathlib.Path(lats_optax.__file__).parent
 CORE = {
-    *("__init__", "atomic", "controllers", "distributions", "files", "finalize", "groups", "laws"),
+    *(
+        "__init__",
+        "atomic",
+        "arguments",
+        "controllers",
+        "distributions",
+        "files",
+        "finalize",
+        "groups",
+        "laws",
+    ),
     *("leaves", "masks", "multiply_adds", "operations", "operators", "phases", "power", "prox"),
     *("quantile", "sparsity", "target", "thresholds", "transforms"),
 }

@@ -113,7 +113,7 @@ def curve(
     if not callable(threshold):
         check_threshold(name, threshold)
     counts = np.arange(steps + 1)
-    thresholds = evaluate(threshold, counts)
+    thresholds = evaluate("threshold", threshold, counts)
     _check_thresholds(name, counts, thresholds)
     # Where neither moves, the zero that `l1_from_threshold` gives says nothing of a penalty.
     l1 = np.where(rates > 0, l1_from_threshold(threshold, learning_rate)(counts[:-1]), np.nan)

@@ -89,7 +89,7 @@ def find_curve(label: str, source: str, run: Run) -> Curve:
             f"{file} is of the steps {steps.min():g} to {steps.max():g}; allowed are whole numbers "
             f"from 0 to {run.steps}, epochs times steps_per_epoch"
         )
-    sums = np.append(0.0, np.cumsum(tabulate(run.learning_rate, run.steps)))
+    sums = np.append(0.0, np.cumsum(tabulate("learning_rate", run.learning_rate, run.steps)))
     return schedule.recorded_curve(label, steps, thresholds, sums[steps.astype(int)])
 
 

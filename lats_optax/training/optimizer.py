@@ -65,7 +65,7 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> Optimizer:
         assert prune.search_epochs is not None
         searching_rate = hurried(training_rate, config.epochs, prune.search_epochs)
         learning_rate = optax.join_schedules([searching_rate, training_rate], [search_steps])
-    rates = tabulate(learning_rate, config.total_epochs * steps_per_epoch)
+    rates = tabulate("learning_rate", learning_rate, config.total_epochs * steps_per_epoch)
     sums = np.concatenate([[0.0], np.cumsum(rates)])
     # Of the parameters that its init is given: the zeros of these stay.
     keep = lats_optax.keep_support(lambda params: lats_optax.support(params, mask))
