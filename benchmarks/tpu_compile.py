@@ -11,11 +11,11 @@ makes it, is compared with the dense step of the same settings; figures are a ch
     GB, ratio    bytes that one step moves between the chip's memory (HBM) and its cores, and
                  these over those of the dense step
     XLA          the same ratio of XLA's own count, which counts what is fetched ahead into the
-                 cores' memory (VMEM) three times, and one of a selection's eight reads in each step
+                 cores' memory (VMEM) three times, and one of a selection's nine reads in each step
     memory       arguments + temporaries + outputs − outputs in the place of arguments, in GB
     collectives  how many there are in the compiled program, and the MB that they return
 
-A preset that names its sparsity selects a quantile of the weights every some steps, in eight reads
+A preset that names its sparsity selects a quantile of the weights every some steps, in nine reads
 of them; GB hold the mean over these steps. Steps whose programs differ in nothing but the contents
 of a table of thresholds are compiled once.
 """

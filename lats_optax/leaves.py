@@ -78,7 +78,9 @@ def check_not_negative(name: str, value: Any) -> None:
     if isinstance(value, jax.Array):
         return  # it may be traced, and reading it would block
     array = np.asarray(value)
-    if not jnp.isdtype(array.dtype, ("bool", "real floating", "integral")) or np.isnan(array).any():
+    # A NaN among others makes one of the values NaN, and is seen there.
+    real = jnp.isdtype(array.dtype, ("bool", "real floating", "integral"))
+    if not real or (array.ndim == 0 and np.isnan(array)):
         raise ValueError(f"{name}: {value!r} is not allowed; allowed are numbers >= 0")
     if np.any(array < 0):
         raise ValueError(f"{name}: {value} is negative; allowed are numbers >= 0")

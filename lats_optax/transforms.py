@@ -161,7 +161,7 @@ def soft_threshold(
 
     def init(params: Any) -> SoftThresholdState:
         pruned = jax.tree.map(
-            lambda chosen, leaf: jnp.asarray(leaf) if chosen else optax.MaskedNode(),
+            lambda chosen, leaf: _as_array(leaf) if chosen else optax.MaskedNode(),
             _pruned(params, mask, operator),
             params,
         )
@@ -376,6 +376,11 @@ def _check_fraction(name: str, value: Any) -> float:
     if not (is_number(value) and 0 <= value <= 1):
         raise ValueError(f"{name}: {value!r} is not allowed; allowed are numbers in [0, 1]")
     return float(value)
+
+
+def _as_array(leaf: Any) -> Any:
+    """An array, of a Python float too; the shape of one is left as it is."""
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
 
 
 def _is_float_type(dtype: Any) -> bool:

@@ -335,7 +335,9 @@ def test_the_selection_reads_the_weights_once():
     columns = groups.output_channels()
 
     def select(*x):
-        return kth_smallest(x, 300, columns), kth_smallest_of_each(x, [100, 20], columns)
+        return kth_smallest(x, 300, columns), kth_smallest_of_each(
+            [[a] for a in x], [100, 20], columns
+        )
 
     x = [weights("output_channels", shape).astype(np.float32) for shape in ((40, 9), (8, 5))]
     equations = jax.make_jaxpr(select)(*x).jaxpr.eqns

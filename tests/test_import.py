@@ -13,8 +13,8 @@ PACKAGE = pathlib.Path(lats_optax.__file__).parent
 CORE = {
     *(
         "__init__",
-        "atomic",
         "arguments",
+        "atomic",
         "controllers",
         "distributions",
         "files",
@@ -22,8 +22,8 @@ CORE = {
         "groups",
         "laws",
     ),
-    *("leaves", "masks", "multiply_adds", "operations", "operators", "phases", "power", "prox"),
-    *("quantile", "sparsity", "target", "thresholds", "transforms"),
+    *("leaves", "masks", "multiply_adds", "operations", "operators", "phases", "power", "progress"),
+    *("prox", "quantile", "selection", "sparsity", "states", "target", "thresholds", "transforms"),
 }
 # What a core module may import besides, within its functions.
 BESIDES = {"files": {"safetensors"}}

@@ -767,9 +767,9 @@ def test_bad_l2():
         ),
         (prox.prox_power, math.nan, "^p: nan"),
         (prox.prox_power, "3", "^p: '3'"),
-        (prox.prox_firm, 1.0, r"^gamma: 1\.0 is not allowed; allowed are numbers > 1"),
+        (prox.prox_firm, 1.0, r"^gamma: 1\.0 is not allowed; allowed are finite numbers > 1"),
         (prox.prox_firm, math.inf, "^gamma: inf"),
-        (prox.prox_scad, 2, "^a: 2 is not allowed; allowed are numbers > 2"),
+        (prox.prox_scad, 2, "^a: 2 is not allowed; allowed are finite numbers > 2"),
         (prox.prox_scad, None, "^a: None"),
     ],
 )

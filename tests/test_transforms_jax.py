@@ -390,7 +390,7 @@ def test_an_update_too_narrow_for_its_parameters_is_widened():
     params = {"kernel": jnp.array([[1.001, 0.5]])}
     narrow = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.bfloat16), params)
     for tx in (
-        soft_threshold(2.0, operator=prox.prox_l0),
+        soft_threshold(lambda count: 2.0, operator=prox.prox_l0),
         lats_optax.proximal_step(2.0),
         lats_optax.keep_support({"kernel": False}),
     ):

@@ -358,10 +358,11 @@ def test_initial_weights(name, path, variance, uniform):
 
 
 def test_models_know_nothing_of_pruning_or_training():
-    """The zoo imports itself and the writer of files; latent weights take an operator."""
+    """The zoo imports itself and the writer of files; latent weights take a threshold."""
     for file in Path(models.__file__).parent.glob("*.py"):
         for line in file.read_text().splitlines():
             if line.lstrip().startswith(("from lats_optax", "import lats_optax")):
-                latent = file.name == "torch_io.py" and "lats_optax.prox " in line
+                of_latent = ("from lats_optax.prox ", "from lats_optax.thresholds ")
+                latent = file.name == "torch_io.py" and line.startswith(of_latent)
                 own = line.startswith(("from lats_optax.models", "from lats_optax.atomic"))
                 assert latent or own, f"{file.name}: {line}"
