@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lats_optax.quantile import kth_smallest
+from benchmarks.optimizer_step import selection
 from lats_optax.target import default_update_every
 from lats_optax.training import experiment
 from lats_optax.training.config import (
@@ -122,7 +122,7 @@ def jax_runner(options: argparse.Namespace, prune: PruneConfig) -> Runner:
 
     @jax.jit
     def select(latent: list[jax.Array]) -> jax.Array:
-        return kth_smallest(latent, round(TARGET * sum(leaf.size for leaf in latent)))
+        return selection(latent, TARGET)
 
     def seconds(steps: int) -> float:
         nonlocal state

@@ -48,7 +48,7 @@ def check_beside(name: str, tree: Any, params: Any, *, needed: Any = None) -> No
     Args:
       name: what errors call the tree.
       tree: an array of the parameter's shape for each of them. None, or `optax.MaskedNode`, may
-        stand for a leaf, or for all below a node, of which no array is needed.
+        stand for a leaf, or for all below a node, where no array is needed.
       params: the parameters.
       needed: a tree of bools like the parameters: where an array is needed; None: nowhere.
 

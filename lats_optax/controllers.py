@@ -147,7 +147,7 @@ def _warn_of_a_fall(schedule: Callable[[Any], jax.Array], late: int) -> None:
 
 
 def _warn_of_nothing_left(constant: Any, latent: Any, operator: Operator) -> None:
-    """Warns of a constant threshold that no weight reaches, as of a sparsity in its place."""
+    """Warns of a constant threshold that no weight reaches: it may be meant as a sparsity."""
     leaves = [leaf for leaf in jax.tree.leaves(latent) if leaf.size]
     known = not any(isinstance(node, jax.core.Tracer) for node in [constant, *leaves])
     if constant is None or not known or not all(isinstance(leaf, jax.Array) for leaf in leaves):

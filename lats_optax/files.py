@@ -137,7 +137,7 @@ def load_sparse(path: str | os.PathLike[str], *, max_bytes: int | None = None) -
       FileNotFoundError: there is no such file.
       ImportError: safetensors is missing.
       ValueError: the file is truncated, changed, or not one of ``save_sparse``; or its arrays take
-        more than ``max_bytes``, of which none beyond that is made.
+        more than ``max_bytes``, and then none is made.
 
     Example:
       >>> import os, tempfile
@@ -291,7 +291,7 @@ def _encode(node: Any, name: str, tensors: Tensors) -> Any:
 
 
 def _bytes(node: Any, name: str, tensors: Tensors) -> int:
-    """What the arrays of a layout take in memory; whatever else is wrong in it, `_decode` tells."""
+    """What the arrays of a layout take in memory; `_decode` tells what else is wrong in it."""
     if not isinstance(node, dict):
         return 0
     at = _at(name)

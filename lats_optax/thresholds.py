@@ -367,7 +367,7 @@ def is_distribution(function: Callable[[Any], Any]) -> bool:
 def _answers(function: Callable[[Any], Any], argument: Any) -> bool:
     try:
         function(argument)
-    except Exception:  # of whatever kind: the function is anyone's
+    except Exception:  # the function is anyone's, and so is its error
         return False
     return True
 

@@ -81,7 +81,7 @@ def test_a_run_ends_in_files_of_its_weights(tmp_path, prune):
         d = float(optax.tree.get(state.opt_state, "threshold"))
         for layer in ("Conv_0", "Dense_0"):
             theta = np.asarray(latent[layer]["kernel"])
-            # At the end the exponent of the power threshold is 3.
+            # At the end the annealed threshold is the second power threshold.
             size = np.sqrt(np.maximum(theta.astype(float) ** 2 - d**2, 0))
             w = np.sign(theta) * np.where(np.abs(theta) > d, size, 0)
             exact[layer]["kernel"] = w * min(np.sum(theta * w) / np.sum(w * w), 2)

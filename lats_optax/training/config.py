@@ -91,7 +91,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Coefficient of the L2 penalty on the parameters."""
     decay_norm: bool = True
-    """Whether the penalty is also on batch normalization and biases: all of fewer than 2 axes."""
+    """Whether the penalty is also on batch normalization and biases: all but `prunable` ones."""
     nesterov: bool = False
     """Nesterov's momentum."""
     minimum_learning_rate: float = 0.0

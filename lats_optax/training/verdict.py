@@ -104,7 +104,7 @@ def _of_zeros(
             f"no weight is zero: prune.final_threshold is {prune.final_threshold:g}, and all "
             "weights are larger; raise it, or name a prune.target_sparsity"
         )
-    # Single layers of which nothing is left are named by the table of the sparsity.
+    # The table of the sparsity names single layers that are wholly zero.
     if not sparsity.nonzeros:
         found.append("no pruned weight is left; lower the threshold, or name a target_sparsity")
     return found

@@ -166,11 +166,16 @@ CASES = [
     ),
     *(
         Case(
-            f"a profile that is {profile!r}",
+            f"a profile that is {what}",
             lambda profile=profile: lats_threshold(1.0, 10, 0.1, l1=profile),
             raises(ValueError, "^l1: "),
         )
-        for profile in (3, lambda x: "x", lambda x: np.ones(3), lambda x: 1e308 + 0 * x)
+        for what, profile in {
+            "a number": 3,
+            "of words": lambda x: "x",
+            "of another length": lambda x: np.ones(3),
+            "too large to add up": lambda x: 1e308 + 0 * x,
+        }.items()
     ),
     *(
         Case(
@@ -190,11 +195,15 @@ CASES = [
     ),
     *(
         Case(
-            f"an operator that is {operator!r}",
+            f"an operator that is {what}",
             lambda operator=operator: init(0.1, operator=operator),
             raises(ValueError, "^operator: "),
         )
-        for operator in ("l1", ElasticNet, prox_power)
+        for what, operator in {
+            "a word": "l1",
+            "a class": ElasticNet,
+            "a function that makes one": prox_power,
+        }.items()
     ),
     *(
         Case(
@@ -243,18 +252,18 @@ CASES = [
     ),
     *(
         Case(
-            f"a search with {name} {value!r}",
+            f"a search with {what} for its {name}",
             lambda name=name, value=value: search(**{name: value}),
             raises(ValueError, f"^{name}: "),
         )
-        for name, value in [
-            ("loss", 3),
-            ("loss", lambda params, batch: params["kernel"]),
-            ("loss", lambda params, batch: (1.0, 2.0)),
-            ("params", "x"),
-            ("batches", 3),
-            ("batches", ["x"] * 10),
-            ("transform", optax.sgd),
+        for name, what, value in [
+            ("loss", "a number", 3),
+            ("loss", "a function to an array", lambda params, batch: params["kernel"]),
+            ("loss", "a function to a pair", lambda params, batch: (1.0, 2.0)),
+            ("params", "a word", "x"),
+            ("batches", "a number", 3),
+            ("batches", "words", ["x"] * 10),
+            ("transform", "a function that makes one", optax.sgd),
         ]
     ),
     # Trees that do not go together.
