@@ -10,6 +10,7 @@ from lats_optax.masks import prunable, restrict, select, support
 from lats_optax.operations import OperationsReport, ParameterOperations, count_operations
 from lats_optax.operators import Elementwise, GroupOperator, Operator
 from lats_optax.phases import freeze, prune_at_initialization
+from lats_optax.pruned import PrunedUpdate, bounded
 from lats_optax.sparsity import LayerSparsity, SparsityReport, sparsity
 from lats_optax.target import TargetSparsity, TargetSparsityState, target_sparsity
 from lats_optax.thresholds import (
@@ -44,11 +45,13 @@ __all__ = [
     "Operator",
     "ParameterOperations",
     "ProximalStepState",
+    "PrunedUpdate",
     "SoftThresholdState",
     "SparsityReport",
     "TargetSparsity",
     "TargetSparsityState",
     "ThresholdSchedule",
+    "bounded",
     "constant_l1",
     "count_operations",
     "epoch_lats_threshold",

@@ -14,6 +14,7 @@ import optax
 
 from lats_optax.operators import Operator
 from lats_optax.prox import prox_l1
+from lats_optax.pruned import STRAIGHT_THROUGH, PrunedUpdate
 from lats_optax.thresholds import ScalarOrSchedule, check_threshold, is_distribution
 
 # A count beyond all runs, and the part of the first threshold below which the last has fallen.
@@ -32,6 +33,10 @@ class Controller(Protocol):
     @property
     def default_operator(self) -> Operator:
         """The operator where ``soft_threshold`` is given none."""
+
+    @property
+    def default_pruned_update(self) -> PrunedUpdate:
+        """How pruned weights move where ``soft_threshold`` is given no ``pruned_scale``."""
 
     def prepared(self, operator: Operator, freeze_after: int | None) -> "Controller":
         """The controller for an operator, and for a support that is frozen after some steps.
@@ -71,6 +76,7 @@ class OpenLoop:
     steps: int | None = None
     constant: Any = None
     default_operator: Operator = prox_l1
+    default_pruned_update: PrunedUpdate = STRAIGHT_THROUGH
 
     def prepared(self, operator: Operator, freeze_after: int | None) -> "OpenLoop":
         """Itself: any operator goes with it. It may be cut short, and not drawn out."""

@@ -36,6 +36,7 @@ from lats_optax.distributions import check_sparsity
 from lats_optax.laws import Law, constant_l1
 from lats_optax.operators import Elementwise, Operator
 from lats_optax.power import Rescaled, prox_annealed
+from lats_optax.pruned import PrunedUpdate, bounded
 from lats_optax.selection import quantiles
 from lats_optax.thresholds import (
     ScalarOrSchedule,
@@ -121,7 +122,8 @@ def target_sparsity(
     Returns:
       A controller for ``soft_threshold``. Its default operator is
       ``prox.Rescaled(prox.prox_annealed(steps))``: soft at first, between soft and hard at
-      the end, and half of the shrinkage given back.
+      the end, and half of the shrinkage given back. Its default ``pruned_scale`` is
+      :func:`lats_optax.bounded`.
 
     Raises:
       ValueError: ``target`` outside [0, 1); ``steps`` or ``update_every`` < 1; ``reach`` outside
@@ -192,6 +194,11 @@ class TargetSparsity:
     def default_operator(self) -> Operator:
         """That of the number of steps."""
         return default_operator(self.steps)
+
+    @property
+    def default_pruned_update(self) -> PrunedUpdate:
+        """At most a tenth of what is alive in their output."""
+        return bounded()
 
     def prepared(self, operator: Operator, freeze_after: int | None) -> "TargetSparsity":
         """The controller that has met its target where the support is frozen."""

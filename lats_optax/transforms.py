@@ -21,7 +21,8 @@ from lats_optax.leaves import check_fits, compute_dtype
 from lats_optax.masks import MaskOrFunction, is_dense
 from lats_optax.operators import Operator, as_operator
 from lats_optax.prox import prox_l1
-from lats_optax.thresholds import ScalarOrSchedule, check_steps, is_number
+from lats_optax.pruned import PrunedUpdate, Scaled, as_pruned_update
+from lats_optax.thresholds import ScalarOrSchedule, check_steps
 
 
 class SoftThresholdState(NamedTuple):
@@ -63,7 +64,7 @@ def soft_threshold(
     mask: MaskOrFunction | None = None,
     operator: Operator | None = None,
     latent_dtype: Any = None,
-    pruned_scale: float | None = None,
+    pruned_scale: float | PrunedUpdate | None = None,
     freeze_after: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Threshold pruning: the model runs on P_d(theta), the optimizer moves theta.
@@ -105,9 +106,11 @@ def soft_threshold(
         under bfloat16 parameters is mixed precision.
       pruned_scale: factor in [0, 1] on the update of a weight that is pruned, w = 0. 1: it moves as
         all others do (straight-through). 0: it stays where it is, as in gradual magnitude pruning.
-        Default (None): 1 for single weights, 0 for the weights of a group, because the gradient
-        with respect to a dead channel behind which is a batch normalization is as large as that
-        normalization's ``1 / sqrt(epsilon)``, and would revive it.
+        Or a rule, such as :func:`lats_optax.bounded`. Default (None): ``bounded()`` under
+        :func:`lats_optax.target_sparsity`, and 1 under a number or a schedule; for the weights of
+        a group 0, because the gradient with respect to a dead channel behind which is a batch
+        normalization is as large as that normalization's ``1 / sqrt(epsilon)``, and would revive
+        it.
       freeze_after: number k of steps after which the support is frozen: zeros stay zero, and the
         survivors train on without shrinkage, under a threshold of zero (early pruning). Under a
         :func:`lats_optax.target_sparsity` k is at least ``reach * steps``, where its target is met.
@@ -152,8 +155,7 @@ def soft_threshold(
         check_transform("inner", inner)
     if freeze_after is not None:
         freeze_after = check_steps(freeze_after, "freeze_after")
-    if pruned_scale is not None and not isinstance(pruned_scale, jax.core.Tracer):
-        pruned_scale = _check_fraction("pruned_scale", pruned_scale)
+    pruned_update = None if pruned_scale is None else as_pruned_update(pruned_scale)
     controller = as_controller(threshold)
     operator = controller.default_operator if operator is None else as_operator(operator)
     controller = controller.prepared(operator, freeze_after)
@@ -184,14 +186,13 @@ def soft_threshold(
             jnp.zeros((), jnp.int32), first, latent, control_state, inner_state
         )
 
-    def scaled(update: Any, w: jax.Array) -> Any:
-        """The update, scaled where the weight is pruned."""
-        scale = pruned_scale
-        if scale is None:
-            if operator.group_sizes(jnp.shape(w)).max(initial=1) == 1:
-                return update
-            scale = 0.0
-        return jnp.where(w == 0, scale * update, update)
+    def restrained(update: Any, w: Any) -> jax.Array:
+        """The update, with less of it where the weight is pruned."""
+        update, w = jnp.asarray(update), jnp.asarray(w)
+        if pruned_update is not None:
+            return pruned_update(update, w)
+        single = operator.group_sizes(w.shape).max(initial=1) == 1
+        return (controller.default_pruned_update if single else Scaled(0.0))(update, w)
 
     def update(
         updates: Any, state: SoftThresholdState, params: Any = None, **extra_args: Any
@@ -218,7 +219,7 @@ def soft_threshold(
                 updates, inner_state, _where_latent(latent, params), **extra_args
             )
         moved = _map_pruned(
-            lambda theta, u, w: _move(theta, scaled(u, w), frozen),
+            lambda theta, u, w: _move(theta, restrained(u, w), frozen),
             latent,
             updates,
             params,
@@ -370,12 +371,6 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
 
 
 # --- one leaf -----------------------------------------------------------------------------------
-
-
-def _check_fraction(name: str, value: Any) -> float:
-    if not (is_number(value) and 0 <= value <= 1):
-        raise ValueError(f"{name}: {value!r} is not allowed; allowed are numbers in [0, 1]")
-    return float(value)
 
 
 def _as_array(leaf: Any) -> Any:

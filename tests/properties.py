@@ -285,10 +285,7 @@ def oracle(case: Case, start: Any, slopes: list[Any]) -> list[tuple[Any, Any, fl
             elif case.kind == "proximal_step":
                 w[name] = shrink(case.operator, w[name] + moved, threshold_of(case, t, 0.0, []))
             else:
-                scale = case.pruned_scale
-                if scale is None:
-                    scale = 0.0 if case.operator in GROUPED else 1.0
-                moved = np.where(w[name] == 0, scale, 1.0) * moved
+                moved = np.where(w[name] == 0, _pruned_scale(case, w[name], moved), 1.0) * moved
                 moved = _round(theta[name] + moved, kept_in)
                 theta[name] = np.where(frozen & (theta[name] == 0), 0.0, moved)
         if case.kind == "soft_threshold":
@@ -297,6 +294,24 @@ def oracle(case: Case, start: Any, slopes: list[Any]) -> list[tuple[Any, Any, fl
             w.update({name: shrink(case.operator, theta[name], d, t + 1) for name in pruned})
         after.append((w, theta, d))
     return after
+
+
+def _pruned_scale(case: Case, w: Any, moved: Any) -> Any:
+    """The factor on the update of each weight that is pruned, output by output."""
+    if case.pruned_scale is not None:
+        return case.pruned_scale
+    if case.operator in GROUPED:
+        return 0.0
+    scale = np.ones(w.shape)
+    if case.threshold not in ("target", "layers", "held", "curve") or not w.any():
+        return scale
+    for output in range(w.shape[-1]):
+        alive = math.sqrt(sum(v * v for v in w[..., output].ravel()))
+        pruned = w[..., output] == 0
+        length = math.sqrt(sum(v * v for v in moved[..., output][pruned]))
+        if length > 0.1 * alive:
+            scale[..., output] = 0.1 * alive / length
+    return scale
 
 
 def threshold_of(case: Case, t: int, before: float, magnitudes: Any) -> float:

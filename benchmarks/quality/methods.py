@@ -56,7 +56,7 @@ def str_searched(
 
 METHODS = (
     Method(DENSE, "", dense, prunes=False),
-    Method(OURS, "this library's default", default, version=3),
+    Method(OURS, "this library's default", default, version=4),
     Method("one-shot", "magnitude at half the run, then fine-tuning", one_shot.make),
     Method("gradual-magnitude", "Zhu and Gupta, 2017", family.gradual_magnitude),
     Method("dpf", "Lin et al., ICLR 2020", family.ste_magnitude),

@@ -9,6 +9,7 @@ from jax import lax
 
 from lats_optax.controllers import Controller
 from lats_optax.operators import Operator
+from lats_optax.pruned import PrunedUpdate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Delayed:
     def default_operator(self) -> Operator:
         """That of the controller."""
         return self.controller.default_operator
+
+    @property
+    def default_pruned_update(self) -> PrunedUpdate:
+        """That of the controller."""
+        return self.controller.default_pruned_update
 
     def prepared(self, operator: Operator, freeze_after: int | None) -> "Delayed":
         """The controller, for a support that is frozen when so many steps are over."""

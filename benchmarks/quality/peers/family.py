@@ -45,7 +45,9 @@ def ste_magnitude(
     pruning with feedback" (ICLR 2020), arXiv 2006.07253.
     """
     threshold = _curve(setting, reach=0.75)
-    return _chained(optimizer, setting, threshold, operator=prox.prox_power(math.inf))
+    return _chained(
+        optimizer, setting, threshold, operator=prox.prox_power(math.inf), pruned_scale=1.0
+    )
 
 
 def st3(optimizer: optax.GradientTransformation, setting: Setting) -> optax.GradientTransformation:
@@ -55,7 +57,7 @@ def st3(optimizer: optax.GradientTransformation, setting: Setting) -> optax.Grad
     soft-thresholding all you need for sparse training?" (WACV 2023), arXiv 2212.01076.
     """
     threshold = _curve(setting, reach=0.5, start=0.05)
-    return _chained(optimizer, setting, threshold, operator=RescaledSoft())
+    return _chained(optimizer, setting, threshold, operator=RescaledSoft(), pruned_scale=1.0)
 
 
 def feather(
@@ -72,7 +74,7 @@ def feather(
         setting,
         _curve(setting, reach=0.5),
         operator=prox.prox_power(3),
-        pruned_scale=0.5 if setting.target > 0.95 else None,
+        pruned_scale=0.5 if setting.target > 0.95 else 1.0,
     )
 
 
