@@ -25,7 +25,7 @@ class PrunedUpdate(Protocol):
           w: the weights of the model, 0 where they are pruned.
 
         Returns:
-          What ``update`` is, changed only where ``w`` is 0.
+          Updates in the dtype of ``update`` or a wider one, other than it only where ``w`` is 0.
         """
 
 
@@ -63,7 +63,8 @@ class Bounded:
         others = tuple(axis for axis in range(w.ndim) if axis != self.axis % w.ndim)
         axes = others or tuple(range(w.ndim))
         pruned = w == 0
-        u = jnp.where(pruned, update, 0).astype(wide)
+        update = update.astype(wide)
+        u = jnp.where(pruned, update, 0)
         moved = jnp.sum(u * u, axis=axes, keepdims=True)
         allowed = jnp.sum(jnp.square(w.astype(wide)), axis=axes, keepdims=True) * self.most**2
         # Where nothing is alive at all there is nothing to go by: the array begins at zero.
@@ -71,7 +72,7 @@ class Bounded:
         ratio = jnp.where(over, allowed / jnp.where(over, moved, 1), 1)
         # The square root has no derivative at zero.
         factor = jnp.where(ratio == 0, 0, jnp.sqrt(jnp.where(ratio == 0, 1, ratio)))
-        return jnp.where(pruned, (factor * u).astype(update.dtype), update)
+        return jnp.where(pruned, factor * u, update)
 
 
 def bounded(most: float = 0.1, *, axis: int = -1) -> Bounded:

@@ -19,9 +19,9 @@ from lats_optax import lats_threshold, prox, soft_threshold
 from lats_optax.quantile import kth_smallest
 from lats_optax.target import Plan, control
 
-# The law of LATS to the last step, with soft thresholding.
+# The law of LATS to the last step, soft thresholding, and straight-through.
 to_the_end = functools.partial(lats_optax.target_sparsity, law=lats_optax.constant_l1(), reach=1.0)
-soft = functools.partial(soft_threshold, operator=prox.prox_l1)
+soft = functools.partial(soft_threshold, operator=prox.prox_l1, pruned_scale=1.0)
 
 # --- trained models -----------------------------------------------------------------------------
 

@@ -168,7 +168,10 @@ def test_frozen_survivors_follow_plain_sgd_and_zeros_stay(threshold, inner, dtyp
     }[threshold]
     optimizer = optax.chain(optax.add_decayed_weights(HEAVY), optax.sgd(0.05, momentum=STRONG))
     options = dict(
-        freeze_after=FROZEN_FROM, latent_dtype=jnp.float32, operator=lats_optax.prox.prox_l1
+        freeze_after=FROZEN_FROM,
+        latent_dtype=jnp.float32,
+        operator=lats_optax.prox.prox_l1,
+        pruned_scale=1.0,
     )
     if inner:
         tx = soft_threshold(threshold, inner=optimizer, **options)
