@@ -29,7 +29,8 @@ def misgivings(params: Any, opt_state: Any) -> list[str]:
 
     Returns:
       Sentences: a target of ``target_sparsity`` that is not met or was met far too early, a mask
-      that selects nothing, an optimizer in ``soft_threshold`` and another one before it.
+      that selects nothing, arrays that are wholly zero, an optimizer in ``soft_threshold`` and
+      another one before it.
 
     Raises:
       ValueError: there is no state of ``soft_threshold``.
@@ -54,6 +55,12 @@ def misgivings(params: Any, opt_state: Any) -> list[str]:
         found.append(
             "opt_state: nothing was pruned: the mask of soft_threshold, or that of a transform "
             "around it, selects none of the parameters"
+        )
+    if dead := _dead(states, zeros):
+        found.append(
+            f"opt_state: every weight of {', '.join(dead)} is zero: nothing passes there, unless "
+            "by a shortcut. Give layers a sparsity each, as by target_sparsity(erdos_renyi(0.95), "
+            "learning_rate, steps), or leave these out of the mask"
         )
     if twice := _moved_twice(states, opt_state):
         found.append(
@@ -112,6 +119,15 @@ def _cause(state: State, opt_state: Any) -> str:
 
 def _sum(opt_state: Any, field: str) -> int:
     return sum(int(leaf_of(value)) for _, value in optax.tree.get_all_with_path(opt_state, field))
+
+
+def _dead(states: list[State], zeros: dict[str, int]) -> list[str]:
+    """Paths of pruned arrays that are wholly zero, where others are not."""
+    sizes = {
+        name: node.size for state in states if state.count for name, node in state.latents.items()
+    }
+    dead = [name for name, size in sizes.items() if size > 1 and zeros[name] == size]
+    return dead if len(dead) < len(sizes) else []
 
 
 def _moved_twice(states: list[State], opt_state: Any) -> list[str]:

@@ -78,8 +78,16 @@ def times_a_thousand(w):
 def lost():
     """The optimizer state is initialized again in the middle of the rise."""
     tx = optax.chain(SGD, named())
-    params, _ = trained(tx, STEPS - 10)
+    params, _ = trained(tx, 10)
     return finalize(*trained(tx, 10, params=params))
+
+
+def without_a_layer():
+    """One array is far smaller than the others, and dies as a whole."""
+    params = start() | {"c": 1e-3 * start()["c"]}
+    tx = soft_threshold(optax.linear_schedule(0.0, 0.1, 1))
+    updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    return finalize(optax.apply_updates(params, updates), state)
 
 
 def averaged_around():
@@ -124,6 +132,11 @@ CASES = [
         "too many steps, a target for each layer",
         finalized(optax.chain(SGD, named(erdos_renyi(0.9), 10 * STEPS))),
         warns(r"step 40 of 400: a has .*% zeros, of the 90\.00% named; c has .* 90\.00% named\."),
+    ),
+    Case(
+        "a layer that died as a whole",
+        without_a_layer,
+        warns(r"^opt_state: every weight of c is zero: nothing passes there.*erdos_renyi"),
     ),
     Case("a state that was lost", lost, warns(r"stopped at step 10 of 40.*counts from 0")),
     Case(
@@ -211,7 +224,7 @@ CASES = [
                 named(),
             )
         ),
-        gives(has_zeros(0.9)),
+        warns(r"every weight of [ac] is zero", has_zeros(0.9)),
     ),
     Case(
         "scaled afterwards",
