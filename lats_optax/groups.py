@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 from lats_optax.operators import Elementwise, GroupOperator
 from lats_optax.prox import prox_l1
@@ -54,7 +55,16 @@ class Tiles(GroupOperator):
         # Not by a reshape to (…, tiles, rows, tiles, columns): accelerators lay out an array by its
         # last two axes, and would pad sides of 4 to ones of 128.
         ragged = [(0, -size % side) for size, side in zip(totals.shape, window)]
-        return lax.reduce_window(totals, np.zeros((), x.dtype), lax.add, window, window, ragged)
+
+        def over_windows(totals: jax.Array) -> jax.Array:
+            zero = np.zeros((), totals.dtype)
+            return lax.reduce_window(totals, zero, lax.add, window, window, ragged)
+
+        if AxisType.Explicit in jax.typeof(totals).sharding.mesh.axis_types:
+            # The compiler divides tiles over devices; the types of explicit sharding do not.
+            whole_tiles = PartitionSpec(*(None,) * x.ndim)  # type: ignore[no-untyped-call]
+            over_windows = jax.sharding.auto_axes(over_windows, out_sharding=whole_tiles)
+        return over_windows(totals)
 
     def group_sizes(self, shape: tuple[int, ...]) -> np.ndarray:
         """Tiles at the end of an axis may be smaller."""

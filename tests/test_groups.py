@@ -356,7 +356,7 @@ def test_the_selection_reads_the_weights_once():
 def test_finalize_with_an_operator_for_each_part():
     parts = {"conv": "filters", "dense": "input_channels"}
     grows = {
-        name: soft_threshold(lambda t: 0.7 * t, operator=OPERATORS[name]) for name in parts.values()
+        name: soft_threshold(lambda t: 0.4 * t, operator=OPERATORS[name]) for name in parts.values()
     }
     tx = optax.partition(grows, parts)
     params = {"conv": jnp.asarray(weights("filters", (3, 3, 2, 4)), jnp.float32)}
