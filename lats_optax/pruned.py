@@ -68,7 +68,7 @@ class Bounded:
         moved = jnp.sum(u * u, axis=axes, keepdims=True)
         allowed = jnp.sum(jnp.square(w.astype(wide)), axis=axes, keepdims=True) * self.most**2
         # Where nothing is alive at all there is nothing to go by: the array begins at zero.
-        over = (moved > allowed) & jnp.any(~pruned)
+        over = (moved > allowed) & (jnp.sum(allowed) > 0)
         ratio = jnp.where(over, allowed / jnp.where(over, moved, 1), 1)
         # The square root has no derivative at zero.
         factor = jnp.where(ratio == 0, 0, jnp.sqrt(jnp.where(ratio == 0, 1, ratio)))

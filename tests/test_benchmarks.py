@@ -65,14 +65,17 @@ def test_a_frozen_step_moves_the_bytes_of_sgd_and_one_multiply(small):
 
 
 @pytest.mark.parametrize(
-    ("operator", "copies"),
-    # To rescale them, CPUs keep the weights until their factor is known.
-    [(None, 1.01), (prox.prox_annealed(optimizer_step.STEPS), 0.02)],
-    ids=["default", "not rescaled"],
+    ("options", "copies"),
+    [
+        # CPUs keep the updates until they know the bound, or the weights until their factor.
+        ({}, 1.01),
+        (dict(operator=prox.prox_annealed(optimizer_step.STEPS), pruned_scale=1.0), 0.02),
+    ],
+    ids=["default", "neither rescaled nor bounded"],
 )
-def test_copies_of_the_weights_in_a_step_of_the_closed_loop(small, operator, copies):
+def test_copies_of_the_weights_in_a_step_of_the_closed_loop(small, options, copies):
     closed = lats_optax.target_sparsity(0.9, 0.1, optimizer_step.STEPS)
-    tx = optax.chain(optax.sgd(0.1), lats_optax.soft_threshold(closed, operator=operator))
+    tx = optax.chain(optax.sgd(0.1), lats_optax.soft_threshold(closed, **options))
     memory = optimizer_step.compile_step(tx).memory_analysis()
     assert memory.temp_size_in_bytes < copies * sum(4 * math.prod(s) for s in SMALL.values())
 

@@ -22,7 +22,17 @@ CORE = {
         "groups",
         "laws",
     ),
-    *("leaves", "masks", "multiply_adds", "operations", "operators", "phases", "power", "progress"),
+    *(
+        "leaves",
+        "masks",
+        "multiply_adds",
+        "operations",
+        "operators",
+        "phases",
+        "power",
+        "progress",
+        "pruned",
+    ),
     *("prox", "quantile", "selection", "sparsity", "states", "target", "thresholds", "transforms"),
 }
 # What a core module may import besides, within its functions.
