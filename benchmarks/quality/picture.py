@@ -23,6 +23,9 @@ _MARKERS = "sD^vPX*<>ph"
 # How far below our default a panel goes, in its distances from the dense model: what is further
 # down would leave no room for the differences above.
 _DEPTH = 1.0
+
+# What is left above the best mean, as a part of the rest.
+_MARGIN = 0.15
 # Points of one density stand side by side, so that their intervals can be read: as a factor.
 _SIDE_BY_SIDE = 1.012
 
@@ -124,20 +127,20 @@ def _look(index: int) -> dict[str, Any]:
 
 
 def _limit(axes: "Axes", task: Scores, scale: float) -> None:
-    """Cuts off what is far worse than our default."""
-    ours = [
-        scale * task.cells[OURS, target].interval.mean
-        for target in task.targets
-        if task.comparable(OURS, target)
-    ]
+    """Cuts off what is far worse than our default, and intervals beyond the best mean."""
+    means = {
+        key: scale * cell.interval.mean for key, cell in task.cells.items() if task.comparable(*key)
+    }
+    ours = [mean for (method, _), mean in means.items() if method == OURS]
     if task.dense is None or not ours:
         return
     dense = scale * task.dense.interval.mean
-    low, high = axes.get_ylim()
-    if task.higher_is_better:
-        axes.set_ylim(max(low, min(ours) - _DEPTH * abs(dense - min(ours))), high)
-    else:
-        axes.set_ylim(low, min(high, max(ours) + _DEPTH * abs(dense - max(ours))))
+    sign = 1 if task.higher_is_better else -1
+    best = sign * max(sign * mean for mean in [dense, *means.values()])
+    last = sign * min(sign * mean for mean in ours)
+    far = last - sign * _DEPTH * abs(last - dense)
+    if best != far:
+        axes.set_ylim(*sorted([far, best + _MARGIN * (best - far)]))
 
 
 if __name__ == "__main__":
