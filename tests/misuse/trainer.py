@@ -77,7 +77,12 @@ def _lag(patch: pytest.MonkeyPatch) -> None:
 
 
 def _interrupt(at: Callable[[pytest.MonkeyPatch, Callable[[], None]], None]):
-    return lambda patch: at(patch, lambda: signal.raise_signal(signal.SIGINT))
+    def spoil(patch: pytest.MonkeyPatch) -> None:
+        # What a shell has started in the background ignores it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        at(patch, lambda: signal.raise_signal(signal.SIGINT))
+
+    return spoil
 
 
 def _in_last_step(patch, act):
@@ -86,8 +91,7 @@ def _in_last_step(patch, act):
 
 def _while_writing(patch, act, twice=False):
     def write(*arguments, original=loop._write_models):
-        # The exception of a second one is lost if Python is in a finalizer just then: press on.
-        for _ in range(5 if twice else 1):
+        for _ in range(1 + twice):
             act()
         return original(*arguments)
 
