@@ -136,3 +136,19 @@ def test_a_classifier_that_begins_at_zero_is_trained():
     kept = np.abs(np.asarray(goal))[np.asarray(params["kernel"]) != 0]
     assert kept.size == 8
     assert kept.sum() > 0.9 * largest.sum()
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: lats_optax.bounded(0), "most: 0 is not allowed"),
+        (lambda: lats_optax.bounded(math.nan), "most: nan is not allowed"),
+        (lambda: lats_optax.bounded(axis=1), "axis: 1 is not allowed; allowed are -1 and 0"),
+        (lambda: lats_optax.soft_threshold(0.1, pruned_scale=2), "pruned_scale: 2 is not allowed"),
+        (lambda: lats_optax.soft_threshold(0.1, pruned_scale="x"), "pruned_scale: 'x' is not"),
+    ],
+    ids=["no bound", "nan", "another axis", "above one", "a word"],
+)
+def test_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
