@@ -23,7 +23,6 @@ _MARKERS = "sD^vPX*<>ph"
 # How far below our default a panel goes, in its distances from the dense model: what is further
 # down would leave no room for the differences above.
 _DEPTH = 1.0
-
 # What is left above the best mean, as a part of the rest.
 _MARGIN = 0.15
 # Points of one density stand side by side, so that their intervals can be read: as a factor.
