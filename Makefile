@@ -41,8 +41,8 @@ bench: install  ## bytes and time of one optimizer update, against optax.sgd
 	$(BIN)/python -m benchmarks.optimizer_step
 
 bench-quality: install  ## accuracy of pruning methods at equal sparsity, a few of each (under 20 minutes)
-	$(BIN)/python -m benchmarks.quality --quick --jobs 2
-	$(BIN)/python -m benchmarks.quality.table benchmarks/results/quality.jsonl
+	$(BIN)/python -m benchmarks.quality --quick --jobs 2 --out runs/quick.jsonl --rates benchmarks/results/quality.jsonl
+	$(BIN)/python -m benchmarks.quality.table runs/quick.jsonl
 
 bench-quality-full: install  ## the same with all tasks, methods and seeds, learning rates tuned (a day or more)
 	$(BIN)/python -m benchmarks.quality --tune --jobs 2

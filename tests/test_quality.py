@@ -160,6 +160,7 @@ def test_an_interrupt_leaves_what_is_finished(go, capsys):
         (["--seeds", "0"], "--seeds is 0; allowed: 1 or more"),
         (["--seeds", "1001"], "--seeds is 1001; allowed: 1000 or fewer"),
         (["--jobs", "0"], "--jobs is 0; allowed: 1 or more"),
+        (["--rates", "nowhere"], "--rates: there is no file nowhere"),
     ],
 )
 def test_what_is_not_allowed(arguments, message, capsys, tmp_path):
@@ -184,7 +185,7 @@ def test_tuning_does_not_touch_the_test_split(go, capsys):
     assert code == 0
     assert set(SPLITS) == {"validation"}
     runs = [line for line in lines if line["role"] == "run"]
-    assert {line["seed"] for line in runs} == {1000, 1001}
+    assert {line["seed"] for line in runs} == {1000}
     assert {line["target"] for line in runs} == {0.0, 0.75}
     rates = {line["method"]: line["learning_rate"] for line in lines if line["role"] == "rate"}
     assert rates == {"dense": 0.05, "lats_optax": 0.05}
@@ -193,6 +194,15 @@ def test_tuning_does_not_touch_the_test_split(go, capsys):
     _, lines, path = go("--seeds", "1", "--sparsities", "0.9")
     tested = [line for line in lines if line.get("split") == "test"]
     assert {line["method"]: line["learning_rate"] for line in tested} == rates
+    elsewhere = path.with_name("quick.jsonl")
+    run.main(
+        ["--seeds", "1", "--methods", "dense", "--rates", str(path), "--out", str(elsewhere)], load
+    )
+    *taken, (_, last) = [
+        (line["role"], line) for line in map(json.loads, elsewhere.read_text().splitlines())
+    ]
+    assert [role for role, _ in taken] == ["rate", "rate"]
+    assert last["learning_rate"] == rates["dense"]
     text = table.report(read(path)[0])
     assert "Learning rates tuned on validation data: dense" in text
 

@@ -23,7 +23,7 @@ import jax
 from benchmarks.quality import plan, workers
 from benchmarks.quality.fashion_mnist import DIRECTORY
 from benchmarks.quality.methods import QUICK as QUICK_METHODS
-from benchmarks.quality.results import Key, Rate, Result, Results, Writer
+from benchmarks.quality.results import Key, Rate, Result, Results, Writer, read
 from benchmarks.quality.tasks import Task
 
 OUT = Path("benchmarks/results/quality.jsonl")
@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None, load: workers.Load = workers.lo
     except ValueError as error:
         parser.error(f"--out: {error}")
     try:
+        if options.rates is not None:
+            take_rates(options.rates, writer)
         if options.tune:
             cells = plan.tuning_cells(tasks, methods)
         else:
@@ -121,6 +123,14 @@ def choose_rates(cells: Sequence[plan.Cell], writer: Writer) -> None:
         print(f"{task}, {method}: learning rate {rate:g}{edge}", flush=True)
 
 
+def take_rates(path: Path, writer: Writer) -> None:
+    """Writes the tuned rates of another file, where the written one has none."""
+    for key, rate in read(path)[0].rates.items():
+        if key not in writer.results.rates:
+            task, method, task_version, method_version = key
+            writer.add(Rate(task, method, rate, task_version, method_version))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "benchmarks.quality",
@@ -136,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each if > 1")
     parser.add_argument("--quick", action="store_true", help="a few of each, unless named")
     parser.add_argument("--tune", action="store_true", help="choose learning rates, report nothing")
+    parser.add_argument("--rates", type=Path, help="a file of results to take tuned rates from")
     return parser
 
 
@@ -143,6 +154,8 @@ def _check(
     parser: argparse.ArgumentParser, options: argparse.Namespace, registry: workers.Registry
 ) -> None:
     quick = options.quick
+    if options.rates is not None and not options.rates.exists():
+        parser.error(f"--rates: there is no file {options.rates}")
     if options.seeds is None:
         options.seeds = QUICK_SEEDS if quick else SEEDS
     options.tasks = options.tasks or list(QUICK_SPARSITIES if quick else registry.tasks)

@@ -120,7 +120,7 @@ def all_tasks(directory: Path = fashion_mnist.DIRECTORY) -> dict[str, Task]:
             sgd,
             metric="accuracy",
             sparsities=SPARSITIES,
-            learning_rates=(0.05, 0.1, 0.2, 0.4),
+            learning_rates=(0.1, 0.2, 0.4, 0.8),
             default_rate=0.1,
             seconds=80,
             files=files,
