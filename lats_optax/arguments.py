@@ -1,6 +1,6 @@
 """Checks of what transforms are given: other transforms, states, and trees beside the parameters.
 
-Here belong checks that name the argument and the path. Checks of numbers are in `thresholds.py`.
+Here belong checks that name the argument and the path. Checks of numbers are in `numbers.py`.
 """
 
 from typing import Any

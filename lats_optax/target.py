@@ -34,18 +34,12 @@ import numpy as np
 from lats_optax import masks
 from lats_optax.distributions import check_sparsity
 from lats_optax.laws import Law, constant_l1
+from lats_optax.numbers import check_fraction, check_steps, is_number
 from lats_optax.operators import Elementwise, Operator
 from lats_optax.power import Rescaled, prox_annealed
 from lats_optax.pruned import PrunedUpdate, bounded
+from lats_optax.schedules import ScalarOrSchedule, is_schedule, learning_rates
 from lats_optax.selection import quantiles
-from lats_optax.thresholds import (
-    ScalarOrSchedule,
-    check_fraction,
-    check_steps,
-    is_number,
-    is_schedule,
-    learning_rates,
-)
 
 # The window of the moving average, as a part of the budget that remains. The mean speed alone is
 # too fast at the end: the threshold overshoots by 1 to 3 % (digits, 95 and 80 %), and falls back

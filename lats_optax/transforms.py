@@ -19,10 +19,11 @@ from lats_optax.arguments import check_beside, check_state, check_transform
 from lats_optax.controllers import Controller, as_controller, as_schedule
 from lats_optax.leaves import check_fits, compute_dtype
 from lats_optax.masks import MaskOrFunction, is_dense
+from lats_optax.numbers import check_steps
 from lats_optax.operators import Operator, as_operator
 from lats_optax.prox import prox_l1
 from lats_optax.pruned import PrunedUpdate, Scaled, as_pruned_update
-from lats_optax.thresholds import ScalarOrSchedule, check_steps
+from lats_optax.schedules import ScalarOrSchedule
 
 
 class SoftThresholdState(NamedTuple):

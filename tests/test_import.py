@@ -26,6 +26,7 @@ CORE = {
         "leaves",
         "masks",
         "multiply_adds",
+        "numbers",
         "operations",
         "operators",
         "phases",
@@ -33,7 +34,8 @@ CORE = {
         "progress",
         "pruned",
     ),
-    *("prox", "quantile", "selection", "sparsity", "states", "target", "thresholds", "transforms"),
+    *("prox", "quantile", "schedules", "selection", "sparsity", "states", "target"),
+    *("thresholds", "transforms"),
 }
 # What a core module may import besides, within its functions.
 BESIDES = {"files": {"safetensors"}}

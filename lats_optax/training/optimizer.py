@@ -14,8 +14,8 @@ import lats_optax
 from lats_optax.controllers import as_controller
 from lats_optax.masks import paths
 from lats_optax.operators import Elementwise, GroupOperator, Operator
+from lats_optax.schedules import tabulate
 from lats_optax.target import default_operator
-from lats_optax.thresholds import tabulate
 from lats_optax.training.config import PruneConfig, TrainConfig
 from lats_optax.training.delayed import Delayed
 
