@@ -14,12 +14,14 @@ CORE = {
     *(
         "__init__",
         "arguments",
+        "arithmetic",
         "atomic",
         "controllers",
         "distributions",
         "files",
         "finalize",
         "groups",
+        "latents",
         "laws",
     ),
     *(
