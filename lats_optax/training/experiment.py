@@ -112,7 +112,8 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
         )
     model = make_model(config, dataset.num_classes)
     optimizer = make_optimizer(config, steps_per_epoch)
-    _check_effects(config, optimizer, variables_of(model, dataset.image_shape))
+    shapes = variables_of(model, dataset.image_shape)
+    _check_effects(config, optimizer, shapes)
     resumes = _check_resumable(config)
     initial = None
     if config.initial is not None:
@@ -137,7 +138,8 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
         initial=initial,
     )
     # Expressions that match no parameter are found when the mask meets the parameters.
-    jax.eval_shape(partial(make_state, config, model, optimizer, dataset.image_shape))
+    variables = shapes if initial is None else initial.variables
+    jax.eval_shape(optimizer.transform.init, variables["params"])
     return experiment
 
 
