@@ -155,3 +155,11 @@ def test_every_public_name_is_there():
     assert sorted(lats_optax.__all__) == lats_optax.__all__
     for name in lats_optax.__all__:
         assert getattr(lats_optax, name) is not None
+
+
+def test_no_test_imports_another():
+    for path in pathlib.Path(__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                assert not [name for name in names if name.startswith("tests.test_")], path

@@ -17,8 +17,8 @@ from lats_optax.training.config import PruneConfig, TrainConfig, check_resumable
 from lats_optax.training.export import load_model, save_model
 from lats_optax.training.optimizer import make_optimizer
 from tests import tiny
-from tests.test_checkpoint import assert_equal_runs, at_step
-from tests.test_training_phases import BEFORE, EARLY, plain_steps
+from tests.runs import BEFORE, EARLY, assert_equal_runs, at_step, plain_steps
+from tests.tiny import variables
 
 FINE = PruneConfig(mode="fine-tuning")
 TARGET = PruneConfig(target_sparsity=0.75)
@@ -28,23 +28,6 @@ WATCHED = {"average_decay": 0.9, "log_every": 1}  # as other tests have it: comp
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch, compile_once):
     tiny.install(monkeypatch)
-
-
-def variables(classes=tiny.CLASSES, seed=0):
-    """Weights of the tiny model, 60 % of the kernels zero, and statistics of no batch."""
-    rng = np.random.default_rng(seed)
-    model = tiny.Model(num_classes=classes)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *tiny.SHAPE)))
-
-    def draw(like):
-        drawn = rng.uniform(0.1, 0.5, like.shape) * rng.choice([-1, 1], like.shape)
-        return np.where(rng.random(like.shape) < 0.6 * (len(like.shape) > 1), 0, drawn)
-
-    drawn = jax.tree.map(lambda like: draw(like).astype(np.float32), shapes)
-    return {
-        "params": drawn["params"],
-        "batch_stats": jax.tree.map(np.abs, drawn["batch_stats"]),
-    }
 
 
 @pytest.fixture

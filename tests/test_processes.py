@@ -17,7 +17,6 @@ from lats_optax.training.config import PruneConfig
 from lats_optax.training.export import load_model, save_model
 from lats_optax.training.logging import read_metrics
 from tests import tiny
-from tests.test_initial import variables
 
 PROGRAM = """
 import sys
@@ -66,7 +65,7 @@ def digest(state):
 @pytest.mark.parametrize("mode", RUNS)
 def test_two_processes_train_as_one(tmp_path, monkeypatch, mode):
     tiny.install(monkeypatch)
-    save_model(tmp_path / "initial.safetensors", tiny.Model(), variables(), tiny.SHAPE)
+    save_model(tmp_path / "initial.safetensors", tiny.Model(), tiny.variables(), tiny.SHAPE)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]

@@ -2,14 +2,12 @@
 
 import dataclasses
 import signal
-import struct
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tensorboardX.proto import event_pb2
 
 import lats_optax
 from lats_optax import prox
@@ -18,7 +16,7 @@ from lats_optax.training.config import PruneConfig
 from lats_optax.training.logging import read_metrics
 from lats_optax.training.statistics import BINS
 from tests import tiny
-from tests.test_checkpoint import assert_equal_runs, at_step
+from tests.runs import assert_equal_runs, at_step, events
 
 # One program for the tests that need no other.
 WATCHED = {"prune": PruneConfig(target_sparsity=0.75), "average_decay": 0.9, "log_every": 1}
@@ -145,21 +143,6 @@ def test_groups_die_and_revive_whole():
 
 def weights_of(result):
     return [record for record in result.metrics if record["split"] == "weights"]
-
-
-def events(workdir):
-    """What TensorBoard would read: the values of each tag, by step."""
-    found = {}
-    for path in workdir.glob("events.out.tfevents.*"):
-        data = path.read_bytes()
-        while data:
-            # Length, its checksum, the event, its checksum.
-            (length,) = struct.unpack("<Q", data[:8])
-            event = event_pb2.Event.FromString(data[12 : 12 + length])
-            data = data[16 + length :]
-            for value in event.summary.value:
-                found.setdefault(value.tag, {})[event.step] = value
-    return found
 
 
 def test_a_run_logs_its_weights(tmp_path):

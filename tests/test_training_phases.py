@@ -16,37 +16,14 @@ from lats_optax.training import loop
 from lats_optax.training.config import PruneConfig, TrainConfig, prune_from_json, to_json
 from lats_optax.training.optimizer import cosine, make_optimizer, schedule_to
 from tests import tiny
-from tests.test_checkpoint import assert_equal_runs, at_step
-from tests.test_statistics import events
+from tests.runs import BEFORE, EARLY, assert_equal_runs, at_step, events, plain_steps
 
-EARLY = PruneConfig(target_sparsity=0.75, mode="early", search_epochs=1)
-BEFORE = PruneConfig(target_sparsity=0.75, mode="at-initialization", search_epochs=1)
 STEPS = 6  # an epoch of tests.tiny
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch, compile_once):
     tiny.install(monkeypatch)
-
-
-def plain_steps(params, stats, tx, opt_state, batches):
-    model = tiny.Model()
-
-    @jax.jit
-    def step(params, stats, opt_state, batch):
-        def loss_fn(params):
-            variables = {"params": params, "batch_stats": stats}
-            logits, new = model.apply(variables, batch["image"], mutable=["batch_stats"])
-            labels = jax.nn.one_hot(batch["label"], tiny.CLASSES)
-            return optax.softmax_cross_entropy(logits, labels).mean(), new["batch_stats"]
-
-        grads, stats_ = jax.grad(loss_fn, has_aux=True)(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), stats_, opt_state
-
-    for batch in batches:
-        params, stats, opt_state = step(params, stats, opt_state, batch)
-    return params, stats
 
 
 @pytest.mark.parametrize("mode", ["early", "at-initialization"])

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -55,6 +56,23 @@ class Model(nn.Module):
         )(x)
         x = nn.relu(x).reshape(x.shape[0], -1)
         return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=init)(x)
+
+
+def variables(classes: int = CLASSES, seed: int = 0) -> dict[str, Any]:
+    """Weights of the model, 60 % of the kernels zero, and statistics of no batch."""
+    rng = np.random.default_rng(seed)
+    model = Model(num_classes=classes)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SHAPE)))
+
+    def draw(like: jax.ShapeDtypeStruct) -> np.ndarray:
+        drawn = rng.uniform(0.1, 0.5, like.shape) * rng.choice([-1, 1], like.shape)
+        return np.where(rng.random(like.shape) < 0.6 * (len(like.shape) > 1), 0, drawn)
+
+    drawn = jax.tree.map(lambda like: draw(like).astype(np.float32), shapes)
+    return {
+        "params": drawn["params"],
+        "batch_stats": jax.tree.map(np.abs, drawn["batch_stats"]),
+    }
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:

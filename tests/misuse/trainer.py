@@ -28,7 +28,7 @@ from lats_optax.training.optimizer import cosine, make_optimizer
 from lats_optax.training.step import cross_entropy
 from tests import tiny
 from tests.misuse import Case, gives, raises, warns
-from tests.test_checkpoint import at_step
+from tests.runs import at_step
 
 TINY = ["digits", "--data.batch-size", "8", "--epochs", "3", "--optimizer.learning-rate", "0.05"]
 SPARSE = [*TINY, "--prune.target-sparsity", "0.75"]
