@@ -23,7 +23,7 @@ class KilledError(Exception):
 def at_step(monkeypatch, step, act):
     """Acts just before a step is taken."""
 
-    def train_step(self, pure, original=loop.DataParallel.train_step):
+    def compile_update(self, pure, original=loop.DataParallel.compile_update):
         compiled, taken = original(self, pure), itertools.count(1)
 
         def take(state, batch):
@@ -33,7 +33,7 @@ def at_step(monkeypatch, step, act):
 
         return take
 
-    monkeypatch.setattr(loop.DataParallel, "train_step", train_step)
+    monkeypatch.setattr(loop.DataParallel, "compile_update", compile_update)
 
 
 def die():

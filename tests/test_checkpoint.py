@@ -13,7 +13,6 @@ import lats_optax
 from lats_optax.training import loop
 from lats_optax.training.checkpoint import load_state, load_variables
 from lats_optax.training.config import PruneConfig
-from lats_optax.training.experiment import build
 from lats_optax.training.logging import read_metrics
 from tests import tiny
 from tests.runs import KilledError, assert_equal_runs, at_step, die
@@ -143,7 +142,7 @@ def test_a_run_is_not_overwritten(tmp_path):
 
 
 def test_a_run_is_not_begun_twice(tmp_path):
-    experiment = build(tiny.config(tmp_path / "run", epochs=1))
+    experiment = tiny.build(tiny.config(tmp_path / "run", epochs=1))
     loop.fit(experiment)
     with pytest.raises(FileExistsError, match="is not empty"):
         loop.fit(experiment)
@@ -169,4 +168,4 @@ def test_resuming_with_another_config_is_refused(tmp_path):
     config = tiny.config(tmp_path / "run", epochs=1)
     loop.train(config)
     with pytest.raises(ValueError, match=r"seed is 1 and was 0"):
-        build(dataclasses.replace(config, resume=True, seed=1))
+        tiny.build(dataclasses.replace(config, resume=True, seed=1))

@@ -1,7 +1,8 @@
 """A data set and a model that train in no time, for the tests of the trainer."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,18 @@ import pytest
 from flax import linen as nn
 
 from lats_optax import data, models
+from lats_optax.training import experiment, loop
 from lats_optax.training.config import DataConfig, OptimizerConfig, TrainConfig
+from lats_optax.training.experiment import Experiment
+from lats_optax.training.parallel import AXIS
+from lats_optax.training.result import RunResult
 
 TRAIN, TEST, CLASSES, SHAPE = 53, 23, 3, (4, 4, 1)
 
+_build = experiment.build
 
-def dataset() -> data.Dataset:
+
+def make_dataset() -> data.Dataset:
     """Random images with a label that can be learnt."""
     rng = np.random.default_rng(0)
 
@@ -75,21 +82,32 @@ def variables(classes: int = CLASSES, seed: int = 0) -> dict[str, Any]:
     }
 
 
+def build(
+    config: TrainConfig,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    dataset: data.Dataset | None = None,
+    model: nn.Module | None = None,
+) -> Experiment:
+    """`experiment.build` with this data set and this model, unless others are given."""
+    own = Model(dtype=jnp.dtype(config.model.dtype), axis_name=AXIS)
+    return _build(config, devices, dataset=dataset or make_dataset(), model=model or own)
+
+
+def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> RunResult:
+    """`loop.train` with this data set and this model."""
+    return loop.fit(build(config, devices))
+
+
+def add_to_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the model be described in files, and built again from them, under the name `tiny`."""
+    monkeypatch.setitem(models._MODELS, "tiny", partial(Model))
+
+
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes these the data set and the model that the trainer finds, whatever name it is given."""
-    tiny = dataset()
-    monkeypatch.setattr(data, "load", lambda name, **settings: tiny)
-    monkeypatch.setattr(
-        models, "create", lambda name, **arguments: Model(**arguments), raising=False
-    )
-    monkeypatch.setattr(models, "describe", describe)
-    monkeypatch.setattr(models, "in_zoo", lambda model: True)
-
-
-def describe(model: Model) -> dict[str, Any]:
-    """What `models.describe` gives, of the tiny model under the name that runs have by default."""
-    dtype = jnp.dtype(model.dtype).name
-    return {"name": "digits-cnn", "num_classes": model.num_classes, "dtype": dtype}
+    """Makes these what a command trains, whatever names it is given."""
+    add_to_zoo(monkeypatch)
+    monkeypatch.setattr(experiment, "build", build)
 
 
 def assert_refused(make: Callable[[], Any], words: Iterable[str]) -> None:
