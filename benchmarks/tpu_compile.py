@@ -98,14 +98,14 @@ class Row(NamedTuple):
 
 def lower_step(config: TrainConfig, devices: Sequence[Any], batch_per_chip: int) -> Any:
     """The trainer's own step for these devices, before compilation; no array is made."""
-    model, optimizer, state = _parts(config)
+    model, phase, state = _parts(config)
     chips = (len(devices), batch_per_chip)
     batch = {
         "image": jax.ShapeDtypeStruct((*chips, *IMAGE_SHAPE), jnp.dtype(config.model.dtype)),
         "label": jax.ShapeDtypeStruct(chips, jnp.int32),
     }
-    step = experiment.make_train_step(config, model, optimizer)
-    return DataParallel(devices).train_step(step).lower(state, batch)
+    step = experiment.bind_step(config, model, phase)
+    return DataParallel(devices).compile_update(step).lower(state, batch)
 
 
 def facts(lowered: Any) -> Facts:
@@ -318,11 +318,10 @@ def main() -> None:
 
 
 def _parts(config: TrainConfig) -> tuple[Any, Any, Any]:
-    """Model, optimizer and the shapes of their state."""
+    """Model, phase and the shapes of their state."""
     model = experiment.make_model(config, CLASSES)
-    optimizer = make_optimizer(config, _steps_per_epoch(config))
-    state = jax.eval_shape(lambda: experiment.make_state(config, model, optimizer, IMAGE_SHAPE))
-    return model, optimizer, state
+    phase = make_optimizer(config, _steps_per_epoch(config)).phases[0]
+    return model, phase, jax.eval_shape(experiment.bind_state(config, model, phase, IMAGE_SHAPE))
 
 
 def _steps_per_epoch(config: TrainConfig) -> int:

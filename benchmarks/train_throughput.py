@@ -99,9 +99,9 @@ def jax_runner(options: argparse.Namespace, prune: PruneConfig) -> Runner:
     """The trainer's step, compiled, on a batch that stays on the device."""
     config = config_of(options, prune)
     model = experiment.make_model(config, CLASSES)
-    optimizer = make_optimizer(config, STEPS_PER_EPOCH)
+    phase = make_optimizer(config, STEPS_PER_EPOCH).phases[0]
     parallel = DataParallel(jax.devices()[:1])
-    step = parallel.train_step(experiment.make_train_step(config, model, optimizer))
+    step = parallel.compile_update(experiment.bind_step(config, model, phase))
     random = np.random.default_rng(0)
     images = random.standard_normal((options.batch_size, *image_shape(options)), np.float32)
     batch = parallel.shard(
@@ -110,7 +110,8 @@ def jax_runner(options: argparse.Namespace, prune: PruneConfig) -> Runner:
             "label": random.integers(CLASSES, size=options.batch_size, dtype=np.int32),
         }
     )
-    state = parallel.replicate(experiment.new_state(config, model, optimizer, image_shape(options)))
+    make_state = jax.jit(experiment.bind_state(config, model, phase, image_shape(options)))
+    state = parallel.replicate(make_state())
     start = time.perf_counter()
     # Ahead of time, for its memory analysis: the device's own peak would be that of all programs.
     compiled = step.lower(state, batch).compile()
@@ -243,10 +244,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     try:
         config = config_of(options, PRUNE["dense"])
         model = experiment.make_model(config, CLASSES)
-        optimizer = make_optimizer(config, STEPS_PER_EPOCH)
-        jax.eval_shape(
-            lambda: experiment.make_state(config, model, optimizer, image_shape(options))
-        )
+        phase = make_optimizer(config, STEPS_PER_EPOCH).phases[0]
+        jax.eval_shape(experiment.bind_state(config, model, phase, image_shape(options)))
     except ValueError as error:
         parser.error(str(error))
     return options

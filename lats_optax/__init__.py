@@ -11,10 +11,10 @@ from lats_optax.operations import OperationsReport, ParameterOperations, count_o
 from lats_optax.operators import Elementwise, GroupOperator, Operator
 from lats_optax.phases import freeze, prune_at_initialization
 from lats_optax.pruned import PrunedUpdate, bounded
+from lats_optax.schedules import ThresholdSchedule
 from lats_optax.sparsity import LayerSparsity, SparsityReport, sparsity
 from lats_optax.target import TargetSparsity, TargetSparsityState, target_sparsity
 from lats_optax.thresholds import (
-    ThresholdSchedule,
     epoch_lats_threshold,
     l1_from_threshold,
     lats_threshold,

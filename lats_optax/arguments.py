@@ -1,14 +1,18 @@
 """Checks of what transforms are given: other transforms, states, and trees beside the parameters.
 
-Here belong checks that name the argument and the path. Checks of numbers are in `thresholds.py`.
+Here belong checks that name the argument and the path. Checks of numbers are in `numbers.py`.
 """
 
+import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lats_optax import masks
+from lats_optax.leaves import check_fits
+from lats_optax.masks import MaskOrFunction, is_dense
+from lats_optax.operators import Operator
 
 
 def check_transform(name: str, value: Any) -> None:
@@ -24,6 +28,71 @@ def check_transform(name: str, value: Any) -> None:
         raise ValueError(
             f"{name}: {value!r} is not allowed; allowed are transforms such as optax.sgd(0.1)"
         )
+
+
+def check_params(name: str, params: Any) -> None:
+    """Refuses an update without the current parameters."""
+    if params is None:
+        raise ValueError(
+            f"{name}: params is None; call update(updates, state, params) with the current "
+            "parameters"
+        )
+
+
+def check_float_type(name: str, dtype: Any) -> None:
+    """Refuses what is not a float type of 16 bits or more.
+
+    >>> check_float_type("latent_dtype", jnp.int32)
+    Traceback (most recent call last):
+    ValueError: latent_dtype: int32 is not allowed; allowed are float types of 16 bits or more
+    """
+    try:
+        known = jnp.dtype(dtype)
+        allowed = jnp.issubdtype(known, jnp.floating) and known.itemsize >= 2
+    except TypeError:
+        known, allowed = dtype, False
+    if not allowed:
+        raise ValueError(
+            f"{name}: {known} is not allowed; allowed are float types of 16 bits or more"
+        )
+
+
+def checked_mask(params: Any, mask: MaskOrFunction, operator: Operator) -> Any:
+    """A mask as a tree of bools like the parameters; what is pruned must fit the operator.
+
+    Raises:
+      ValueError: names the path.
+    """
+    pruned = masks.resolve(mask, params)
+    names = jax.tree.leaves(masks.paths(params))
+    selected: dict[str, Any] = {}
+    for name, leaf, chosen in zip(names, jax.tree.leaves(params), jax.tree.leaves(pruned)):
+        dtype = jnp.result_type(leaf)
+        if chosen and not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"mask: it selects {name}, which is {dtype}; only float parameters can be pruned"
+            )
+        if chosen and dtype.itemsize < 2:
+            # In eight bits a large weight becomes NaN, and w + (w' - w) is not w'.
+            raise ValueError(
+                f"mask: it selects {name}, which is {dtype}; allowed are float types of 16 bits or "
+                "more: keep the parameters in bfloat16, and cast the pruned ones afterwards"
+            )
+        if chosen:
+            selected[name] = leaf
+    check_fits("operator", operator, selected)
+    if names and not any(jax.tree.leaves(pruned)):
+        warnings.warn(
+            f"nothing is pruned: the mask selects none of {', '.join(names)}", stacklevel=3
+        )
+    # Parameters without leaves may also be optax's stand-ins (tree.map_params).
+    if not names and jax.tree.leaves(params, is_leaf=is_dense):
+        warnings.warn(
+            "nothing is pruned: a transform around this one, such as optax.masked or "
+            "optax.partition, masks every parameter",
+            stacklevel=3,
+        )
+    return pruned
 
 
 def check_arrays(name: str, tree: Any) -> None:
@@ -82,4 +151,4 @@ def check_beside(name: str, tree: Any, params: Any, *, needed: Any = None) -> No
 
 
 def _stands_for_none(node: Any) -> bool:
-    return node is None or masks.is_dense(node)
+    return node is None or is_dense(node)

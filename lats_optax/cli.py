@@ -13,10 +13,12 @@ import tyro
 
 from lats_optax import data
 from lats_optax.training import demo as demonstration
+from lats_optax.training import experiment as experiments
 from lats_optax.training import loop, pictures
 from lats_optax.training.demo import DemoConfig, DemoResult
-from lats_optax.training.experiment import Experiment, build
+from lats_optax.training.experiment import Experiment
 from lats_optax.training.presets import PRESETS
+from lats_optax.training.result import RunResult
 
 Ready = TypeVar("Ready")
 
@@ -44,7 +46,7 @@ def train(args: Sequence[str] | None = None) -> int:
             "Train a model, dense or sparse. Each preset is a run; any field of it can be given: "
             "lats-train PRESET --help lists them."
         )
-        return build(_in_one_line(parse, presets, "lats-train", description, args))
+        return experiments.build(_in_one_line(parse, presets, "lats-train", description, args))
 
     def execute(experiment: Experiment) -> None:
         result = loop.fit(experiment)
@@ -235,7 +237,7 @@ def _unframed(box: str) -> str:
     return message
 
 
-def _print_run(result: loop.RunResult) -> None:
+def _print_run(result: RunResult) -> None:
     if not result.is_primary:
         return
     print(result.sparsity)
@@ -255,7 +257,7 @@ def _print_run(result: loop.RunResult) -> None:
         print(f"averaged      {result.model_averaged}")
 
 
-def _warn_of(program: str, result: loop.RunResult, name: str = "") -> None:
+def _warn_of(program: str, result: RunResult, name: str = "") -> None:
     """The last lines: what looks wrong in a run."""
     sys.stdout.flush()
     for problem in result.problems if result.is_primary else ():

@@ -11,7 +11,7 @@ import optax
 
 from lats_optax import masks
 from lats_optax.masks import MaskOrFunction
-from lats_optax.thresholds import is_number
+from lats_optax.numbers import is_number
 
 Distribution = Callable[[Any], Any]
 

@@ -14,9 +14,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
+from lats_optax.numbers import check_steps
 from lats_optax.operators import Elementwise, GroupOperator
 from lats_optax.prox import prox_l1
-from lats_optax.thresholds import check_steps
 
 
 @dataclass(frozen=True)

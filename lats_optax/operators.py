@@ -225,7 +225,11 @@ class Values:
 
     def magnitude(self, x: jax.Array) -> jax.Array:
         """Not known: a ValueError that says what to write."""
-        raise ValueError(
+        raise self.unknown_magnitude()
+
+    def unknown_magnitude(self) -> ValueError:
+        """Why no sparsity can be named under it, and what to write."""
+        return ValueError(
             f"operator: {self.function!r} is a plain function, so the magnitude of a weight under "
             "it is not known and no sparsity can be named; derive a class from "
             "lats_optax.Elementwise, or give it the methods of lats_optax.Operator"

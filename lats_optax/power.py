@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from lats_optax.leaves import positive_zero
+from lats_optax.numbers import check_above, check_steps
 from lats_optax.operators import Elementwise
-from lats_optax.thresholds import check_above, check_steps
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lats_optax.leaves import positive_zero
+from lats_optax.numbers import check_above, check_threshold
 from lats_optax.operators import Elementwise, GroupOperator, Operator
 from lats_optax.power import PowerThreshold, Rescaled, prox_annealed
-from lats_optax.thresholds import check_above, check_threshold
 
 __all__ = [
     "Axes",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lats_optax.leaves import compute_dtype
-from lats_optax.thresholds import check_above, is_number
+from lats_optax.numbers import check_above, is_number
 
 
 class PrunedUpdate(Protocol):

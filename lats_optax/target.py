@@ -34,18 +34,12 @@ import numpy as np
 from lats_optax import masks
 from lats_optax.distributions import check_sparsity
 from lats_optax.laws import Law, constant_l1
-from lats_optax.operators import Elementwise, Operator
+from lats_optax.numbers import check_fraction, check_steps, is_number
+from lats_optax.operators import Elementwise, Operator, Values
 from lats_optax.power import Rescaled, prox_annealed
 from lats_optax.pruned import PrunedUpdate, bounded
+from lats_optax.schedules import ScalarOrSchedule, is_schedule, learning_rates
 from lats_optax.selection import quantiles
-from lats_optax.thresholds import (
-    ScalarOrSchedule,
-    check_fraction,
-    check_steps,
-    is_number,
-    is_schedule,
-    learning_rates,
-)
 
 # The window of the moving average, as a part of the budget that remains. The mean speed alone is
 # too fast at the end: the threshold overshoots by 1 to 3 % (digits, 95 and 80 %), and falls back
@@ -202,13 +196,8 @@ class TargetSparsity:
 
     def prepared(self, operator: Operator, freeze_after: int | None) -> "TargetSparsity":
         """The controller that has met its target where the support is frozen."""
-        probe = jax.ShapeDtypeStruct((), jnp.float32)  # type: ignore[no-untyped-call]
-        try:
-            jax.eval_shape(operator.magnitude, probe)
-        except ValueError as error:
-            # An operator of groups may lack an axis here: it is asked again with the parameters.
-            if str(error).startswith("operator:"):
-                raise
+        if isinstance(operator, Values):
+            raise operator.unknown_magnitude()
         if freeze_after is None:
             return self
         if not self.horizon <= freeze_after <= self.steps:
@@ -401,14 +390,32 @@ class _Targets(NamedTuple):
     sizes: np.ndarray
     largest: np.ndarray
 
+    def named(self, fraction: np.ndarray) -> np.ndarray:
+        """The number of weights that parts of the target name, float64 [n] or [n, layers]."""
+        shape = (-1, *(1,) * np.ndim(self.sizes))
+        return np.rint(np.reshape(fraction, shape) * self.sparsity * self.sizes)
+
     def ranks(self, fraction: np.ndarray) -> np.ndarray:
         """The number of weights that are zero at parts of the target, uint32 [n] or [n, layers].
 
         At least one weight, or one group, survives: a target below 1 never means none at all.
         """
-        shape = (-1, *(1,) * np.ndim(self.sizes))
-        wanted = np.rint(np.reshape(fraction, shape) * self.sparsity * self.sizes)
-        return np.clip(wanted, 0, np.maximum(self.sizes - self.largest, 0)).astype(np.uint32)
+        most = np.maximum(self.sizes - self.largest, 0)
+        return np.clip(self.named(fraction), 0, most).astype(np.uint32)
+
+
+def named_zeros(target: Any, latent: Any, operator: Operator) -> int:
+    """How many zeros a target names in all; one weight, or group, survives where it names all.
+
+    Args:
+      target: as that of :func:`target_sparsity`.
+      latent: the pruned weights, or their shapes.
+      operator: that they are pruned by.
+
+    >>> named_zeros(0.75, {"kernel": jnp.ones((2, 4))}, default_operator(1))
+    6
+    """
+    return int(_targets(_checked(target), latent, operator).named(np.ones(1)).sum())
 
 
 def _checked(target: Any) -> Any:

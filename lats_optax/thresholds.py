@@ -1,4 +1,7 @@
-"""Threshold schedules (count -> d), and the two maps between a threshold and its L1 coefficient.
+"""Threshold laws (count -> d), and the two maps between a threshold and its L1 coefficient.
+
+Here belong laws that name a final threshold. The table that each makes is in `schedules.py`; laws
+that name a sparsity are in `laws.py`.
 
 Every schedule is tabulated in float64 on the host when it is made, so what a jitted program reads
 is rounded once, and the implied L1 coefficient, a small difference of large numbers, is exact. A
@@ -15,40 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# What an optimizer can count in int32, and what a table can hold (0.8 GB in float64).
-_MOST_COUNTED = 2**31 - 1
-_MOST_TABULATED = 10**8
-
-Schedule = Callable[[Any], Any]
-ScalarOrSchedule = float | jax.Array | Schedule
-
-
-class ThresholdSchedule:
-    """A threshold d_t for t = 0 … steps, held at its last value afterwards.
-
-    Attributes:
-      table: float64, shape (steps + 1,): the thresholds d_0 … d_steps, in the units of the weights.
-      increments: float64, shape (steps,): d_{t+1} - d_t. Kept beside the table because late in a
-        long run an increment is smaller than what float64 resolves next to its prefix sum.
-    """
-
-    def __init__(self, table: np.ndarray, increments: np.ndarray | None = None) -> None:
-        """Keep the table; each function of this module makes a different one."""
-        self.table = table
-        self.increments = np.diff(table) if increments is None else increments
-
-    @property
-    def steps(self) -> int:
-        """Number of optimizer steps T over which the threshold moves."""
-        return len(self.table) - 1
-
-    def __call__(self, count: Any) -> Any:
-        """The threshold after ``count`` optimizer steps."""
-        return _look_up(self.table, count)
-
-    def __repr__(self) -> str:
-        """Name the range, not the table."""
-        return f"ThresholdSchedule(steps={self.steps}, {self.table[0]:g} … {self.table[-1]:g})"
+from lats_optax.numbers import check_above, check_steps, check_threshold
+from lats_optax.schedules import (
+    ScalarOrSchedule,
+    ThresholdSchedule,
+    check_each,
+    check_sum,
+    check_tabulated,
+    evaluate,
+    learning_rates,
+    look_up,
+    tabulate,
+)
 
 
 def lats_threshold(
@@ -85,14 +66,14 @@ def lats_threshold(
 
     Source: Chen et al., "A Unified Framework for Soft Threshold Pruning" (ICLR 2023), section 4.
     """
-    steps, final = _check_tabulated(steps), check_threshold("final", final)
+    steps, final = check_tabulated(steps), check_threshold("final", final)
     rates = learning_rates(learning_rate, steps)
     if l1 is not None:
         with np.errstate(over="ignore"):
             rates = rates * _profile(l1, steps)
         if not rates.any():
             raise ValueError("l1: the profile is zero wherever the learning rate is not")
-        _check_sum("l1: the product with the learning rate", rates)
+        check_sum("l1: the product with the learning rate", rates)
     sums = _prefix_sums(rates)
     return ThresholdSchedule(final * (sums / sums[-1]), final * (rates / sums[-1]))
 
@@ -148,7 +129,7 @@ def epoch_lats_threshold(epochs: int, steps_per_epoch: int, final: float) -> Thr
     """
     epochs = check_steps(epochs, "epochs")
     steps_per_epoch = check_steps(steps_per_epoch, "steps_per_epoch")
-    step = np.arange(_check_tabulated(epochs * steps_per_epoch, "epochs * steps_per_epoch") + 1)
+    step = np.arange(check_tabulated(epochs * steps_per_epoch, "epochs * steps_per_epoch") + 1)
     epoch = np.minimum(step // steps_per_epoch, epochs - 1)
     within = (step - epoch * steps_per_epoch) / steps_per_epoch
     before = 1 + 2 * epoch + np.sin(np.pi * (epoch - 0.5) / epochs) / np.sin(np.pi / (2 * epochs))
@@ -229,7 +210,7 @@ def threshold_from_l1(
 
     Source: Chen et al. (ICLR 2023), the unified view: a threshold is a prefix sum of L1 steps.
     """
-    steps, initial = _check_tabulated(steps), check_threshold("initial", initial)
+    steps, initial = check_tabulated(steps), check_threshold("initial", initial)
     rates = learning_rates(learning_rate, steps)
     coefficients = tabulate("l1", l1, steps)
     if not np.all(np.isfinite(coefficients)):
@@ -241,7 +222,7 @@ def threshold_from_l1(
     # A threshold that falls back to zero may miss it by what rounding makes of so many terms.
     rounding = steps * np.finfo(float).eps * np.abs(increments).sum()
     table = np.where((table < 0) & (table >= -rounding), 0.0, table)
-    _check_each("l1", table, "the threshold becomes ")
+    check_each("l1", table, "the threshold becomes ")
     return ThresholdSchedule(table, increments)
 
 
@@ -259,7 +240,7 @@ def l1_from_threshold(
     Returns:
       A schedule ``count -> mu``. With a count on the host (Python or NumPy, scalar or array), or
       under x64, it is evaluated in float64. With a count on the device and no x64, a schedule of
-      this module is still differenced in float64; of any other the float32 difference is taken.
+      this library is still differenced in float64; of any other the float32 difference is taken.
 
     Raises:
       ValueError: a threshold or learning rate given as a number is negative or not finite.
@@ -293,7 +274,7 @@ def l1_from_threshold(
         if not isinstance(count, jax.Array):
             return on_host(np.asarray(count))[()]
         if isinstance(threshold, ThresholdSchedule):
-            return jnp.where(count < 0, 0.0, _look_up(table(threshold.steps), count))
+            return jnp.where(count < 0, 0.0, look_up(table(threshold.steps), count))
         rise = jnp.asarray(_call(threshold, count + 1)) - _call(threshold, count)
         rate = jnp.asarray(_call(learning_rate, count))
         still = (rise == 0) & (rate == 0)
@@ -302,150 +283,12 @@ def l1_from_threshold(
     return l1
 
 
-# --- checks that name the argument --------------------------------------------------------------
-
-
-def check_steps(steps: Any, name: str = "steps", most: int = _MOST_COUNTED) -> int:
-    """``steps`` as an int >= 1, or a ValueError that names the argument."""
-    # An int beyond 64 bits is no number to NumPy.
-    whole = type(steps) is int or (is_number(steps) and float(steps).is_integer())
-    if whole and 1 <= steps <= most:
-        return int(steps)
-    bound = f" and <= {most}" if whole and steps > most else ""
-    raise ValueError(f"{name}: {steps!r} is not allowed; allowed are whole numbers >= 1{bound}")
-
-
-def check_threshold(name: str, value: Any) -> float:
-    """``value`` as a finite float >= 0, or a ValueError that names the argument."""
-    if not (is_number(value) and math.isfinite(value) and value >= 0):
-        shown = value if is_number(value) else repr(value)
-        raise ValueError(f"{name}: {shown} is not allowed; allowed are finite numbers >= 0")
-    return float(value)
-
-
-def check_above(
-    name: str, value: Any, least: int, *, inclusive: bool = False, infinite: bool = False
-) -> float:
-    """A number above a bound, or a ValueError that names the argument."""
-    known = is_number(value)
-    if known and (infinite or math.isfinite(value)):
-        number = float(value)
-        if number > least or (inclusive and number == least):
-            return number
-    kind, more = ("numbers", ", inf among them") if infinite else ("finite numbers", "")
-    allowed = f"{kind} {'>=' if inclusive else '>'} {least}{more}"
-    raise ValueError(f"{name}: {value!r} is not allowed; allowed are {allowed}")
-
-
-def check_fraction(name: str, value: Any) -> float:
-    """``value`` as a float in (0, 1], or a ValueError that names the argument."""
-    if not (is_number(value) and 0 < value <= 1):
-        raise ValueError(f"{name}: {value!r} is not allowed; allowed are numbers in (0, 1]")
-    return float(value)
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is one real number: of Python, NumPy or JAX, and not a bool."""
-    array = np.asarray(value)
-    return array.ndim == 0 and jnp.isdtype(array.dtype, ("real floating", "integral"))
-
-
-def is_schedule(function: Callable[[Any], Any]) -> bool:
-    """Whether a function takes a count, and no tree of parameters as `erdos_renyi(0.9)` does.
-
-    >>> is_schedule(lambda count: 0.9**count), is_schedule(lambda tree: jax.tree.map(len, tree))
-    (True, False)
-    """
-    return _answers(function, 0) and not _answers(function, {})
-
-
-def is_distribution(function: Callable[[Any], Any]) -> bool:
-    """Whether a function makes a tree from a tree, as `erdos_renyi(0.9)` does."""
-    return _answers(function, {}) and isinstance(function({}), dict)
-
-
-def _answers(function: Callable[[Any], Any], argument: Any) -> bool:
-    try:
-        function(argument)
-    except Exception:  # the function is anyone's, and so is its error
-        return False
-    return True
-
-
-def learning_rates(learning_rate: ScalarOrSchedule, steps: int) -> np.ndarray:
-    """The learning rates eta_0 … eta_{steps-1}, float64, checked: finite, >= 0, not all zero."""
-    steps = _check_tabulated(steps)
-    rates = _check_each("learning_rate", tabulate("learning_rate", learning_rate, steps))
-    _check_sum("learning_rate: it", rates)
-    if not rates.any():
-        raise ValueError(
-            f"learning_rate: it is zero at all of the {steps} steps, so no threshold can rise"
-        )
-    return rates
-
-
-# --- evaluating somebody's schedule on the host -------------------------------------------------
-
-
-def tabulate(name: str, schedule: ScalarOrSchedule, steps: int) -> np.ndarray:
-    """A schedule at the counts 0 … steps-1, float64, shape (steps,)."""
-    return evaluate(name, schedule, np.arange(steps))
-
-
-def evaluate(name: str, schedule: ScalarOrSchedule, counts: np.ndarray) -> np.ndarray:
-    """A number or schedule at host counts, in float64, even while a program is being traced.
-
-    Raises:
-      ValueError: it is neither; the message names the argument.
-    """
-    if not callable(schedule):
-        if not is_number(schedule):
-            raise ValueError(
-                f"{name}: {schedule!r} is not allowed; allowed are numbers and schedules such as "
-                "optax.cosine_decay_schedule(0.1, steps)"
-            )
-        return np.full(counts.shape, float(schedule))
-    if isinstance(schedule, ThresholdSchedule):
-        return schedule(counts)
-    with jax.ensure_compile_time_eval(), jax.enable_x64(True), _on_host():
-        try:
-            values = np.asarray(jax.vmap(schedule)(counts.reshape(-1)), np.float64)
-            return values.reshape(counts.shape)
-        except (jax.errors.ConcretizationTypeError, TypeError, ValueError):
-            pass
-        try:
-            # A schedule of Python's own `if` and `math` takes one number at a time.
-            each = [float(schedule(int(count))) for count in counts.reshape(-1)]
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{name}: it is not a schedule, which gives a number for a count: {error}"
-            ) from error
-        return np.asarray(each, np.float64).reshape(counts.shape)
-
-
-def _on_host() -> Any:
-    # float64 is slow or missing on accelerators; where no CPU backend runs they have to do.
-    try:
-        return jax.default_device(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:
-        return jax.default_device(None)
-
-
 def _call(schedule: ScalarOrSchedule, count: Any) -> Any:
     return schedule(count) if callable(schedule) else schedule
 
 
-def _look_up(table: np.ndarray, count: Any) -> Any:
-    last = len(table) - 1
-    if isinstance(count, jax.Array):
-        # The type is named: JAX remembers a constant in the type that it was first traced in, also
-        # when x64 is enabled later.
-        return jnp.asarray(table, jnp.result_type(float))[jnp.clip(count, 0, last)]
-    return table[np.clip(count, 0, last)]
-
-
 def _fractions(steps: Any) -> np.ndarray:
-    steps = _check_tabulated(steps)
+    steps = check_tabulated(steps)
     return np.arange(steps + 1) / steps
 
 
@@ -461,7 +304,7 @@ def _prefix_sums(values: np.ndarray) -> np.ndarray:
 def _rise(threshold: ScalarOrSchedule, counts: np.ndarray) -> np.ndarray:
     if isinstance(threshold, ThresholdSchedule):
         # Before the first step, as after the last, the threshold stands still.
-        return np.where(counts < 0, 0.0, _look_up(np.append(threshold.increments, 0.0), counts))
+        return np.where(counts < 0, 0.0, look_up(np.append(threshold.increments, 0.0), counts))
     before, after = (evaluate("threshold", threshold, at) for at in (counts, counts + 1))
     return after - before
 
@@ -476,27 +319,4 @@ def _profile(l1: Callable[[Any], Any], steps: int) -> np.ndarray:
         raise ValueError(
             f"l1: it does not give a number for each x in an array of {steps}: {error}"
         ) from error
-    return _check_each("l1", profile)
-
-
-def _check_tabulated(steps: Any, name: str = "steps") -> int:
-    return check_steps(steps, name, _MOST_TABULATED)
-
-
-def _check_sum(what: str, values: np.ndarray) -> None:
-    with np.errstate(over="ignore"):
-        total = values.sum()
-    if not np.isfinite(total):
-        raise ValueError(
-            f"{what} sums to {total} over {len(values)} steps; allowed are finite sums"
-        )
-
-
-def _check_each(name: str, values: np.ndarray, prefix: str = "") -> np.ndarray:
-    wrong = ~(np.isfinite(values) & (values >= 0))
-    if wrong.any():
-        step = int(np.argmax(wrong))
-        raise ValueError(
-            f"{name}: {prefix}{values[step]} at step {step}; allowed are finite numbers >= 0"
-        )
-    return values
+    return check_each("l1", profile)

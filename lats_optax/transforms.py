@@ -5,24 +5,30 @@ is exact in every float type, because w + (0 - w) = 0. Nothing may rescale or ad
 afterwards: chain these last.
 """
 
-import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from lats_optax import masks
-from lats_optax.arguments import check_beside, check_state, check_transform
+from lats_optax.arguments import (
+    check_beside,
+    check_float_type,
+    check_params,
+    check_state,
+    check_transform,
+    checked_mask,
+)
+from lats_optax.arithmetic import difference, first_latent, living_difference, move, wider
 from lats_optax.controllers import Controller, as_controller, as_schedule
-from lats_optax.leaves import check_fits, compute_dtype
-from lats_optax.masks import MaskOrFunction, is_dense
+from lats_optax.latents import expand_threshold, is_latent, map_pruned, where_latent
+from lats_optax.masks import MaskOrFunction
+from lats_optax.numbers import check_steps
 from lats_optax.operators import Operator, as_operator
 from lats_optax.prox import prox_l1
 from lats_optax.pruned import PrunedUpdate, Scaled, as_pruned_update
-from lats_optax.thresholds import ScalarOrSchedule, check_steps
+from lats_optax.schedules import ScalarOrSchedule
 
 
 class SoftThresholdState(NamedTuple):
@@ -144,44 +150,31 @@ def soft_threshold(
     for other operators, Glentis Georgoulakis et al., "Feather" (BMVC 2023).
     """
     mask = masks.prunable if mask is None else mask
-    if latent_dtype is not None and not _is_float_type(latent_dtype):
-        raise ValueError(f"latent_dtype: {latent_dtype} is not a float type")
-    if latent_dtype is not None and jnp.dtype(latent_dtype).itemsize < 2:
-        raise ValueError(
-            f"latent_dtype: {jnp.dtype(latent_dtype)} is not allowed; allowed are float types of "
-            "16 bits or more"
-        )
+    if latent_dtype is not None:
+        check_float_type("latent_dtype", latent_dtype)
     if inner is not None:
         check_transform("inner", inner)
+        inner = optax.with_extra_args_support(inner)
     if freeze_after is not None:
         freeze_after = check_steps(freeze_after, "freeze_after")
     pruned_update = None if pruned_scale is None else as_pruned_update(pruned_scale)
     controller = as_controller(threshold)
     operator = controller.default_operator if operator is None else as_operator(operator)
     controller = controller.prepared(operator, freeze_after)
-    inner = None if inner is None else optax.with_extra_args_support(inner)
 
     def init(params: Any) -> SoftThresholdState:
         pruned = jax.tree.map(
             lambda chosen, leaf: _as_array(leaf) if chosen else optax.MaskedNode(),
-            _pruned(params, mask, operator),
+            checked_mask(params, mask, operator),
             params,
         )
         first, control_state = controller.init(pruned, operator)
-
-        def latent_of(leaf: jax.Array, d: jax.Array) -> jax.Array:
-            dtype = leaf.dtype if latent_dtype is None else latent_dtype
-            wide = leaf.astype(compute_dtype(dtype))
-            return operator.at(0).preimage(wide, d.astype(wide.dtype)).astype(dtype)
-
-        def latent_or_shape(leaf: Any, d: jax.Array) -> Any:
-            if not isinstance(leaf, jax.ShapeDtypeStruct):
-                return latent_of(leaf, d)
-            shape = jax.eval_shape(latent_of, leaf, d)
-            return leaf.update(dtype=shape.dtype)  # type: ignore[no-untyped-call]
-
-        latent = _map_pruned(latent_or_shape, pruned, expand_threshold(first, pruned))
-        inner_state = () if inner is None else inner.init(_where_latent(latent, params))
+        latent = map_pruned(
+            lambda w, d: first_latent(w, d, operator.at(0), latent_dtype),
+            pruned,
+            expand_threshold(first, pruned),
+        )
+        inner_state = () if inner is None else inner.init(where_latent(latent, params))
         return SoftThresholdState(
             jnp.zeros((), jnp.int32), first, latent, control_state, inner_state
         )
@@ -197,53 +190,54 @@ def soft_threshold(
     def update(
         updates: Any, state: SoftThresholdState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, SoftThresholdState]:
-        _require("soft_threshold", params)
+        check_params("soft_threshold", params)
         check_state(state, SoftThresholdState)
         check_beside("state", state.latent, params)
-        pruned = jax.tree.map(
-            lambda theta, w: not is_dense(theta), state.latent, params, is_leaf=is_dense
-        )
-        check_beside("updates", updates, params, needed=pruned)
+        check_beside("updates", updates, params, needed=is_latent(state.latent, params))
+
+        # Entering the frozen phase theta becomes w, and d becomes 0: w = S_d(theta) holds on.
         latent, frozen = state.latent, None
         if freeze_after is not None:
-            # Entering the frozen phase theta becomes w, and d becomes 0: w = S_d(theta) holds on.
             frozen = state.count >= freeze_after
-            latent = _map_pruned(
+            latent = map_pruned(
                 lambda theta, d: jnp.where(frozen, operator.at(state.count)(theta, d), theta),
                 latent,
                 expand_threshold(state.threshold, latent),
             )
+
+        # theta' = theta + update
         inner_state = state.inner_state
         if inner is not None:
             updates, inner_state = inner.update(
-                updates, inner_state, _where_latent(latent, params), **extra_args
+                updates, inner_state, where_latent(latent, params), **extra_args
             )
-        moved = _map_pruned(
-            lambda theta, u, w: _move(theta, restrained(u, w), frozen),
-            latent,
-            updates,
-            params,
+        latent = map_pruned(
+            lambda theta, u, w: move(theta, restrained(u, w), frozen), latent, updates, params
         )
+
+        # d'
         after, control_state = controller.update(
-            state.count, state.threshold, state.control, moved, operator
+            state.count, state.threshold, state.control, latent, operator
         )
         if frozen is not None:
             after = jnp.where(frozen, 0.0, after)
+
+        # w' = P_{d'}(theta')
         count = optax.safe_increment(state.count)
         shrink = operator.at(count)
-        new_updates = jax.tree.map(
-            lambda theta, d, u, w: (
-                u
-                if is_dense(theta)
-                else _living_difference(shrink(theta, d), jnp.asarray(w), jnp.asarray(u))
+        differences = map_pruned(
+            lambda theta, d, u, w: living_difference(
+                shrink(theta, d), jnp.asarray(w), jnp.asarray(u)
             ),
-            moved,
-            expand_threshold(after, moved),
+            latent,
+            expand_threshold(after, latent),
             updates,
             params,
-            is_leaf=is_dense,
         )
-        return new_updates, SoftThresholdState(count, after, moved, control_state, inner_state)
+        return (
+            where_latent(differences, updates),
+            SoftThresholdState(count, after, latent, control_state, inner_state),
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -290,14 +284,14 @@ def proximal_step(
     schedule = as_schedule("strength", strength)
 
     def init(params: Any) -> ProximalStepState:
-        _pruned(params, mask, operator)
+        checked_mask(params, mask, operator)
         return ProximalStepState(jnp.zeros((), jnp.int32))
 
     def update(
         updates: Any, state: ProximalStepState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, ProximalStepState]:
         del extra_args
-        _require("proximal_step", params)
+        check_params("proximal_step", params)
         check_state(state, ProximalStepState)
         pruned = masks.resolve(mask, params)
         check_beside("updates", updates, params, needed=pruned)
@@ -309,7 +303,7 @@ def proximal_step(
             if not chosen:
                 return u
             w, u = jnp.asarray(w), jnp.asarray(u)
-            return _difference(shrink(w + u.astype(w.dtype), current), w, u)
+            return difference(shrink(w + u.astype(w.dtype), current), w, u)
 
         new_updates = jax.tree.map(step, pruned, updates, params)
         return new_updates, ProximalStepState(count)
@@ -355,12 +349,12 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
         updates: Any, state: KeepSupportState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, KeepSupportState]:
         del extra_args
-        _require("keep_support", params)
+        check_params("keep_support", params)
         check_state(state, KeepSupportState)
         jax.eval_shape(masks.spread_support, state.support, params)
         check_beside("updates", updates, params, needed=jax.tree.map(lambda w: True, params))
         kept = jax.tree.map(
-            lambda alive, u, w: jnp.where(alive, u.astype(_wider(u, w)), -w.astype(_wider(u, w))),
+            lambda alive, u, w: jnp.where(alive, u.astype(wider(u, w)), -w.astype(wider(u, w))),
             state.support,
             updates,
             params,
@@ -370,163 +364,6 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-# --- one leaf -----------------------------------------------------------------------------------
-
-
 def _as_array(leaf: Any) -> Any:
     """An array, of a Python float too; the shape of one is left as it is."""
     return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
-
-
-def _is_float_type(dtype: Any) -> bool:
-    try:
-        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
-    except TypeError:
-        return False
-
-
-def _move(theta: jax.Array, update: Any, frozen: jax.Array | None) -> jax.Array:
-    wide = compute_dtype(theta.dtype)
-    moved = _rounded(theta.astype(wide) + jnp.asarray(update, wide), theta.dtype)
-    if frozen is None:
-        return moved
-    # A survivor that lands on zero exactly would be taken for dead from then on.
-    alive = jnp.where(moved == 0, _finfo(theta.dtype).tiny, moved)
-    return jnp.where(frozen, jnp.where(theta == 0, 0.0, alive), moved)
-
-
-def _difference(target: jax.Array, w: jax.Array, update: Any) -> jax.Array:
-    """The update w' - w, such that w + (w' - w) is zero where w' is."""
-    dtype = _wider(update, w)
-    wide = compute_dtype(dtype)
-    target = _alive(target.astype(wide), w.dtype).astype(wide)
-    return _rounded(target - w.astype(wide), dtype)
-
-
-def _living_difference(target: jax.Array, w: jax.Array, update: Any) -> jax.Array:
-    """The update w' - w, such that w + (w' - w) is zero where w' is and nowhere else.
-
-    Where w' is lost beside w, the rounded difference is -w and would prune a weight that is alive
-    in the latent weights; the next float towards zero leaves one ulp of it.
-    """
-    difference = _difference(target, w, update)
-    target = _alive(target.astype(compute_dtype(w.dtype)), w.dtype)
-    lost = (difference == -w.astype(difference.dtype)) & (target != 0)
-    return jnp.where(lost, difference * (1 - _finfo(difference.dtype).eps), difference)
-
-
-def _wider(update: Any, w: jax.Array) -> Any:
-    """The float type of the update, unless it is too narrow for w + (0 - w) to be zero."""
-    return update.dtype if update.dtype.itemsize > w.dtype.itemsize else w.dtype
-
-
-def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
-    """A float32 or float64 array in the given dtype, as every reader of it sees it.
-
-    XLA may leave out a rounding to sixteen bits where arithmetic in float32 follows. What is
-    compared with the threshold would then differ from what the state keeps.
-    """
-    info = _finfo(dtype)
-    if info.bits <= 16:
-        # reduce_precision takes subnormal numbers for zero, which in float16 are weights.
-        small = jnp.abs(x) < info.tiny.astype(x.dtype)
-        x = jnp.where(small, x, lax.reduce_precision(x, info.nexp, info.nmant))
-    return x.astype(dtype)
-
-
-def _alive(x: jax.Array, dtype: Any) -> jax.Array:
-    """As :func:`_rounded`, but what is not zero stays so: float16 would lose small weights."""
-    rounded = _rounded(x, dtype)
-    if rounded.dtype == x.dtype:
-        return rounded
-    least = jnp.copysign(_finfo(dtype).smallest_subnormal.astype(x.dtype), x).astype(dtype)
-    return jnp.where((rounded == 0) & (x != 0), least, rounded)
-
-
-def _finfo(dtype: Any) -> Any:
-    return jnp.finfo(dtype)  # type: ignore[no-untyped-call]
-
-
-# --- trees --------------------------------------------------------------------------------------
-
-
-def _map_pruned(function: Callable[..., Any], latent: Any, *rest: Any) -> Any:
-    return jax.tree.map(
-        lambda theta, *others: theta if is_dense(theta) else function(theta, *others),
-        latent,
-        *rest,
-        is_leaf=is_dense,
-    )
-
-
-def expand_threshold(threshold: jax.Array, latent: Any) -> Any:
-    """The threshold of each pruned leaf, in a tree like the latent weights.
-
-    Args:
-      threshold: of :class:`SoftThresholdState`: a scalar, or one for each pruned leaf.
-      latent: the latent weights of that state.
-
-    Returns:
-      A pytree of scalars, with `optax.MaskedNode` where ``latent`` has it.
-
-    Example:
-      >>> expand_threshold(jnp.array([0.5, 2.0]), {"a": jnp.ones(3), "b": jnp.ones(4)})
-      {'a': Array(0.5, dtype=float32), 'b': Array(2., dtype=float32)}
-    """
-    if jnp.ndim(threshold) == 0:
-        return _map_pruned(lambda theta: threshold, latent)
-    each = iter(range(len(threshold)))
-    return _map_pruned(lambda theta: threshold[next(each)], latent)
-
-
-def _where_latent(latent: Any, params: Any) -> Any:
-    """The parameters with the latent weights in the place of the pruned ones."""
-    return jax.tree.map(
-        lambda theta, w: w if is_dense(theta) else theta, latent, params, is_leaf=is_dense
-    )
-
-
-def _pairs(params: Any, pruned: Any) -> list[tuple[Any, bool]]:
-    return list(zip(jax.tree.leaves(params), jax.tree.leaves(pruned)))
-
-
-def _pruned(params: Any, mask: MaskOrFunction, operator: Operator) -> Any:
-    """The mask as a tree of bools, after a look at what it selects."""
-    pruned = masks.resolve(mask, params)
-    names = jax.tree.leaves(masks.paths(params))
-    selected: dict[str, Any] = {}
-    for name, (leaf, chosen) in zip(names, _pairs(params, pruned)):
-        dtype = jnp.result_type(leaf)
-        if chosen and not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(
-                f"mask: it selects {name}, which is {dtype}; only float parameters can be pruned"
-            )
-        if chosen and dtype.itemsize < 2:
-            # In eight bits a large weight becomes NaN, and w + (w' - w) is not w'.
-            raise ValueError(
-                f"mask: it selects {name}, which is {dtype}; allowed are float types of 16 bits or "
-                "more: keep the parameters in bfloat16, and cast the pruned ones afterwards"
-            )
-        if chosen:
-            selected[name] = leaf
-    check_fits("operator", operator, selected)
-    if names and not any(jax.tree.leaves(pruned)):
-        warnings.warn(
-            f"nothing is pruned: the mask selects none of {', '.join(names)}", stacklevel=3
-        )
-    # Parameters without leaves may also be optax's stand-ins (tree.map_params).
-    if not names and jax.tree.leaves(params, is_leaf=is_dense):
-        warnings.warn(
-            "nothing is pruned: a transform around this one, such as optax.masked or "
-            "optax.partition, masks every parameter",
-            stacklevel=3,
-        )
-    return pruned
-
-
-def _require(name: str, params: Any) -> None:
-    if params is None:
-        raise ValueError(
-            f"{name}: params is None; call update(updates, state, params) with the current "
-            "parameters"
-        )

@@ -20,6 +20,7 @@ from benchmarks import (
 from lats_optax import models, prox
 from lats_optax.training.config import (
     DataConfig,
+    ModelConfig,
     OptimizerConfig,
     PruneConfig,
     TrainConfig,
@@ -163,12 +164,13 @@ ENTRY %main (w: f32[64], g: bf16[8,8]) -> f32[64] {
 @pytest.fixture
 def small_preset(monkeypatch):
     """A config of a tiny model, which the benchmark takes for a preset of ImageNet."""
-    tiny.install(monkeypatch)
+    tiny.add_to_zoo(monkeypatch)
     monkeypatch.setattr(tpu_compile, "IMAGE_SHAPE", tiny.SHAPE)
     monkeypatch.setattr(tpu_compile, "CLASSES", tiny.CLASSES)
     monkeypatch.setattr(tpu_compile, "TRAINING_IMAGES", 640)
     return TrainConfig(
         data=DataConfig(batch_size=64),
+        model=ModelConfig(name="tiny"),
         optimizer=OptimizerConfig(warmup_epochs=1, decay="epoch"),
         epochs=10,
     )
@@ -224,7 +226,7 @@ def test_row_of_a_step_that_is_told_its_sparsity(small_preset, tmp_path):
 
 
 def test_throughput_of_dense_and_sparse_steps(monkeypatch, capsys):
-    tiny.install(monkeypatch)
+    tiny.add_to_zoo(monkeypatch)
     arguments = "--model tiny --image-size 4 --batch-size 4 --steps 1 --rounds 2"
     results = train_throughput.main(arguments.split())
     assert list(results) == ["dense", "sparse"]

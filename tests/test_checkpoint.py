@@ -1,7 +1,6 @@
 """Checkpoints: a run goes on as if it had not stopped, and nothing good is lost."""
 
 import dataclasses
-import itertools
 import json
 import signal
 
@@ -14,9 +13,9 @@ import lats_optax
 from lats_optax.training import loop
 from lats_optax.training.checkpoint import load_state, load_variables
 from lats_optax.training.config import PruneConfig
-from lats_optax.training.experiment import build
 from lats_optax.training.logging import read_metrics
 from tests import tiny
+from tests.runs import KilledError, assert_equal_runs, at_step, die
 
 SPARSE = PruneConfig(target_sparsity=0.75)
 
@@ -24,37 +23,6 @@ SPARSE = PruneConfig(target_sparsity=0.75)
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch, compile_once):
     tiny.install(monkeypatch)
-
-
-class KilledError(Exception):
-    pass
-
-
-def at_step(monkeypatch, step, act):
-    """Acts just before a step is taken."""
-
-    def train_step(self, pure, original=loop.DataParallel.train_step):
-        compiled, taken = original(self, pure), itertools.count(1)
-
-        def take(state, batch):
-            if next(taken) == step:
-                act()
-            return compiled(state, batch)
-
-        return take
-
-    monkeypatch.setattr(loop.DataParallel, "train_step", train_step)
-
-
-def die():
-    raise KilledError
-
-
-def assert_equal_runs(a, b):
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a.state), jax.device_get(b.state))
-    assert a.test_accuracy == b.test_accuracy
-    strip = lambda rs: [{k: v for k, v in r.items() if k != "images_per_second"} for r in rs]  # noqa: E731
-    assert strip(a.metrics) == strip(b.metrics)
 
 
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, monkeypatch):
@@ -174,7 +142,7 @@ def test_a_run_is_not_overwritten(tmp_path):
 
 
 def test_a_run_is_not_begun_twice(tmp_path):
-    experiment = build(tiny.config(tmp_path / "run", epochs=1))
+    experiment = tiny.build(tiny.config(tmp_path / "run", epochs=1))
     loop.fit(experiment)
     with pytest.raises(FileExistsError, match="is not empty"):
         loop.fit(experiment)
@@ -200,4 +168,4 @@ def test_resuming_with_another_config_is_refused(tmp_path):
     config = tiny.config(tmp_path / "run", epochs=1)
     loop.train(config)
     with pytest.raises(ValueError, match=r"seed is 1 and was 0"):
-        build(dataclasses.replace(config, resume=True, seed=1))
+        tiny.build(dataclasses.replace(config, resume=True, seed=1))

@@ -20,7 +20,8 @@ from lats_optax.data import prepare as preparing
 from lats_optax.data.tfds_source import Records, open_builder
 from lats_optax.training import loop
 from lats_optax.training.config import DataConfig, TrainConfig
-from lats_optax.training.experiment import build, initial_state
+from lats_optax.training.experiment import build
+from lats_optax.training.parallel import AXIS
 from tests import small_imagenet, tiny
 
 BROKEN = {"ILSVRC2012_val_00000004.JPEG", "n01440764_0.JPEG", "n01440764_3.JPEG"}
@@ -416,8 +417,7 @@ def test_fields_out_of_range_are_named(field, value):
         DataConfig(**{field: value})
 
 
-def test_nothing_to_evaluate_on_is_an_error(broken, tmp_path, monkeypatch, compile_once):
-    monkeypatch.setattr(tiny.models, "create", lambda name, **given: tiny.Model(**given))
+def test_nothing_to_evaluate_on_is_an_error(broken, tmp_path, compile_once):
     shard = broken / "imagenet2012/5.1.0/imagenet2012-validation.array_record-00000-of-00001"
     shutil.copytree(broken, tmp_path / "data")
     (tmp_path / "data" / shard.relative_to(broken)).write_bytes(b"")
@@ -428,8 +428,9 @@ def test_nothing_to_evaluate_on_is_an_error(broken, tmp_path, monkeypatch, compi
         image_size=8,
         skip_corrupt=True,
     )
-    experiment = build(TrainConfig(data=chosen, workdir=tmp_path / "run"))
-    state = experiment.parallel.replicate(initial_state(experiment))
+    model = tiny.Model(num_classes=1000, axis_name=AXIS)
+    experiment = build(TrainConfig(data=chosen, workdir=tmp_path / "run"), model=model)
+    state = experiment.parallel.replicate(experiment.initial_state())
     with pytest.raises(data.CorruptRecordError, match="every record that 'imagenet2012' is"):
         loop.evaluate(experiment, state)
 
@@ -508,8 +509,9 @@ def test_images_of_another_colour_space_or_format_become_rgb_jpegs():
 
 
 def test_a_run_skips_counts_and_says_so(broken, tmp_path, monkeypatch, capsys, compile_once):
-    monkeypatch.setattr(tiny.models, "create", lambda name, **given: tiny.Model(**given))
+    tiny.add_to_zoo(monkeypatch)
     arguments = ["digits", "--data.name", "imagenet2012", "--data.data-dir", str(broken)]
+    arguments += ["--model.name", "tiny"]
     arguments += ["--data.image-size", "8", "--data.batch-size", "8", "--epochs", "2"]
     workdir = tmp_path / "run"
     assert cli.train([*arguments, "--workdir", str(workdir)]) == 1

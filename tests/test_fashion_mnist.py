@@ -120,9 +120,10 @@ def test_prepared_and_trained_on(tmp_path, capfd, monkeypatch, compile_once):
     files, data_dir = write(tmp_path / "files"), tmp_path / "data"
     assert prepare(capfd, "fashion_mnist", "--from", files, "--data-dir", data_dir)[0] == 0
     # A model that compiles faster for eight devices than the one of the preset.
-    monkeypatch.setattr(tiny.models, "create", lambda name, **given: tiny.Model(**given))
+    tiny.add_to_zoo(monkeypatch)
     arguments = ["fashion-mnist-lats", "--data.data-dir", str(data_dir), "--data.batch-size", "8"]
-    arguments += ["--epochs", "1", "--model.width", "None", "--workdir", str(tmp_path / "run")]
+    arguments += ["--model.name", "tiny", "--model.width", "None"]
+    arguments += ["--epochs", "1", "--workdir", str(tmp_path / "run")]
     assert cli.train(arguments) == 0
     out = capfd.readouterr().out
     assert "95.0" in out

@@ -1,7 +1,6 @@
 """Sparse files: bit for bit what was saved, small, and nothing but an error when they are wrong."""
 
 import hashlib
-import json
 import math
 import os
 import resource
@@ -19,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lats_optax import files, load_sparse, models, read_metadata, save_sparse
+from tests.signed import write_signed
 
 DTYPES = [*files._DTYPES.values()]
 
@@ -356,15 +356,6 @@ def test_foreign_files(path):
 
 
 # --- hostile files, whose checksum is right -------------------------------------------------------
-
-
-def write_signed(path, tensors, layout, **texts):
-    """A file as `save_sparse` would sign it, of any layout: a dict, or text as it is."""
-    text = layout if isinstance(layout, str) else json.dumps(layout)
-    metadata = {"lats_optax": text, "sha256": "0" * 64, **texts}
-    data = safetensors.numpy.save(tensors, metadata)
-    digest = hashlib.sha256(data).hexdigest().encode()
-    path.write_bytes(data.replace(b'"sha256":"' + b"0" * 64, b'"sha256":"' + digest))
 
 
 def u1(*values):

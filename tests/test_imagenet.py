@@ -23,7 +23,7 @@ from lats_optax.training.checkpoint import load_variables
 from lats_optax.training.logging import read_metrics
 from lats_optax.training.presets import PRESETS
 from tests import small_imagenet
-from tests.test_checkpoint import at_step
+from tests.runs import at_step
 
 TRAIN, VALIDATION, BATCH, SIZE, WIDTH = 40, 21, 16, 64, 0.125
 STEPS = 2 * (TRAIN // BATCH)

@@ -11,14 +11,14 @@ import pytest
 
 import lats_optax
 from lats_optax.training import experiment as experiments
-from lats_optax.training import loop, workdir
+from lats_optax.training import workdir
 from lats_optax.training.checkpoint import load_state, load_variables
 from lats_optax.training.config import PruneConfig, TrainConfig, check_resumable, to_json
 from lats_optax.training.export import load_model, save_model
 from lats_optax.training.optimizer import make_optimizer
 from tests import tiny
-from tests.test_checkpoint import assert_equal_runs, at_step
-from tests.test_training_phases import BEFORE, EARLY, plain_steps
+from tests.runs import BEFORE, EARLY, assert_equal_runs, at_step, plain_steps
+from tests.tiny import variables
 
 FINE = PruneConfig(mode="fine-tuning")
 TARGET = PruneConfig(target_sparsity=0.75)
@@ -27,24 +27,7 @@ WATCHED = {"average_decay": 0.9, "log_every": 1}  # as other tests have it: comp
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch, compile_once):
-    tiny.install(monkeypatch)
-
-
-def variables(classes=tiny.CLASSES, seed=0):
-    """Weights of the tiny model, 60 % of the kernels zero, and statistics of no batch."""
-    rng = np.random.default_rng(seed)
-    model = tiny.Model(num_classes=classes)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *tiny.SHAPE)))
-
-    def draw(like):
-        drawn = rng.uniform(0.1, 0.5, like.shape) * rng.choice([-1, 1], like.shape)
-        return np.where(rng.random(like.shape) < 0.6 * (len(like.shape) > 1), 0, drawn)
-
-    drawn = jax.tree.map(lambda like: draw(like).astype(np.float32), shapes)
-    return {
-        "params": drawn["params"],
-        "batch_stats": jax.tree.map(np.abs, drawn["batch_stats"]),
-    }
+    tiny.add_to_zoo(monkeypatch)
 
 
 @pytest.fixture
@@ -71,7 +54,7 @@ def zeros(params):
 )
 def test_a_run_ends_in_files_of_its_weights(tmp_path, prune):
     config = tiny.config(tmp_path / "run", prune=prune, **WATCHED)
-    result = loop.train(config, jax.devices()[: 8 if prune is TARGET else 2])
+    result = tiny.train(config, jax.devices()[: 8 if prune is TARGET else 2])
     state = jax.device_get(result.state)
     saved = load_model(tmp_path / "run" / "model.safetensors")
     exact = state.params
@@ -118,11 +101,11 @@ def test_overwrite_removes_the_files_of_a_run(tmp_path):
 def test_fine_tuning_is_masked_sgd(tmp_path, initial):
     """The zeros are exactly the file's and the survivors move, as in a loop of another's."""
     config = tiny.config(tmp_path / "run", prune=FINE, initial=initial)
-    first = loop.train(config, jax.devices()[:1])
+    first = tiny.train(config, jax.devices()[:1])
     # Once more, from the copy of the file in the run that this one throws away.
     copy = config.workdir / "initial.safetensors"
     again = dataclasses.replace(config, overwrite=True, initial=copy)
-    result = loop.train(again, jax.devices()[:1])
+    result = tiny.train(again, jax.devices()[:1])
     equal(first.state, result.state)
     start = variables()
     alive = jax.tree.map(lambda w: (w != 0) if w.ndim > 1 else np.ones(w.shape), start["params"])
@@ -132,7 +115,7 @@ def test_fine_tuning_is_masked_sgd(tmp_path, initial):
         optax.sgd(rate, momentum=0.9),
         optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, alive)),
     )
-    batches = [b for _, b in zip(range(18), tiny.dataset().train_batches(8, seed=0))]
+    batches = [b for _, b in zip(range(18), tiny.make_dataset().train_batches(8, seed=0))]
     params = jax.tree.map(jnp.asarray, start["params"])
     expected = plain_steps(params, start["batch_stats"], tx, tx.init(params), batches)
     state = jax.device_get(result.state)
@@ -154,14 +137,12 @@ def test_a_fine_tuning_step_is_the_step_of_the_frozen_phase(tmp_path, initial):
     programs = []
     for prune in (FINE, EARLY):
         config = tiny.config(tmp_path / "run", prune=prune, initial=initial)
-        model, optimizer = tiny.Model(), make_optimizer(config, steps_per_epoch=6)
-        frozen = optimizer.frozen is not None
-        step = experiments.make_train_step(config, model, optimizer, frozen=frozen)
-        tx = optimizer.frozen or optimizer.transform
+        model, phase = tiny.Model(), make_optimizer(config, steps_per_epoch=6).phases[-1]
+        step, tx = experiments.bind_step(config, model, phase), phase.transform
         state = jax.eval_shape(
             lambda model=model, tx=tx: experiments.create_state(model, tx, tiny.SHAPE, 0)
         )
-        batch = next(iter(tiny.dataset().train_batches(8, seed=0)))
+        batch = next(iter(tiny.make_dataset().train_batches(8, seed=0)))
         taken = lambda state, batch, step=step: step(state, batch, lambda tree: tree)  # noqa: E731
         programs.append(jax.jit(taken).lower(state, batch).as_text())
     assert programs[0] == programs[1]
@@ -171,8 +152,8 @@ def test_a_fine_tuning_step_is_the_step_of_the_frozen_phase(tmp_path, initial):
 @pytest.mark.parametrize("prune", [PruneConfig(), TARGET], ids=["dense", "during-training"])
 def test_any_run_can_begin_from_a_file(tmp_path, initial, prune):
     config = tiny.config(tmp_path / "run", prune=prune, initial=initial, average_decay=0.9)
-    ready = experiments.build(config, jax.devices()[:1])
-    state = experiments.initial_state(ready)
+    ready = tiny.build(config, jax.devices()[:1])
+    state = ready.initial_state()
     equal({"params": state.params, "batch_stats": state.batch_stats}, variables())
     equal(tuple(state.average), (state.params, state.batch_stats))
     if prune is TARGET:
@@ -191,15 +172,15 @@ def test_a_resumed_run_needs_its_work_directory_alone(tmp_path, monkeypatch, ini
     fine = prune is FINE
     watched, devices = ({}, 1) if fine else (WATCHED, 2)
     watched |= {"prune": prune, "initial": initial}
-    straight = loop.train(tiny.config(tmp_path / "straight", **watched), jax.devices()[:devices])
+    straight = tiny.train(tiny.config(tmp_path / "straight", **watched), jax.devices()[:devices])
     config = tiny.config(tmp_path / "stopped", **watched)
     with monkeypatch.context() as context:
         at_step(context, 4, lambda: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt, match="after step 4;"):
-            loop.train(config, jax.devices()[:devices])
+            tiny.train(config, jax.devices()[:devices])
     assert not (config.workdir / "model.safetensors").exists()
     initial.unlink()
-    resumed = loop.train(dataclasses.replace(config, resume=True), jax.devices()[:devices])
+    resumed = tiny.train(dataclasses.replace(config, resume=True), jax.devices()[:devices])
     assert_equal_runs(straight, resumed)
     equal(*(load_model(run.model.path).variables for run in (straight, resumed)))
 
@@ -209,10 +190,10 @@ def test_what_a_run_began_from_is_not_exchanged(tmp_path, initial):
     # Where there is no checkpoint yet, the run begins anew, from the file that is named now.
     config.workdir.mkdir()
     (config.workdir / "initial.safetensors").write_bytes(b"of a run that was killed")
-    loop.train(dataclasses.replace(config, resume=True), jax.devices()[:1])
+    tiny.train(dataclasses.replace(config, resume=True), jax.devices()[:1])
     other = dataclasses.replace(config, resume=True, initial=tmp_path / "other")
     with pytest.raises(ValueError, match=r"initial is '.*other' and was '.*initial/model"):
-        experiments.build(other)
+        tiny.build(other)
 
 
 def test_a_checkpoint_that_is_older_than_a_field_can_be_resumed(tmp_path):
@@ -265,18 +246,17 @@ def test_a_file_that_a_run_cannot_begin_from_is_named(tmp_path, write, words):
     path = tmp_path / "file"
     write(path)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
-        experiments.build(tiny.config(tmp_path / "run", prune=FINE, initial=path))
+        tiny.build(tiny.config(tmp_path / "run", prune=FINE, initial=path))
     for word in [str(path), *words]:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
-def test_images_of_another_shape_are_named_with_the_arrays(tmp_path, monkeypatch, initial):
-    wider = dataclasses.replace(tiny.dataset(), image_shape=(4, 8, 1))
-    monkeypatch.setattr(experiments.data, "load", lambda name, **settings: wider)
+def test_images_of_another_shape_are_named_with_the_arrays(tmp_path, initial):
+    wider = dataclasses.replace(tiny.make_dataset(), image_shape=(4, 8, 1))
     with pytest.raises(ValueError, match=r"\[4, 8, 1\]: params/Dense_0/kernel is .*\[128, 3\] and"):
-        experiments.build(tiny.config(tmp_path / "run", initial=initial))
+        tiny.build(tiny.config(tmp_path / "run", initial=initial), dataset=wider)
 
 
 @pytest.mark.parametrize(

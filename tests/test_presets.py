@@ -138,12 +138,13 @@ def test_the_step_of_a_preset_needs_no_data(name):
     config = PRESETS[name].config
     model = experiment.make_model(config, classes)
     optimizer = make_optimizer(config, steps_per_epoch=10)
-    step = experiment.make_train_step(config, model, optimizer)
+    (phase,) = optimizer.phases
+    step = experiment.bind_step(config, model, phase)
     batch = {
         "image": jax.ShapeDtypeStruct((1, 2, size, size, 3), jnp.float32),
         "label": jax.ShapeDtypeStruct((1, 2), jnp.int32),
     }
-    state = jax.eval_shape(lambda: experiment.make_state(config, model, optimizer, (size, size, 3)))
+    state = jax.eval_shape(experiment.bind_state(config, model, phase, (size, size, 3)))
     mean = lambda tree: jax.lax.pmean(tree, "replica")  # noqa: E731
     replicas = jax.vmap(
         lambda state, batch: step(state, batch, mean),
@@ -168,7 +169,7 @@ def test_published_thresholds_can_be_given(capsys):
         raise ValueError("far enough")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "build", build)
+        patch.setattr(experiment, "build", build)
         for name in ("imagenet-resnet50-s-lats", "imagenet-resnet50-pgh"):
             options = ["--prune.target-sparsity", "None", "--prune.final-threshold", "0.01"]
             assert cli.train([name, *options]) == 2

@@ -11,13 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from lats_optax.training import loop
 from lats_optax.training.checkpoint import load_variables
 from lats_optax.training.config import PruneConfig
 from lats_optax.training.export import load_model, save_model
 from lats_optax.training.logging import read_metrics
 from tests import tiny
-from tests.test_initial import variables
 
 PROGRAM = """
 import sys
@@ -26,8 +24,8 @@ import jax, pytest
 from tests import test_processes
 _, port, index, workdir, mode = sys.argv
 with pytest.MonkeyPatch.context() as patch:
-    test_processes.tiny.install(patch)
-    result = test_processes.loop.train(
+    test_processes.tiny.add_to_zoo(patch)
+    result = test_processes.tiny.train(
         test_processes.config(
             Path(workdir),
             mode,
@@ -65,8 +63,8 @@ def digest(state):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", RUNS)
 def test_two_processes_train_as_one(tmp_path, monkeypatch, mode):
-    tiny.install(monkeypatch)
-    save_model(tmp_path / "initial.safetensors", tiny.Model(), variables(), tiny.SHAPE)
+    tiny.add_to_zoo(monkeypatch)
+    save_model(tmp_path / "initial.safetensors", tiny.Model(), tiny.variables(), tiny.SHAPE)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -94,7 +92,7 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch, mode):
     ends = [re.search("ended with (.*)\\.", output)[1] for output in outputs]
     assert ends[0] == ends[1]
 
-    one = loop.train(config(tmp_path / "one", mode), jax.devices()[:4])
+    one = tiny.train(config(tmp_path / "one", mode), jax.devices()[:4])
     saved = load_model(tmp_path / "two" / "model.safetensors")
     expected = load_model(one.model.path)
     for found in (load_variables(tmp_path / "two"), saved.variables):

@@ -17,7 +17,7 @@ from benchmarks.quality import picture, plan, run, search, statistics, table, wo
 from benchmarks.quality.image_models import as_matrix_product
 from benchmarks.quality.methods import Method, default, dense
 from benchmarks.quality.peers.base import Setting
-from benchmarks.quality.results import Rate, Result, Results, read
+from benchmarks.quality.results import Key, Rate, Result, Results, read
 from benchmarks.quality.search import Search, Tried
 from benchmarks.quality.tasks import Task, all_tasks
 from benchmarks.quality.training import Outcome, Problem, fit
@@ -319,7 +319,9 @@ def made_up(method="lats_optax", target=0.9, seed=0, value=0.5, **fields):
         "machine": "abacus, 2 cores",
     }
     named = {"method": method, "target": target, "seed": seed, "value": value}
-    return Result(**{**defaults, **named, **fields})
+    fields = {**defaults, **named, **fields}
+    key = Key(**{name: fields.pop(name) for name in Key._fields})
+    return Result(key, **fields)
 
 
 def collected(*lines):

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from lats_optax.training import loop
 from lats_optax.training.config import PruneConfig, TrainConfig
 from tests import tiny
 
@@ -16,15 +15,13 @@ BATCHES = 4
 CHANNELS = PruneConfig(target_sparsity=0.5, structure="output-channels", include=("Conv_0/kernel",))
 
 
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch, compile_once):
-    tiny.install(monkeypatch)
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 def statistics_of(params, seed):
     """Means over the first batches of the mean and the variance of what is normalised."""
     model, found = tiny.Model(), []
-    batches = tiny.dataset().train_batches(8, seed=seed, shard_index=0, shard_count=1)
+    batches = tiny.make_dataset().train_batches(8, seed=seed, shard_index=0, shard_count=1)
     with contextlib.closing(batches):
         for batch in itertools.islice(batches, BATCHES):
             _, sown = model.apply(
@@ -43,7 +40,7 @@ def statistics_of(params, seed):
 @pytest.mark.parametrize("devices", [8, pytest.param(1, marks=pytest.mark.slow)])
 def test_statistics_are_those_of_the_weights(tmp_path, devices):
     config = tiny.config(tmp_path / "run", prune=CHANNELS, recalibrate=BATCHES, average_decay=0.9)
-    found = loop.train(config, jax.devices()[:devices]).state
+    found = tiny.train(config, jax.devices()[:devices]).state
     # Averages are evaluated where the weights are not zero.
     averages = jax.tree.map(lambda a, w: a * (w != 0), found.average.params, found.params)
     averages["Dense_0"] = found.average.params["Dense_0"]
@@ -59,7 +56,7 @@ def test_statistics_are_those_of_the_weights(tmp_path, devices):
         )
     # What is trained does not depend on statistics that training does not look at.
     plain = dataclasses.replace(config, recalibrate=0, workdir=tmp_path / "plain")
-    without = loop.train(plain, jax.devices()[:devices]).state
+    without = tiny.train(plain, jax.devices()[:devices]).state
     jax.tree.map(np.testing.assert_array_equal, found.params, without.params)
     running = jax.tree.leaves(without.batch_stats)
     assert not all(map(np.array_equal, jax.tree.leaves(found.batch_stats), running))

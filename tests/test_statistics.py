@@ -2,14 +2,12 @@
 
 import dataclasses
 import signal
-import struct
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tensorboardX.proto import event_pb2
 
 import lats_optax
 from lats_optax import prox
@@ -18,16 +16,14 @@ from lats_optax.training.config import PruneConfig
 from lats_optax.training.logging import read_metrics
 from lats_optax.training.statistics import BINS
 from tests import tiny
-from tests.test_checkpoint import assert_equal_runs, at_step
+from tests.runs import assert_equal_runs, at_step, events
 
 # One program for the tests that need no other.
 WATCHED = {"prune": PruneConfig(target_sparsity=0.75), "average_decay": 0.9, "log_every": 1}
 SIZES = {"Conv_0/kernel": 72, "Dense_0/kernel": 384}  # of tests.tiny
 
 
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch, compile_once):
-    tiny.install(monkeypatch)
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 # A layer, by hand
@@ -147,24 +143,9 @@ def weights_of(result):
     return [record for record in result.metrics if record["split"] == "weights"]
 
 
-def events(workdir):
-    """What TensorBoard would read: the values of each tag, by step."""
-    found = {}
-    for path in workdir.glob("events.out.tfevents.*"):
-        data = path.read_bytes()
-        while data:
-            # Length, its checksum, the event, its checksum.
-            (length,) = struct.unpack("<Q", data[:8])
-            event = event_pb2.Event.FromString(data[12 : 12 + length])
-            data = data[16 + length :]
-            for value in event.summary.value:
-                found.setdefault(value.tag, {})[event.step] = value
-    return found
-
-
 def test_a_run_logs_its_weights(tmp_path):
     config = tiny.config(tmp_path / "run", **WATCHED, eval_every=2)
-    result = loop.train(config, jax.devices()[:2])
+    result = tiny.train(config, jax.devices()[:2])
     records = weights_of(result)
     assert [(record["step"], record["epoch"]) for record in records] == [(12, 2), (18, 3)]
     assert records == [r for r in read_metrics(tmp_path / "run/metrics.jsonl") if "layers" in r]
@@ -208,7 +189,7 @@ def test_a_run_logs_its_weights(tmp_path):
 def test_a_resumed_run_compares_with_the_evaluation_before_it_stopped(tmp_path, monkeypatch):
     """The checkpoint is of step 9, the support in it of step 6: what step 12 is compared with."""
     devices = jax.devices()[:2]
-    straight = loop.train(tiny.config(tmp_path / "straight", **WATCHED), devices)
+    straight = tiny.train(tiny.config(tmp_path / "straight", **WATCHED), devices)
     config = tiny.config(tmp_path / "stopped", **WATCHED)
     seen = []
     with monkeypatch.context() as context:
@@ -221,7 +202,7 @@ def test_a_resumed_run_compares_with_the_evaluation_before_it_stopped(tmp_path, 
         context.setattr(loop.Checkpoints, "save", spy)
         at_step(context, 9, lambda: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt, match="after step 9;"):
-            loop.train(config, devices)
+            tiny.train(config, devices)
     (_, params, support), (step, later, saved) = seen
     assert step == 9
     jax.tree.map(np.testing.assert_array_equal, saved, support)
@@ -231,10 +212,10 @@ def test_a_resumed_run_compares_with_the_evaluation_before_it_stopped(tmp_path, 
     jax.tree.map(np.testing.assert_array_equal, support, of_six)
     assert any((a != b).any() for a, b in zip(of_six, of_nine)), "nothing that could be mistaken"
 
-    resumed = loop.train(dataclasses.replace(config, resume=True), devices)
+    resumed = tiny.train(dataclasses.replace(config, resume=True), devices)
     assert_equal_runs(straight, resumed)
     assert [record["step"] for record in weights_of(resumed)] == [6, 12, 18]
-    again = loop.train(dataclasses.replace(config, resume=True), devices)
+    again = tiny.train(dataclasses.replace(config, resume=True), devices)
     assert weights_of(again) == weights_of(straight)
     assert {p: w.zeros for p, w in again.weights.items()} == {
         p: w.zeros for p, w in straight.weights.items()

@@ -30,17 +30,15 @@ from tests import tiny
 SPARSE = PruneConfig(target_sparsity=0.75)
 
 
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch, compile_once):
-    tiny.install(monkeypatch)
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 def by_hand(config):
     """What a loop written out begins with."""
-    model, tx = tiny.Model(), make_optimizer(config, steps_per_epoch=6).transform
+    model, tx = tiny.Model(), make_optimizer(config, steps_per_epoch=6).phases[0].transform
     variables = model.init(jax.random.key(0), jnp.zeros((1, *tiny.SHAPE)), train=False)
     params, stats = variables["params"], variables["batch_stats"]
-    return tiny.dataset(), model, tx, params, stats, tx.init(params)
+    return tiny.make_dataset(), model, tx, params, stats, tx.init(params)
 
 
 def params_of(result):
@@ -55,7 +53,7 @@ def params_of(result):
 )
 def test_a_run_is_the_plain_loop(tmp_path, devices, prune):
     config = tiny.config(tmp_path / "run", prune=prune, label_smoothing=0.1)
-    result = loop.train(config, jax.devices()[:devices])
+    result = tiny.train(config, jax.devices()[:devices])
 
     # The oracle: one device, no axis, optax's own loss.
     dataset, model, tx, params, stats, opt_state = by_hand(config)
@@ -93,7 +91,7 @@ def test_a_run_is_the_plain_loop(tmp_path, devices, prune):
 
 def test_target_sparsity_is_met_and_logged_in_one_compilation(tmp_path, monkeypatch):
     traces = tiny.count_calls(monkeypatch, experiments, "train_step")
-    result = loop.train(tiny.config(tmp_path / "run", prune=SPARSE))
+    result = tiny.train(tiny.config(tmp_path / "run", prune=SPARSE))
     kernels = [p for p in jax.tree.leaves(params_of(result)) if p.ndim >= 2]
     zeros, size = sum((k == 0).sum() for k in kernels), sum(k.size for k in kernels)
     assert zeros == round(0.75 * size)
@@ -109,12 +107,12 @@ def test_target_sparsity_is_met_and_logged_in_one_compilation(tmp_path, monkeypa
 )
 def test_evaluation_counts_every_image_once(tmp_path, devices, batch_size):
     config = tiny.config(tmp_path, data=DataConfig(name="tiny", batch_size=batch_size))
-    experiment = experiments.build(config, jax.devices()[:devices])
-    state = experiments.initial_state(experiment)
+    experiment = tiny.build(config, jax.devices()[:devices])
+    state = experiment.initial_state()
     result = loop.evaluate(experiment, experiment.parallel.replicate(state))
 
     variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
-    examples = tiny.dataset().sources["test"]
+    examples = tiny.make_dataset().sources["test"]
     correct, loss = 0, 0.0
     for example in examples:
         logits = np.asarray(tiny.Model().apply(variables, example["image"][None], train=False))[0]
@@ -161,14 +159,14 @@ def test_a_named_sparsity_follows_the_curve_of_every_schedule(schedule, beta):
     how = {"schedule": schedule, "beta": beta, "operator": "soft"}
     prune = PruneConfig(0.8, **how, reach=1.0, update_every=1)
     target = TrainConfig(optimizer=sgd, prune=prune, epochs=4)
-    tx = make_optimizer(target, steps_per_epoch=5).transform
+    tx = make_optimizer(target, steps_per_epoch=5).phases[0].transform
     weights = jax.random.normal(jax.random.key(0), (20, 50))
     quantile = float(jnp.sort(jnp.abs(weights).ravel())[799])
     # Whose thresholds are the published ones: tests/test_thresholds.py.
     open_loop = TrainConfig(
         optimizer=sgd, prune=PruneConfig(final_threshold=quantile, **how), epochs=4
     )
-    reference = make_optimizer(open_loop, steps_per_epoch=5).transform
+    reference = make_optimizer(open_loop, steps_per_epoch=5).phases[0].transform
     update, update_reference = jax.jit(tx.update), jax.jit(reference.update)
 
     def threshold(state):
@@ -205,7 +203,7 @@ def test_long_curves_are_followed_to_their_end(schedule, beta):
 @pytest.mark.parametrize(("schedule", "beta"), [*RISING[:3], ("pgh", 0.5), ("constant", None)])
 def test_every_schedule_ends_at_the_final_threshold(schedule, beta):
     prune = PruneConfig(final_threshold=0.02, schedule=schedule, beta=beta)
-    tx = make_optimizer(TrainConfig(prune=prune, epochs=2), steps_per_epoch=3).transform
+    tx = make_optimizer(TrainConfig(prune=prune, epochs=2), steps_per_epoch=3).phases[0].transform
     params = {"kernel": jnp.ones((2, 2))}
     state = tx.init(params)
     for _ in range(6):
@@ -215,7 +213,7 @@ def test_every_schedule_ends_at_the_final_threshold(schedule, beta):
 
 def test_excluded_layers_stay_dense():
     prune = PruneConfig(final_threshold=10.0, exclude=("head",))
-    tx = make_optimizer(TrainConfig(prune=prune, epochs=1), steps_per_epoch=1).transform
+    tx = make_optimizer(TrainConfig(prune=prune, epochs=1), steps_per_epoch=1).phases[0].transform
     params = {"stem": jnp.ones((2, 2)), "head": jnp.ones((2, 2))}
     updates, _ = tx.update(params, tx.init(params), params)
     params = optax.apply_updates(params, updates)
@@ -233,7 +231,7 @@ def test_weight_decay_on_latent_and_on_weights_differ_as_told():
             prune=PruneConfig(final_threshold=0.2, schedule="constant", weight_decay_on=where),
             epochs=1,
         )
-        tx = make_optimizer(config, steps_per_epoch=1).transform
+        tx = make_optimizer(config, steps_per_epoch=1).phases[0].transform
         updates, _ = tx.update(zeros, tx.init(params), params)
         updated[where] = float(optax.apply_updates(params, updates)["kernel"][0, 0])
     # The latent weight is 0.7, the weight 0.5.
@@ -251,7 +249,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
             tmp_path / str(log_every), optimizer=rate, log_every=log_every, epochs=9
         )
         with pytest.raises(loop.NonFiniteError, match=r"at step \d+; ") as error:
-            loop.train(config)
+            tiny.train(config)
         messages.append(str(error.value).split(";")[0])
         assert not any((config.workdir / "checkpoints").glob("*/commit_success.txt"))
         for record in read_metrics(config.workdir / "metrics.jsonl"):
@@ -273,7 +271,7 @@ def test_the_last_good_checkpoint_is_named(tmp_path, monkeypatch):
     with pytest.raises(
         loop.NonFiniteError, match=r"nan at step 9; the last good .*checkpoints/6\."
     ):
-        loop.train(config)
+        tiny.train(config)
     assert (config.workdir / "checkpoints" / "6").is_dir()
 
 
@@ -284,7 +282,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
         tmp_path / "run", optimizer=rate, data=DataConfig(name="tiny", batch_size=48), epochs=1
     )
     with pytest.raises(loop.NonFiniteError, match="after step 1; no checkpoint"):
-        loop.train(config)
+        tiny.train(config)
     assert not any((config.workdir / "checkpoints").glob("*/commit_success.txt"))
 
 
@@ -349,14 +347,14 @@ def test_a_value_that_is_not_allowed_is_named(make, words):
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):
     config = tiny.config(tmp_path / "run", data=DataConfig(name="tiny", batch_size=64))
     with pytest.raises(ValueError, match="at most 53"):
-        experiments.build(config)
+        tiny.build(config)
     assert not (tmp_path / "run").exists()
 
 
 def test_an_expression_that_matches_nothing_is_refused(tmp_path):
     config = tiny.config(tmp_path / "run", prune=PruneConfig(0.9, exclude=("Dens_0",)))
     with pytest.raises(ValueError, match="Dens_0"):
-        experiments.build(config)
+        tiny.build(config)
 
 
 @pytest.mark.parametrize(
@@ -391,7 +389,7 @@ def test_bfloat16_trains_with_float32_parameters(tmp_path):
         prune=SPARSE,
         average_decay=0.9,
     )
-    result = loop.train(config, jax.devices()[:2])
+    result = tiny.train(config, jax.devices()[:2])
     state = jax.device_get(result.state)
     for leaf in jax.tree.leaves((state.params, state.average)):
         assert leaf.dtype == np.float32
@@ -408,7 +406,7 @@ def test_bfloat16_trains_with_float32_parameters(tmp_path):
 def test_averaged_weights_are_evaluated_and_kept_sparse(tmp_path, monkeypatch, prune):
     traces = tiny.count_calls(monkeypatch, experiments, "eval_step")
     config = tiny.config(tmp_path / "run", prune=prune, average_decay=0.8)
-    result = loop.train(config)
+    result = tiny.train(config)
     assert len(traces) == 1
 
     plain, kept = load_variables(config.workdir), load_variables(config.workdir, averaged=True)
@@ -427,7 +425,7 @@ def test_averaged_weights_are_evaluated_and_kept_sparse(tmp_path, monkeypatch, p
     # The average itself is dense: without `restrict` its zeros would be lost.
     assert not lats_optax.sparsity(average.params).zeros
 
-    examples = tiny.dataset().sources["test"]
+    examples = tiny.make_dataset().sources["test"]
     images, labels = (np.stack([e[key] for e in examples]) for key in ("image", "label"))
     found = np.argmax(tiny.Model().apply(kept, images, train=False), axis=1)
     assert result.test_accuracy_averaged == pytest.approx(np.mean(found == labels))
@@ -437,7 +435,7 @@ def test_averaged_weights_are_evaluated_and_kept_sparse(tmp_path, monkeypatch, p
 
 
 def test_a_run_without_an_average_has_none_to_load(tmp_path):
-    result = loop.train(tiny.config(tmp_path / "run", epochs=1))
+    result = tiny.train(tiny.config(tmp_path / "run", epochs=1))
     assert result.state.average == ()
     assert result.test_accuracy_averaged is None
     with pytest.raises(ValueError, match=r"averaged is True; allowed .* average_decay"):
@@ -451,7 +449,7 @@ def test_parts_of_a_batch_are_one_step(tmp_path):
     """Two devices and two parts each, against a loop by hand over the two global parts."""
     optimizer = OptimizerConfig(learning_rate=0.05, weight_decay=1e-3, accumulate=2)
     config = tiny.config(tmp_path / "run", prune=SPARSE, optimizer=optimizer)
-    result = loop.train(config, jax.devices()[:2])
+    result = tiny.train(config, jax.devices()[:2])
 
     dataset, model, tx, params, stats, opt_state = by_hand(config)
 
@@ -484,7 +482,7 @@ def test_parts_of_a_batch_are_one_step(tmp_path):
 
 def test_replicas_see_their_own_part_of_the_batch():
     parallel = DataParallel()
-    step = parallel.eval_step(
+    step = parallel.compile_sums(
         lambda state, batch, total: (
             total(batch["x"].sum()),
             total(jnp.float32(batch["x"].size)),

@@ -10,7 +10,7 @@ import pytest
 
 import lats_optax
 from lats_optax import prox
-from lats_optax.training import checkpoint, loop
+from lats_optax.training import checkpoint
 from lats_optax.training.config import PruneConfig, check_resumable, prune_from_json, to_json
 from lats_optax.training.optimizer import group_operator, pruned_mask
 from tests import tiny
@@ -20,9 +20,7 @@ OUTPUTS = PruneConfig(0.5, structure="output-channels")
 BLOCKS = PruneConfig(0.5, structure="blocks", block=(4, 3))
 
 
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch, compile_once):
-    tiny.install(monkeypatch)
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.mark.parametrize(
@@ -44,7 +42,7 @@ def _tiny(monkeypatch, compile_once):
 )
 def test_a_run_ends_with_whole_groups_at_zero(tmp_path, prune, groups):
     config = tiny.config(tmp_path / "run", prune=prune, epochs=2, eval_every=2, checkpoint_every=2)
-    result = loop.train(config, jax.devices()[:1])
+    result = tiny.train(config, jax.devices()[:1])
     report, params = result.sparsity, jax.device_get(result.state.params)
     arrays = {"/".join(k.key for k in path): w for path, w in jax.tree.leaves_with_path(params)}
     total, dead, largest, zeros = 0, 0, 0, 0
@@ -109,7 +107,7 @@ def test_a_layer_without_such_groups_is_one_line(tmp_path):
     prune = PruneConfig(0.5, structure="filters", include=("kernel$",))
     config = tiny.config(tmp_path / "run", prune=prune)
     with pytest.raises(ValueError, match=r"^operator: it does not fit Dense_0/kernel") as caught:
-        loop.train(config)
+        tiny.train(config)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 

@@ -12,41 +12,15 @@ import pytest
 
 import lats_optax
 from lats_optax.training import experiment as experiments
-from lats_optax.training import loop
 from lats_optax.training.config import PruneConfig, TrainConfig, prune_from_json, to_json
 from lats_optax.training.optimizer import cosine, make_optimizer, schedule_to
 from tests import tiny
-from tests.test_checkpoint import assert_equal_runs, at_step
-from tests.test_statistics import events
+from tests.runs import BEFORE, EARLY, assert_equal_runs, at_step, events, plain_steps
 
-EARLY = PruneConfig(target_sparsity=0.75, mode="early", search_epochs=1)
-BEFORE = PruneConfig(target_sparsity=0.75, mode="at-initialization", search_epochs=1)
 STEPS = 6  # an epoch of tests.tiny
 
 
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch, compile_once):
-    tiny.install(monkeypatch)
-
-
-def plain_steps(params, stats, tx, opt_state, batches):
-    model = tiny.Model()
-
-    @jax.jit
-    def step(params, stats, opt_state, batch):
-        def loss_fn(params):
-            variables = {"params": params, "batch_stats": stats}
-            logits, new = model.apply(variables, batch["image"], mutable=["batch_stats"])
-            labels = jax.nn.one_hot(batch["label"], tiny.CLASSES)
-            return optax.softmax_cross_entropy(logits, labels).mean(), new["batch_stats"]
-
-        grads, stats_ = jax.grad(loss_fn, has_aux=True)(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), stats_, opt_state
-
-    for batch in batches:
-        params, stats, opt_state = step(params, stats, opt_state, batch)
-    return params, stats
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.mark.parametrize("mode", ["early", "at-initialization"])
@@ -54,7 +28,7 @@ def test_a_run_is_the_plain_loop(tmp_path, mode):
     early = mode == "early"
     prune = dataclasses.replace(EARLY, mode=mode)
     config = tiny.config(tmp_path / "run", prune=prune)
-    result = loop.train(config, jax.devices()[:1])
+    result = tiny.train(config, jax.devices()[:1])
     total = 18 if early else 24
     assert int(result.state.step) == result.metrics[-1]["step"] == total
     assert result.sparsity.zeros == round(0.75 * result.sparsity.size)
@@ -70,7 +44,7 @@ def test_a_run_is_the_plain_loop(tmp_path, mode):
     assert all(layer.latent is layer.threshold is None for layer in result.weights.values())
 
     # The oracle: one transform that freezes by itself; or a search, and masked sgd from scratch.
-    batches = [b for _, b in zip(range(total), tiny.dataset().train_batches(8, seed=0))]
+    batches = [b for _, b in zip(range(total), tiny.make_dataset().train_batches(8, seed=0))]
     key, image = jax.random.key(0), jnp.zeros((1, *tiny.SHAPE))
     first = tiny.Model().init(key, image, train=False)
     rate = optax.cosine_decay_schedule(0.05, 3 * STEPS)
@@ -103,7 +77,7 @@ def test_a_run_is_the_plain_loop(tmp_path, mode):
 
 def test_two_programs_and_a_threshold_while_there_is_one(tmp_path, monkeypatch):
     traces = tiny.count_calls(monkeypatch, experiments, "train_step")
-    result = loop.train(tiny.config(tmp_path / "run", prune=EARLY))
+    result = tiny.train(tiny.config(tmp_path / "run", prune=EARLY))
     assert len(traces) == 2
     train = [r for r in result.metrics if r["split"] == "train"]
     assert [r["step"] for r in train if "threshold" in r] == [4, 6]
@@ -116,30 +90,30 @@ def test_two_programs_and_a_threshold_while_there_is_one(tmp_path, monkeypatch):
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, monkeypatch, prune, step):
     # Of the two programs only that after the search takes nine steps.
     watched = {"prune": prune, "average_decay": 0.9, "log_every": 1}
-    straight = loop.train(tiny.config(tmp_path / "straight", **watched), jax.devices()[:2])
+    straight = tiny.train(tiny.config(tmp_path / "straight", **watched), jax.devices()[:2])
     config = tiny.config(tmp_path / "stopped", **watched)
     stopped_at = step if step <= 6 else 6 + step
     with monkeypatch.context() as context:
         at_step(context, step, lambda: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt, match=f"after step {stopped_at};"):
-            loop.train(config, jax.devices()[:2])
-    resumed = loop.train(dataclasses.replace(config, resume=True), jax.devices()[:2])
+            tiny.train(config, jax.devices()[:2])
+    resumed = tiny.train(dataclasses.replace(config, resume=True), jax.devices()[:2])
     assert_equal_runs(straight, resumed)
 
 
 def test_averages_begin_anew_with_the_weights(tmp_path):
     """After the first step from scratch an average is 9/10 new and 1/10 initial, as in any run."""
     config = tiny.config(tmp_path / "run", prune=BEFORE, average_decay=0.999, epochs=1)
-    ready = experiments.build(config, jax.devices()[:1])
-    state = experiments.initial_state(ready)
+    ready = tiny.build(config, jax.devices()[:1])
+    state = ready.initial_state()
     first = jax.device_get(state.params)
-    batches = tiny.dataset().train_batches(8, seed=0)
+    batches = tiny.make_dataset().train_batches(8, seed=0)
     state = ready.parallel.replicate(state)
     for step in range(STEPS + 1):
         if step == STEPS:
-            state = ready.parallel.replicate(experiments.fix_support(ready, state))
+            state = ready.parallel.replicate(ready.begin(ready.optimizer.phases[1], state))
             started = jax.device_get(state.params)
-        state, _ = ready.step_after(step)(state, ready.parallel.shard(next(batches)))
+        state, _ = ready.updates[step >= STEPS](state, ready.parallel.shard(next(batches)))
     for start, initial in zip(jax.tree.leaves(started), jax.tree.leaves(first)):
         np.testing.assert_array_equal(start, np.where(start != 0, initial, 0))
     jax.tree.map(
@@ -158,7 +132,7 @@ def test_averages_begin_anew_with_the_weights(tmp_path):
 def test_layers_have_targets_of_their_own(distribution, layers):
     prune = PruneConfig(0.75, distribution=distribution, layer_sparsity=layers)
     config = TrainConfig(prune=prune, epochs=1)
-    tx = make_optimizer(config, steps_per_epoch=3).transform
+    tx = make_optimizer(config, steps_per_epoch=3).phases[0].transform
     keys = jax.random.split(jax.random.key(0))
     params = {
         "Conv_0": {"kernel": jax.random.normal(keys[0], (3, 3, 4, 8))},
@@ -232,5 +206,5 @@ def test_what_was_pruned_comes_back_from_json():
 def test_layers_that_do_not_exist_are_refused(tmp_path):
     prune = PruneConfig(0.75, distribution="uniform", layer_sparsity=(("Dens_0", 0.5),))
     with pytest.raises(ValueError, match="Dens_0"):
-        experiments.build(tiny.config(tmp_path / "run", prune=prune))
+        tiny.build(tiny.config(tmp_path / "run", prune=prune))
     assert not (tmp_path / "run").exists()

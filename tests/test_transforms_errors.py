@@ -96,9 +96,11 @@ def test_a_freeze_within_the_run_or_one_of_unknown_length(threshold, freeze_afte
     soft_threshold(threshold, freeze_after=freeze_after)
 
 
-@pytest.mark.parametrize("value", [int, jnp.int8, "int32", bool, jnp.complex64], ids=str)
+@pytest.mark.parametrize(
+    "value", [int, jnp.int8, "int32", bool, jnp.complex64, jnp.float8_e4m3fn, "float99"], ids=str
+)
 def test_latent_dtype(value):
-    with pytest.raises(ValueError, match=r"^latent_dtype: .* is not a float type"):
+    with pytest.raises(ValueError, match=r"^latent_dtype: .* is not allowed; .* of 16 bits"):
         soft_threshold(0.1, latent_dtype=value)
 
 

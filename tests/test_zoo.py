@@ -362,7 +362,7 @@ def test_models_know_nothing_of_pruning_or_training():
     for file in Path(models.__file__).parent.glob("*.py"):
         for line in file.read_text().splitlines():
             if line.lstrip().startswith(("from lats_optax", "import lats_optax")):
-                of_latent = ("from lats_optax.prox ", "from lats_optax.thresholds ")
+                of_latent = ("from lats_optax.prox ", "from lats_optax.numbers ")
                 latent = file.name == "torch_io.py" and line.startswith(of_latent)
                 own = line.startswith(("from lats_optax.models", "from lats_optax.atomic"))
                 assert latent or own, f"{file.name}: {line}"

@@ -1,22 +1,30 @@
 """A data set and a model that train in no time, for the tests of the trainer."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
 from lats_optax import data, models
+from lats_optax.training import experiment, loop
 from lats_optax.training.config import DataConfig, OptimizerConfig, TrainConfig
+from lats_optax.training.experiment import Experiment
+from lats_optax.training.parallel import AXIS
+from lats_optax.training.result import RunResult
 
 TRAIN, TEST, CLASSES, SHAPE = 53, 23, 3, (4, 4, 1)
 
+_build = experiment.build
 
-def dataset() -> data.Dataset:
+
+def make_dataset() -> data.Dataset:
     """Random images with a label that can be learnt."""
     rng = np.random.default_rng(0)
 
@@ -57,21 +65,49 @@ class Model(nn.Module):
         return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=init)(x)
 
 
+def variables(classes: int = CLASSES, seed: int = 0) -> dict[str, Any]:
+    """Weights of the model, 60 % of the kernels zero, and statistics of no batch."""
+    rng = np.random.default_rng(seed)
+    model = Model(num_classes=classes)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SHAPE)))
+
+    def draw(like: jax.ShapeDtypeStruct) -> np.ndarray:
+        drawn = rng.uniform(0.1, 0.5, like.shape) * rng.choice([-1, 1], like.shape)
+        return np.where(rng.random(like.shape) < 0.6 * (len(like.shape) > 1), 0, drawn)
+
+    drawn = jax.tree.map(lambda like: draw(like).astype(np.float32), shapes)
+    return {
+        "params": drawn["params"],
+        "batch_stats": jax.tree.map(np.abs, drawn["batch_stats"]),
+    }
+
+
+def build(
+    config: TrainConfig,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    dataset: data.Dataset | None = None,
+    model: nn.Module | None = None,
+) -> Experiment:
+    """`experiment.build` with this data set and this model, unless others are given."""
+    own = Model(dtype=jnp.dtype(config.model.dtype), axis_name=AXIS)
+    return _build(config, devices, dataset=dataset or make_dataset(), model=model or own)
+
+
+def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> RunResult:
+    """`loop.train` with this data set and this model."""
+    return loop.fit(build(config, devices))
+
+
+def add_to_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the model be described in files, and built again from them, under the name `tiny`."""
+    monkeypatch.setitem(models._MODELS, "tiny", partial(Model))
+
+
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes these the data set and the model that the trainer finds, whatever name it is given."""
-    tiny = dataset()
-    monkeypatch.setattr(data, "load", lambda name, **settings: tiny)
-    monkeypatch.setattr(
-        models, "create", lambda name, **arguments: Model(**arguments), raising=False
-    )
-    monkeypatch.setattr(models, "describe", describe)
-    monkeypatch.setattr(models, "in_zoo", lambda model: True)
-
-
-def describe(model: Model) -> dict[str, Any]:
-    """What `models.describe` gives, of the tiny model under the name that runs have by default."""
-    dtype = jnp.dtype(model.dtype).name
-    return {"name": "digits-cnn", "num_classes": model.num_classes, "dtype": dtype}
+    """Makes these what a command trains, whatever names it is given."""
+    add_to_zoo(monkeypatch)
+    monkeypatch.setattr(experiment, "build", build)
 
 
 def assert_refused(make: Callable[[], Any], words: Iterable[str]) -> None:

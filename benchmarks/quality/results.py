@@ -34,6 +34,7 @@ class Result:
     """A finished run.
 
     Attributes:
+      key: what tells it from all other runs.
       role: ``"run"``, one that counts, or ``"search"``, one that missed the target on the way.
       metric: of the task: ``"accuracy"`` or ``"bits"``.
       value: of the metric; not a number where training diverged.
@@ -43,19 +44,9 @@ class Result:
       seconds: that the run took, compilation included.
       jax: version of JAX.
       machine: its processor and number of cores.
-
-    The others are those of `Key`.
     """
 
-    task: str
-    method: str
-    target: float
-    seed: int
-    learning_rate: float
-    split: str
-    knob: float | None
-    task_version: int
-    method_version: int
+    key: Key
     role: str
     metric: str
     value: float
@@ -65,11 +56,6 @@ class Result:
     seconds: float
     jax: str
     machine: str
-
-    @property
-    def key(self) -> Key:
-        """What tells it from all other runs."""
-        return Key(*(getattr(self, field) for field in Key._fields))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,9 +117,7 @@ class Writer:
     def add(self, line: Result | Rate) -> None:
         """Writes one line."""
         self.results.add(line)
-        fields = dataclasses.asdict(line)
-        if isinstance(line, Result) and not math.isfinite(line.value):
-            fields["value"] = None  # JSON has no NaN
+        fields = _flat(line) if isinstance(line, Result) else dataclasses.asdict(line)
         self._file.write(json.dumps(fields).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -145,16 +129,14 @@ class Writer:
 
 def reported(results: Results) -> list[Result]:
     """The test runs that count: of the newest versions, at the tuned rate where there is one."""
-    newest = newest_versions(result.key for result in results.runs.values())
+    newest = newest_versions(results.runs)
     return [
         result
-        for result in results.runs.values()
-        if result.split == "test"
-        and _versions(result.key) == newest[result.task, result.method]
-        and result.learning_rate
-        == results.rates.get(
-            (result.task, result.method, *_versions(result.key)), result.learning_rate
-        )
+        for key, result in results.runs.items()
+        if key.split == "test"
+        and _versions(key) == newest[key.task, key.method]
+        and key.learning_rate
+        == results.rates.get((key.task, key.method, *_versions(key)), key.learning_rate)
     ]
 
 
@@ -183,4 +165,14 @@ def _parsed(fields: dict[str, Any]) -> Result | Rate:
         return Rate(**fields)
     if fields["value"] is None:
         fields["value"] = math.nan
-    return Result(**fields)
+    key = Key(**{name: fields.pop(name) for name in Key._fields})
+    return Result(key, **fields)
+
+
+def _flat(result: Result) -> dict[str, Any]:
+    """The fields of a line: those of the key, then the others."""
+    fields = dataclasses.asdict(result)
+    del fields["key"]
+    if not math.isfinite(result.value):
+        fields["value"] = None  # JSON has no NaN
+    return result.key._asdict() | fields

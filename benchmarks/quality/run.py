@@ -198,7 +198,7 @@ def _result(cell: plan.Cell, end: workers.Finished) -> Result:
     value, zeros, size = end.outcome
     sparsity = end.outcome.sparsity
     return Result(
-        **end.key._asdict(),
+        end.key,
         role=plan.role(cell, sparsity),
         metric=cell.task.metric,
         value=value,
@@ -227,8 +227,8 @@ def machine() -> str:
 
 def _seconds_left(cells: Sequence[plan.Cell], results: Results) -> float:
     measured: dict[str, list[float]] = {}
-    for result in results.runs.values():
-        measured.setdefault(result.task, []).append(result.seconds)
+    for key, result in results.runs.items():
+        measured.setdefault(key.task, []).append(result.seconds)
     left = 0.0
     for cell in cells:
         own = measured.get(cell.task.name)

@@ -94,7 +94,7 @@ def scores(results: Results) -> list[Scores]:
     """The tasks in the order of the file."""
     by_task: dict[str, list[Result]] = {}
     for result in reported(results):
-        by_task.setdefault(result.task, []).append(result)
+        by_task.setdefault(result.key.task, []).append(result)
     return [_scores(task, own) for task, own in by_task.items()]
 
 
@@ -102,10 +102,10 @@ def _scores(task: str, results: Iterable[Result]) -> Scores:
     metric = ""
     groups: dict[tuple[str, float], dict[int, Result]] = {}
     for result in results:
-        metric = result.metric
-        groups.setdefault((result.method, result.target), {})
+        metric, key = result.metric, result.key
+        runs = groups.setdefault((key.method, key.target), {})
         if result.role == "run":
-            groups[result.method, result.target][result.seed] = result
+            runs[key.seed] = result
     cells = {key: _cell(key[0], runs) for key, runs in groups.items() if runs}
     dense = cells.get((DENSE, 0.0))
     names = dict.fromkeys(method for method, _ in groups if method != DENSE)
@@ -116,6 +116,6 @@ def _scores(task: str, results: Iterable[Result]) -> Scores:
 
 def _cell(method: str, runs: Mapping[int, Result]) -> Cell:
     values = {seed: runs[seed].value for seed in sorted(runs)}
-    near = all(abs(run.sparsity - run.target) <= TOLERANCE for run in runs.values())
+    near = all(abs(run.sparsity - run.key.target) <= TOLERANCE for run in runs.values())
     comparable = all(map(math.isfinite, values.values())) and (near or method == DENSE)
     return Cell(values, sum(run.sparsity for run in runs.values()) / len(runs), comparable)

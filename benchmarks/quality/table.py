@@ -100,9 +100,10 @@ def whole_runs(results: Results) -> list[str]:
     """Of methods that search: whole runs until one is as sparse as asked for."""
     counted: dict[tuple[str, str, float], dict[int, list[Result]]] = {}
     for result in reported(results):
-        if result.knob is not None:
-            group = counted.setdefault((result.task, result.method, result.target), {})
-            group.setdefault(result.seed, []).append(result)
+        key = result.key
+        if key.knob is not None:
+            group = counted.setdefault((key.task, key.method, key.target), {})
+            group.setdefault(key.seed, []).append(result)
     if not counted:
         return []
     columns = ["task", "method", "sparsity", "first seed", "other seeds, mean", "not hit"]
@@ -133,12 +134,11 @@ def _where(runs: Iterable[Result]) -> Iterator[str]:
 
 def _rates(task: Scores, results: Results) -> Iterator[str]:
     tuned = {
-        (result.method, result.learning_rate): (
-            (result.task, result.method, result.task_version, result.method_version)
-            in results.rates
+        (key.method, key.learning_rate): (
+            (key.task, key.method, key.task_version, key.method_version) in results.rates
         )
-        for result in reported(results)
-        if result.task == task.task
+        for key in (result.key for result in reported(results))
+        if key.task == task.task
     }
     chosen = ", ".join(
         f"{method} {rate:g}" for (method, rate), is_tuned in tuned.items() if is_tuned

@@ -13,14 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lats_optax import drawing
-from lats_optax.thresholds import (
-    ScalarOrSchedule,
-    check_steps,
-    check_threshold,
-    evaluate,
-    l1_from_threshold,
-    learning_rates,
-)
+from lats_optax.numbers import check_steps, check_threshold
+from lats_optax.schedules import ScalarOrSchedule, evaluate, learning_rates
+from lats_optax.thresholds import l1_from_threshold
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

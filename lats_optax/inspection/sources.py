@@ -21,7 +21,7 @@ import lats_optax
 from lats_optax.inspection import schedule
 from lats_optax.inspection.columns import read_column
 from lats_optax.inspection.schedule import Curve
-from lats_optax.thresholds import ScalarOrSchedule, tabulate
+from lats_optax.schedules import ScalarOrSchedule, tabulate
 from lats_optax.training import optimizer
 from lats_optax.training.config import PruneConfig, TrainConfig
 from lats_optax.training.logging import read_metrics

@@ -4,6 +4,7 @@ Here belong the plans of the architectures (which block has which convolutions) 
 spiking networks over the same plans are in `sew_resnet.py`.
 """
 
+import abc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -231,10 +232,10 @@ class ResidualBlock(nn.Module):
         return nn.relu(x + y)
 
 
-class ResidualNetwork(Network):
+class ResidualNetwork(Network, abc.ABC):
     """A stem of the narrowest channels, then residual blocks that the plan or ``features`` size.
 
-    Attributes: those of `Network`; a subclass defines ``planned``.
+    Attributes: those of `Network`; a subclass says with ``planned`` which blocks it has.
 
     Raises:
       ValueError: as `Network`; ``features`` has other channels at the two ends of an identity.
@@ -246,9 +247,9 @@ class ResidualNetwork(Network):
         self.blocks()
 
     @nn.nowrap
+    @abc.abstractmethod
     def planned(self) -> Iterable[Stage]:
         """The blocks as the plan has them."""
-        raise NotImplementedError
 
     @nn.nowrap
     def plan(self) -> dict[str, int]:

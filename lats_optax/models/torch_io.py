@@ -23,8 +23,8 @@ from lats_optax.models import torch_files
 from lats_optax.models.layers import check, check_choice
 from lats_optax.models.torch_files import to_numpy
 from lats_optax.models.torch_names import Form, form_of
+from lats_optax.numbers import check_threshold
 from lats_optax.prox import prox_l1
-from lats_optax.thresholds import check_threshold
 
 Shape = tuple[int, ...]
 

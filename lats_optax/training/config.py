@@ -189,7 +189,7 @@ class PruneConfig:
         """The part of the steps after which `target_sparsity` is reached."""
         if self.reach is not None:
             return self.reach
-        return 1.0 if self.operator == "soft" else 0.5
+        return 1.0 if self.chosen_operator == "soft" else 0.5
 
     @property
     def has_threshold(self) -> bool:

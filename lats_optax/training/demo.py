@@ -10,6 +10,7 @@ from lats_optax.training import experiment, loop, pictures, report, weights_repo
 from lats_optax.training.config import PruneConfig, TrainConfig
 from lats_optax.training.experiment import Experiment
 from lats_optax.training.presets import PRESETS
+from lats_optax.training.result import RunResult
 
 PICTURE, WEIGHTS, SUMMARY = "report.png", "weights.png", "summary.json"
 
@@ -72,7 +73,7 @@ class DemoResult:
     picture: Path
     weights: Path
     summary: Path
-    runs: dict[str, loop.RunResult]
+    runs: dict[str, RunResult]
 
 
 def build(config: DemoConfig) -> dict[str, Experiment]:

@@ -5,6 +5,7 @@ without a data set, and a data set without a model.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from lats_optax.training.checkpoint import Checkpoints
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.export import SavedModel, variables_of
 from lats_optax.training.initial import load_initial
-from lats_optax.training.optimizer import Optimizer, make_optimizer
+from lats_optax.training.optimizer import Optimizer, Phase, make_optimizer
 from lats_optax.training.parallel import AXIS, DataParallel, join_processes
 from lats_optax.training.step import (
     Batch,
@@ -35,7 +36,8 @@ from lats_optax.training.step import (
 )
 
 TrainStep = Callable[[TrainState, Batch, Reduce[Any]], tuple[TrainState, Metrics]]
-EvalStep = Callable[[TrainState, Batch, Reduce[Any]], Metrics]
+Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Sums = Callable[[TrainState, Batch], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +49,8 @@ class Experiment:
       parallel: the devices.
       dataset: what is trained on.
       model: what is trained.
-      optimizer: what trains it.
+      optimizer: what trains it, in one or two phases.
       steps_per_epoch: whole batches in the training images.
-      train_step: `(state, sharded batch) -> (state, metrics)`, which uses up the state.
-      frozen_step: the same on a fixed support, after a search; None in a run without one.
-      eval_step: `(state, sharded batch) -> sums`.
-      statistics_step: the same, of the batch statistics of the state's weights.
       initial: what the run begins from; None: from weights that its seed gives.
     """
 
@@ -62,21 +60,33 @@ class Experiment:
     model: nn.Module
     optimizer: Optimizer
     steps_per_epoch: int
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    frozen_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]] | None
-    eval_step: Callable[[TrainState, Batch], Metrics]
-    statistics_step: Callable[[TrainState, Batch], Metrics]
     initial: SavedModel | None = None
 
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
-        return self.config.total_epochs * self.steps_per_epoch
+        return self.optimizer.phases[-1].end
 
     @property
     def pruned(self) -> Callable[[Any], Any] | None:
         """The mask of what is pruned; None in a dense run."""
         return self.optimizer.mask if self.config.prune.enabled else None
+
+    @functools.cached_property
+    def updates(self) -> tuple[Update, ...]:
+        """Of each phase `(state, sharded batch) -> (state, metrics)`, which uses up the state."""
+        steps = (bind_step(self.config, self.model, phase) for phase in self.optimizer.phases)
+        return tuple(map(self.parallel.compile_update, steps))
+
+    @functools.cached_property
+    def eval_sums(self) -> Sums:
+        """`(state, sharded batch) -> sums` of `step.eval_step`."""
+        return self.parallel.compile_sums(partial(eval_step, apply=self.model.apply))
+
+    @functools.cached_property
+    def statistics_sums(self) -> Sums:
+        """`(state, sharded batch) -> sums` of `step.statistics_step`."""
+        return self.parallel.compile_sums(partial(statistics_step, apply=self.model.apply))
 
     def train_batches(self) -> data.Batches:
         """The training images of this process, from the first epoch on."""
@@ -87,58 +97,86 @@ class Experiment:
             shard_count=self.parallel.process_count,
         )
 
-    def step_after(self, step: int) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-        """What takes the next step when `step` of them are done."""
-        search_steps = self.optimizer.search_steps
-        if search_steps is None or step < search_steps:
-            return self.train_step
-        assert self.frozen_step is not None
-        return self.frozen_step
+    def initial_state(self) -> TrainState:
+        """The state before the first step, computed on the default device."""
+        phase, image_shape = self.optimizer.phases[0], self.dataset.image_shape
+        make = bind_state(self.config, self.model, phase, image_shape)
+        # It runs once: XLA's optimizations of so many random draws take longer than they save.
+        options = {"xla_backend_optimization_level": 0}
+        variables = None if self.initial is None else self.initial.variables
+        return jax.jit(make, compiler_options=options)(variables)
+
+    def begin(self, phase: Phase, state: TrainState) -> TrainState:
+        """The state that a second phase begins with, not yet on the run's devices.
+
+        Early pruning goes on from where the search is. Pruning at initialization goes back to the
+        initial state, of whose weights those remain that the search has left alive.
+
+        Args:
+          phase: the second one.
+          state: after the last step of the first.
+        """
+        if not phase.from_scratch:
+            opt_state = lats_optax.freeze(state.opt_state, phase.transform, state.params)
+            return state._replace(opt_state=opt_state)
+        first = self.initial_state()
+        support = lats_optax.support(state.params, self.optimizer.mask)
+        params = lats_optax.restrict(first.params, support)
+        average = first.average
+        if average:
+            average = average._replace(params=jax.tree.map(jnp.copy, params))
+        return TrainState(
+            step=state.step,
+            params=params,
+            batch_stats=first.batch_stats,
+            # From the found weights, not from the restricted ones: initial weights may be zero.
+            opt_state=phase.transform.init(state.params),
+            average=average,
+        )
 
 
-def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Experiment:
-    """Finds and checks everything that a config names; writes nothing in the work directory."""
+def build(
+    config: TrainConfig,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    dataset: data.Dataset | None = None,
+    model: nn.Module | None = None,
+) -> Experiment:
+    """Finds and checks everything that a config names; writes nothing in the work directory.
+
+    Args:
+      config: the run.
+      devices: what to run on; None: all there are.
+      dataset: what to train on, in the place of the one that the config names.
+      model: what to train, in the place of the one that the config names: called as those of
+        `models.create`. Its batch statistics are averaged over `parallel.AXIS`.
+    """
     workdir.check(config)
     if config.distributed:
         join_processes(config.coordinator, config.process_count, config.process_index)
     parallel = DataParallel(devices)
     parallel.host_batch_size(config.data.batch_size, config.optimizer.accumulate)
-    dataset = load_data(config)
+    dataset = load_data(config) if dataset is None else dataset
     steps_per_epoch = dataset.num_train // config.data.batch_size
     if steps_per_epoch < 1:
         raise ValueError(
             f"data.batch_size is {config.data.batch_size}; allowed: at most {dataset.num_train}, "
             f"the training images of {dataset.name}."
         )
-    model = make_model(config, dataset.num_classes)
+    model = make_model(config, dataset.num_classes) if model is None else model
     optimizer = make_optimizer(config, steps_per_epoch)
-    _check_effects(config, optimizer, variables_of(model, dataset.image_shape))
+    shapes = variables_of(model, dataset.image_shape)
+    _check_effects(config, optimizer, shapes)
     resumes = _check_resumable(config)
     initial = None
     if config.initial is not None:
         # A run that goes on needs nothing but its work directory.
         path = config.workdir / workdir.INITIAL if resumes else config.initial
         initial = load_initial(path, config, model, dataset.image_shape, optimizer.mask)
-        model = initial.model
-    frozen_step = None
-    if optimizer.frozen is not None:
-        frozen_step = parallel.train_step(make_train_step(config, model, optimizer, frozen=True))
-    experiment = Experiment(
-        config=config,
-        parallel=parallel,
-        dataset=dataset,
-        model=model,
-        optimizer=optimizer,
-        steps_per_epoch=steps_per_epoch,
-        train_step=parallel.train_step(make_train_step(config, model, optimizer)),
-        frozen_step=frozen_step,
-        eval_step=parallel.eval_step(make_eval_step(model)),
-        statistics_step=parallel.eval_step(partial(statistics_step, apply=model.apply)),
-        initial=initial,
-    )
+        model, shapes = initial.model, initial.variables
     # Expressions that match no parameter are found when the mask meets the parameters.
-    jax.eval_shape(partial(make_state, config, model, optimizer, dataset.image_shape))
-    return experiment
+    jax.eval_shape(optimizer.phases[0].transform.init, shapes["params"])
+    return Experiment(config, parallel, dataset, model, optimizer, steps_per_epoch, initial)
 
 
 def _check_effects(config: TrainConfig, optimizer: Optimizer, variables: Mapping[str, Any]) -> None:
@@ -193,56 +231,45 @@ def make_model(config: TrainConfig, num_classes: int) -> nn.Module:
     )
 
 
-def make_train_step(
-    config: TrainConfig, model: nn.Module, optimizer: Optimizer, *, frozen: bool = False
-) -> TrainStep:
-    """The training step of a config, a pure function that no data set or device is needed for.
+def bind_step(config: TrainConfig, model: nn.Module, phase: Phase) -> TrainStep:
+    """The training step of a phase, a pure function that no data set or device is needed for.
 
     Args:
       config: the run.
       model: of `make_model`.
-      optimizer: of `make_optimizer`.
-      frozen: whether it is the one on a fixed support, after a search.
+      phase: of `make_optimizer`.
 
     Returns:
       `(state, batch of a replica, mean over replicas) -> (state, metrics)`, for
-      `DataParallel.train_step`: see `step.train_step`.
+      `DataParallel.compile_update`: see `step.train_step`.
     """
-    begins_anew = frozen and config.prune.mode == "at-initialization"
     return partial(
         train_step,
         apply=model.apply,
-        transform=optimizer.frozen if frozen else optimizer.transform,
+        transform=phase.transform,
         label_smoothing=config.label_smoothing,
         accumulate=config.optimizer.accumulate,
         average_decay=config.average_decay,
-        average_since=(optimizer.search_steps or 0) if begins_anew else 0,
+        average_since=phase.start if phase.from_scratch else 0,
     )
 
 
-def make_eval_step(model: nn.Module) -> EvalStep:
-    """The evaluation step of a model: `(state, batch of a replica, sum over replicas) -> sums`."""
-    return partial(eval_step, apply=model.apply)
-
-
-def make_state(
-    config: TrainConfig,
-    model: nn.Module,
-    optimizer: Optimizer,
-    image_shape: tuple[int, ...],
-    variables: Mapping[str, Any] | None = None,
-) -> TrainState:
-    """The state before the first step, a pure function: see `step.create_state`.
+def bind_state(
+    config: TrainConfig, model: nn.Module, phase: Phase, image_shape: tuple[int, ...]
+) -> Callable[..., TrainState]:
+    """What makes the state before a phase's first step, a pure function.
 
     Args:
       config: the run.
       model: of `make_model`.
-      optimizer: of `make_optimizer`.
+      phase: of `make_optimizer`.
       image_shape: (height, width, channels).
-      variables: to begin with; None: those that the config's seed gives.
+
+    Returns:
+      `(variables=None) -> state`: see `step.create_state`.
     """
     average = config.average_decay is not None
-    return create_state(model, optimizer.transform, image_shape, config.seed, average, variables)
+    return partial(create_state, model, phase.transform, image_shape, config.seed, average)
 
 
 def load_data(config: TrainConfig) -> data.Dataset:
@@ -250,54 +277,3 @@ def load_data(config: TrainConfig) -> data.Dataset:
     settings = dataclasses.asdict(config.data)
     del settings["batch_size"]
     return data.load(**settings, dtype=config.model.dtype)
-
-
-def new_state(
-    config: TrainConfig,
-    model: nn.Module,
-    optimizer: Optimizer,
-    image_shape: tuple[int, ...],
-    variables: Mapping[str, Any] | None = None,
-) -> TrainState:
-    """`make_state`, compiled and computed on the default device."""
-    # It runs once: XLA's optimizations of so many random draws take longer than they save.
-    options = {"xla_backend_optimization_level": 0}
-    make = partial(make_state, config, model, optimizer, image_shape)
-    return jax.jit(make, compiler_options=options)(variables)
-
-
-def initial_state(experiment: Experiment) -> TrainState:
-    """The state before the first step, not yet on the run's devices."""
-    return new_state(
-        experiment.config,
-        experiment.model,
-        experiment.optimizer,
-        experiment.dataset.image_shape,
-        None if experiment.initial is None else experiment.initial.variables,
-    )
-
-
-def fix_support(experiment: Experiment, state: TrainState) -> TrainState:
-    """The state with which training goes on when the search is over.
-
-    Early pruning goes on from where the search is. Pruning at initialization goes back to the
-    initial state, of whose weights those remain that the search has left alive.
-
-    Args:
-      experiment: a run with a search.
-      state: after the last step of the search.
-
-    Returns:
-      The state for `experiment.frozen_step`, not yet on the run's devices.
-    """
-    config, optimizer = experiment.config, experiment.optimizer
-    assert optimizer.frozen is not None
-    if config.prune.mode == "early":
-        opt_state = lats_optax.freeze(state.opt_state, optimizer.frozen, state.params)
-        return state._replace(opt_state=opt_state)
-    first = initial_state(experiment)
-    # From the found weights, not from the restricted ones: initial weights may be zero.
-    opt_state = optimizer.frozen.init(state.params)
-    params = lats_optax.restrict(first.params, lats_optax.support(state.params, optimizer.mask))
-    average = first.average._replace(params=jax.tree.map(jnp.copy, params)) if first.average else ()
-    return first._replace(step=state.step, params=params, opt_state=opt_state, average=average)

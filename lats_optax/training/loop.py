@@ -4,32 +4,33 @@
 """
 
 import contextlib
-import dataclasses
 import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 
 import lats_optax
-from lats_optax import data, models
+from lats_optax import data
 from lats_optax.training import config as configs
-from lats_optax.training import statistics, verdict, workdir
+from lats_optax.training import experiment as experiments
+from lats_optax.training import statistics, workdir
 from lats_optax.training.checkpoint import Checkpoints
 from lats_optax.training.config import TrainConfig
-from lats_optax.training.experiment import Experiment, build, fix_support, initial_state
-from lats_optax.training.export import ModelFile, save_model
+from lats_optax.training.experiment import Experiment
+from lats_optax.training.export import save_model
 from lats_optax.training.interruption import Interruption
-from lats_optax.training.logging import MetricsLog, Record
+from lats_optax.training.logging import MetricsLog
 from lats_optax.training.parallel import DataParallel, ahead
 from lats_optax.training.recalibration import recalibrated
-from lats_optax.training.statistics import LayerStatistics
+from lats_optax.training.result import RunResult, result_of, write_models
+from lats_optax.training.statistics import LayerStatistics, Support
 from lats_optax.training.step import Batch, Metrics, TrainState, averaged
 
 
@@ -37,50 +38,20 @@ class NonFiniteError(RuntimeError):
     """Training has left the numbers: a loss or a parameter is infinite or not a number."""
 
 
-@dataclasses.dataclass(frozen=True)
-class RunResult:
-    """What a run has come to.
-
-    Attributes:
-      config: what was run.
-      test_accuracy: fraction of the test images that are classified correctly, at the end.
-      test_accuracy_averaged: that of the averaged weights; None where there are none.
-      seconds: how long it took, compilation included; after a resume, since the resume.
-      state: the last training state, on the run's devices.
-      sparsity: the zeros of the weights that are pruned; in a dense run, that would be.
-      checkpoint: the directory of the last checkpoint.
-      metrics: all records of metrics.jsonl, those from before a resume included.
-      is_primary: whether this is the process that speaks for the run.
-      weights: by path, the layers that are pruned, at the end; empty in a dense run.
-      model: the file of the weights, exactly as sparse as the state; None where `is_primary` is
-        False.
-      model_averaged: that of the averaged weights; None where there are none.
-      target_line: whether the target sparsity was met; None in a run without one.
-      problems: what looks wrong in the run, a sentence each; `lats-train` prints them as warnings.
-    """
-
-    config: TrainConfig
-    test_accuracy: float
-    seconds: float
-    state: TrainState
-    sparsity: lats_optax.SparsityReport
-    checkpoint: Path
-    metrics: list[Record]
-    is_primary: bool = True
-    test_accuracy_averaged: float | None = None
-    weights: dict[str, LayerStatistics] = dataclasses.field(default_factory=dict)
-    model: ModelFile | None = None
-    model_averaged: ModelFile | None = None
-    target_line: str | None = None
-    problems: list[str] = dataclasses.field(default_factory=list)
-
-
-def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> RunResult:
+def train(
+    config: TrainConfig,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    dataset: data.Dataset | None = None,
+    model: nn.Module | None = None,
+) -> RunResult:
     """Runs a config from its beginning, or its last checkpoint, to its end.
 
     Args:
       config: the run.
       devices: what to run on; None: all there are.
+      dataset: what to train on, in the place of the one that the config names.
+      model: what to train, likewise: see `experiment.build`.
 
     Raises:
       ValueError: the config does not fit the data, the model or the devices.
@@ -88,7 +59,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> R
       NonFiniteError: training diverged.
       KeyboardInterrupt: on Ctrl-C or SIGTERM, after a last checkpoint.
     """
-    return fit(build(config, devices))
+    return fit(experiments.build(config, devices, dataset=dataset, model=model))
 
 
 def fit(experiment: Experiment) -> RunResult:
@@ -103,134 +74,61 @@ def fit(experiment: Experiment) -> RunResult:
       KeyboardInterrupt: after the checkpoint; after the last step, when all files are written.
     """
     started = time.perf_counter()
-    config, parallel = experiment.config, experiment.parallel
-    parallel.barrier("all have looked into the work directory")
-    if parallel.is_primary:
-        workdir.prepare(config)
-        if (initial := experiment.initial) is not None:
-            save_model(config.workdir / workdir.INITIAL, *initial)
-    parallel.barrier("the work directory is ready")
+    config, parallel, total = experiment.config, experiment.parallel, experiment.total_steps
+    _prepare(experiment)
 
-    batches = experiment.train_batches()
-    state, step, skipped_before = initial_state(experiment), 0, 0
-    mask = experiment.pruned
-    # Of the weights at the last evaluation; before the first, of the initial ones.
-    support = [] if mask is None else statistics.support_bits(state.params, mask)
+    with contextlib.ExitStack() as stack:
+        interruption = stack.enter_context(Interruption(enabled=parallel.process_count == 1))
+        checkpoints = stack.enter_context(Checkpoints(config.workdir, config.keep_checkpoints))
+        batches = stack.enter_context(contextlib.closing(experiment.train_batches()))
+        state, step, support, skipped = _begin(experiment, checkpoints, batches)
+        log = stack.enter_context(MetricsLog(config.workdir, step, total, parallel.is_primary))
 
-    with (
-        Interruption(enabled=parallel.process_count == 1) as interruption,
-        Checkpoints(config.workdir, config.keep_checkpoints) as checkpoints,
-    ):
-        search_steps = experiment.optimizer.search_steps
-        if config.resume and (latest := checkpoints.latest_step) is not None:
-            if search_steps is not None and latest > search_steps:
-                state = fix_support(experiment, state)
-            saved = checkpoints.restore(like=state, support=support)
-            state, step, support = saved.state, int(saved.state.step), saved.support
-            batches.set_state(saved.data_state)
-            skipped_before = saved.data_state["skipped"]
-        state, support = parallel.replicate((state, support))
-
-        with (
-            MetricsLog(config.workdir, step, experiment.total_steps, parallel.is_primary) as log,
-            contextlib.closing(batches),
-        ):
-            test: dict[str, dict[str, float]] = {}
-            weights: dict[str, LayerStatistics] = {}
-            window: list[Metrics] = []
-            window_started = time.perf_counter()
-            remaining = experiment.total_steps - step
-            for sent in itertools.islice(ahead(_send(batches, parallel)), remaining):
-                if step == search_steps:
-                    state = parallel.replicate(fix_support(experiment, state))
-                state, metrics = experiment.step_after(step)(state, sent.batch)
+        run = _Run(experiment, checkpoints, log)
+        evaluation = Evaluation({}, {}, support)
+        window = _Window([], time.perf_counter())
+        stream = ahead(_send(batches, parallel))
+        for phase, update in zip(experiment.optimizer.phases, experiment.updates):
+            if step == phase.start > 0:
+                state = parallel.replicate(experiment.begin(phase, state))
+            for sent in itertools.islice(stream, max(phase.end - step, 0)):
+                state, metrics = update(state, sent.batch)
                 step += 1
                 # Left on the device: fetching them here would wait for every step.
-                window.append(metrics)
+                window.metrics.append(metrics)
                 log.advance()
 
-                evaluation_due = _due(experiment, step, config.eval_every)
                 interrupted = interruption.requested
-                checkpoint_due = interrupted or _due(experiment, step, config.checkpoint_every)
-                if step % config.log_every == 0 or evaluation_due or checkpoint_due:
-                    means = _means(window, step, config, checkpoints)
-                    seconds = time.perf_counter() - window_started
-                    rate = len(window) * config.data.batch_size / seconds
-                    progress = _progress(experiment, state, step)
-                    # A checkpoint is of all processes, and is written by one.
-                    skipped = skipped_before + parallel.total(sent.skipped)
-                    counted = {"skipped": skipped} if config.data.skip_corrupt else {}
-                    rates = counted | {"images_per_second": rate}
-                    log.write({"split": "train"} | progress | means | rates)
-                    if evaluation_due and mask is not None:
-                        weights, support = statistics.measure(
-                            state.params, state.opt_state, mask, support
-                        )
-                        log.write_weights(step, progress["epoch"], weights)
-                    if evaluation_due:
-                        state = recalibrated(experiment, state)
-                        test = evaluate_all(experiment, state)
-                        for split, measured in test.items():
-                            log.write({"split": split} | progress | measured)
-                    if checkpoint_due:
-                        _check_finite(state, step, config, checkpoints)
-                        position = sent.position | {"skipped": skipped}
-                        checkpoints.save(state, position, configs.to_json(config), support)
-                    if interrupted and step < experiment.total_steps:
-                        raise KeyboardInterrupt(
-                            f"interrupted after step {step}; --resume goes on from there"
-                        )
-                    window, window_started = [], time.perf_counter()
+                evaluates = _due(experiment, step, config.eval_every)
+                saves = interrupted or _due(experiment, step, config.checkpoint_every)
+                if not (step % config.log_every == 0 or evaluates or saves):
+                    continue
+                # A checkpoint is of all processes, and is written by one.
+                position = sent.position | {"skipped": skipped + parallel.total(sent.skipped)}
+                progress = _log(run, state, step, window, position["skipped"])
+                if evaluates:
+                    state, evaluation = _evaluate(run, state, evaluation.support, progress)
+                if saves:
+                    _save(run, state, step, position, evaluation.support)
+                if interrupted and step < total:
+                    raise KeyboardInterrupt(
+                        f"interrupted after step {step}; --resume goes on from there"
+                    )
+                window = _Window([], time.perf_counter())
 
         # The last step is followed by an evaluation, but a run may be resumed when it is over.
-        if not test:
-            state = recalibrated(experiment, state)
-            test = evaluate_all(experiment, state)
-        if mask is not None and not weights:
-            weights, _ = statistics.measure(state.params, state.opt_state, mask, support)
-        files = _write_models(experiment, state, test) if parallel.is_primary else {}
+        if not evaluation.test:
+            state, evaluation = _evaluate(run, state, evaluation.support)
+        test, weights = evaluation.test, evaluation.weights
+        files = write_models(experiment, state, test) if parallel.is_primary else {}
 
     if interruption.requested:
         raise KeyboardInterrupt(
             f"interrupted after the last step; the run is over, and its files are in "
             f"{config.workdir}; --resume shows what came of it"
         )
-    sparsity = lats_optax.sparsity(
-        state.params, experiment.optimizer.mask, groups=experiment.optimizer.groups
-    )
-    wanted = verdict.wanted_zeros(config, state.params, experiment.optimizer)
-    trained = [record["accuracy"] for record in log.records if record["split"] == "train"]
-    return RunResult(
-        config=config,
-        test_accuracy=test["test"]["accuracy"],
-        test_accuracy_averaged=test.get("test_average", {}).get("accuracy"),
-        seconds=time.perf_counter() - started,
-        state=state,
-        sparsity=sparsity,
-        target_line=verdict.target_line(config, sparsity.zeros, wanted),
-        problems=verdict.problems(
-            config,
-            experiment.optimizer,
-            sparsity,
-            {"train": trained[-1] if trained else None, "test": test["test"]["accuracy"]},
-            wanted,
-            normalized=bool(jax.tree.leaves(state.batch_stats)),
-        ),
-        checkpoint=workdir.checkpoint_path(config.workdir, step),
-        metrics=log.records,
-        is_primary=parallel.is_primary,
-        weights=weights,
-        model=files.get("test"),
-        model_averaged=files.get("test_average"),
-    )
-
-
-def evaluate_all(experiment: Experiment, state: TrainState) -> dict[str, dict[str, float]]:
-    """What `evaluate` gives: `test` for the weights, `test_average` for those averaged, if any."""
-    found = {"test": evaluate(experiment, state)}
-    if experiment.config.average_decay is not None:
-        found["test_average"] = evaluate(experiment, averaged(state, experiment.pruned))
-    return found
+    seconds = time.perf_counter() - started
+    return result_of(experiment, state, test, weights, files, log.records, seconds)
 
 
 def evaluate(experiment: Experiment, state: TrainState) -> dict[str, float]:
@@ -248,7 +146,7 @@ def evaluate(experiment: Experiment, state: TrainState) -> dict[str, float]:
         shard_index=parallel.process_index,
         shard_count=parallel.process_count,
     )
-    sums = parallel.sums(experiment.eval_step, state, batches)
+    sums = parallel.sums(experiment.eval_sums, state, batches)
     totals = {name: math.fsum(batch[name] for batch in sums) for name in sums[0]}
     if not totals["weight"]:
         name = experiment.dataset.name
@@ -259,34 +157,34 @@ def evaluate(experiment: Experiment, state: TrainState) -> dict[str, float]:
     return means
 
 
-def _write_models(
-    experiment: Experiment, state: TrainState, test: dict[str, dict[str, float]]
-) -> dict[str, ModelFile]:
-    """The model files of a run that is over, by the name of what `evaluate_all` says of them."""
-    config, optimizer = experiment.config, experiment.optimizer
-    state = jax.device_get(state)
-    states = {"test": state}
-    if config.prune.has_threshold and optimizer.frozen is None:
-        # Adding an update rounds: without it the weights may be an ulp from those of the method.
-        exact = lats_optax.finalize(state.params, state.opt_state, operator=optimizer.operator)
-        states["test"] = state._replace(params=exact)
-    if "test_average" in test:
-        states["test_average"] = averaged(state, experiment.pruned)
-    files = {}
-    for split, of in states.items():
-        path = config.workdir / (workdir.MODEL if split == "test" else workdir.AVERAGED)
-        variables = {"params": of.params, "batch_stats": of.batch_stats}
-        told = {
-            "data": config.data.name,
-            "step": str(int(of.step)),
-            "test_accuracy": f"{test[split]['accuracy']:.4f}",
-        }
-        if models.in_zoo(experiment.model):
-            save_model(path, experiment.model, variables, experiment.dataset.image_shape, told)
-        else:  # which no description could build again
-            lats_optax.save_sparse(path, variables, told)
-        files[split] = ModelFile.written(path, variables)
-    return files
+class Evaluation(NamedTuple):
+    """What was found of the weights after a step.
+
+    Attributes:
+      test: what `evaluate` gives, by split: `test` for the weights, `test_average` for those
+        averaged, if any; empty before the first evaluation.
+      weights: by path, the layers that are pruned; empty in a dense run.
+      support: of these weights, for the next evaluation; before the first, of the initial ones.
+    """
+
+    test: dict[str, dict[str, float]]
+    weights: dict[str, LayerStatistics]
+    support: Support
+
+
+class _Run(NamedTuple):
+    """What the blocks of the loop share."""
+
+    experiment: Experiment
+    checkpoints: Checkpoints
+    log: MetricsLog
+
+
+class _Window(NamedTuple):
+    """The metrics of the steps since the last record, on the device, and when they began."""
+
+    metrics: list[Metrics]
+    started: float
 
 
 class _Sent(NamedTuple):
@@ -302,31 +200,98 @@ def _send(batches: data.Batches, parallel: DataParallel) -> Iterator[_Sent]:
         yield _Sent(parallel.shard(batch), batches.get_state(), batches.skipped)
 
 
+def _prepare(experiment: Experiment) -> None:
+    """Makes the work directory, with a copy of what the run begins from."""
+    config, parallel = experiment.config, experiment.parallel
+    parallel.barrier("all have looked into the work directory")
+    if parallel.is_primary:
+        workdir.prepare(config)
+        if (initial := experiment.initial) is not None:
+            save_model(config.workdir / workdir.INITIAL, *initial)
+    parallel.barrier("the work directory is ready")
+
+
+def _begin(
+    experiment: Experiment, checkpoints: Checkpoints, batches: data.Batches
+) -> tuple[TrainState, int, Support, int]:
+    """What a run begins or goes on from: state, step, support and skipped records so far."""
+    state, step, skipped = experiment.initial_state(), 0, 0
+    mask = experiment.pruned
+    support = [] if mask is None else statistics.support_bits(state.params, mask)
+    if experiment.config.resume and (latest := checkpoints.latest_step) is not None:
+        for phase in experiment.optimizer.phases[1:]:
+            if latest > phase.start:
+                state = experiment.begin(phase, state)
+        saved = checkpoints.restore(like=state, support=support)
+        state, step, support = saved.state, int(saved.state.step), saved.support
+        batches.set_state(saved.data_state)
+        skipped = saved.data_state["skipped"]
+    state, support = experiment.parallel.replicate((state, support))
+    return state, step, support, skipped
+
+
 def _due(experiment: Experiment, step: int, every: int) -> bool:
     """Whether `every` epochs are over at this step, or all are."""
     return step % (every * experiment.steps_per_epoch) == 0 or step == experiment.total_steps
 
 
-def _means(
-    window: list[Metrics], step: int, config: TrainConfig, checkpoints: Checkpoints
+def _log(
+    run: _Run, state: TrainState, step: int, window: _Window, skipped: int
 ) -> dict[str, float]:
+    """Writes the record of the steps up to this one; returns where the run is."""
+    config = run.experiment.config
+    means = _means(run, window.metrics, step)
+    seconds = time.perf_counter() - window.started
+    rates = {"images_per_second": len(window.metrics) * config.data.batch_size / seconds}
+    progress = _progress(run.experiment, state, step)
+    counted = {"skipped": skipped} if config.data.skip_corrupt else {}
+    run.log.write({"split": "train"} | progress | means | counted | rates)
+    return progress
+
+
+def _evaluate(
+    run: _Run, state: TrainState, before: Support, progress: dict[str, float] | None = None
+) -> tuple[TrainState, Evaluation]:
+    """Measures the weights; writes the records where it is told how far the run is.
+
+    Returns:
+      The state, its batch statistics estimated on its weights where the config asks for that, and
+      what was found.
+    """
+    experiment, log = run.experiment, run.log
+    weights, support = dict[str, LayerStatistics](), before
+    if (mask := experiment.pruned) is not None:
+        weights, support = statistics.measure(state.params, state.opt_state, mask, before)
+    if progress is not None and mask is not None:
+        log.write_weights(int(progress["step"]), progress["epoch"], weights)
+    state = recalibrated(experiment, state)
+    test = {"test": evaluate(experiment, state)}
+    if experiment.config.average_decay is not None:
+        test["test_average"] = evaluate(experiment, averaged(state, mask))
+    if progress is not None:
+        for split, measured in test.items():
+            log.write({"split": split} | progress | measured)
+    return state, Evaluation(test, weights, support)
+
+
+def _save(
+    run: _Run, state: TrainState, step: int, position: dict[str, int], support: Support
+) -> None:
+    """Writes a checkpoint of a state that is finite."""
+    # A gradient may overflow where the loss does not: the state itself is looked at too.
+    if not _all_finite(state):
+        raise _diverged(run, f"the training state is not finite after step {step}")
+    run.checkpoints.save(state, position, configs.to_json(run.experiment.config), support)
+
+
+def _means(run: _Run, window: list[Metrics], step: int) -> dict[str, float]:
     """Means of the metrics of the steps up to `step`; raises if a loss is not finite."""
     steps = jax.device_get(window)
     for offset, metrics in enumerate(steps):
         if not np.isfinite(metrics["loss"]):
             at = step - len(steps) + 1 + offset
-            problem = f"the loss is {metrics['loss']} at step {at}"
-            raise _diverged(problem, config, checkpoints)
+            raise _diverged(run, f"the loss is {metrics['loss']} at step {at}")
     return {name: float(np.mean([m[name] for m in steps])) for name in steps[0]}
-
-
-def _check_finite(
-    state: TrainState, step: int, config: TrainConfig, checkpoints: Checkpoints
-) -> None:
-    """A gradient may overflow where the loss does not: the state itself is looked at too."""
-    if not _all_finite(state):
-        problem = f"the training state is not finite after step {step}"
-        raise _diverged(problem, config, checkpoints)
 
 
 @jax.jit
@@ -335,11 +300,11 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack(finite))
 
 
-def _diverged(problem: str, config: TrainConfig, checkpoints: Checkpoints) -> NonFiniteError:
+def _diverged(run: _Run, problem: str) -> NonFiniteError:
+    config, latest = run.experiment.config, run.checkpoints.latest_step
     kept = "no checkpoint was written before"
-    if checkpoints.latest_step is not None:
-        path = workdir.checkpoint_path(config.workdir, checkpoints.latest_step)
-        kept = f"the last good checkpoint is {path}"
+    if latest is not None:
+        kept = f"the last good checkpoint is {workdir.checkpoint_path(config.workdir, latest)}"
     rate = config.optimizer.learning_rate
     return NonFiniteError(f"{problem}; {kept}. Try an optimizer.learning_rate below {rate:g}.")
 

@@ -1,9 +1,11 @@
 """From a config to an optax transform: SGD, its learning rate, and soft threshold pruning."""
 
+import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,35 +16,64 @@ import lats_optax
 from lats_optax.controllers import as_controller
 from lats_optax.masks import paths
 from lats_optax.operators import Elementwise, GroupOperator, Operator
+from lats_optax.schedules import tabulate
 from lats_optax.target import default_operator
-from lats_optax.thresholds import tabulate
 from lats_optax.training.config import PruneConfig, TrainConfig
 from lats_optax.training.delayed import Delayed
 
 
-class Optimizer(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Steps of a run that one transform takes.
+
+    Attributes:
+      start: how many steps of the run are before it.
+      steps: how many it takes.
+      transform: what updates the parameters in it.
+      learning_rate: `count -> rate`, of its own steps.
+      from_scratch: whether it begins from the initial weights once more, and not from the last.
+    """
+
+    start: int
+    steps: int
+    transform: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    from_scratch: bool = False
+
+    @property
+    def end(self) -> int:
+        """How many steps of the run are over when it is."""
+        return self.start + self.steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
     """What updates the parameters, and what a log wants to know of it.
 
     Attributes:
-      transform: what a run begins with.
-      learning_rate: `step -> rate`, over the whole run.
-      learning_rate_sums: the sums of that rate over the first 0, 1, … steps.
+      phases: one; or two, a search and what goes on after it on a fixed support, the zeros of the
+        parameters that the second transform's `init` is given.
       mask: the weights that are (or, in a dense run, would be) pruned.
       operator: the operator that they are pruned by; None in a dense run.
       groups: the operator of a structured run, by whose groups they are; None: one by one.
-      search_steps: how many steps `transform` takes; None: all of them.
-      frozen: what goes on after these on a fixed support, the zeros of the parameters that its
-        `init` is given; None where `search_steps` is.
     """
 
-    transform: optax.GradientTransformation
-    learning_rate: optax.Schedule
-    learning_rate_sums: np.ndarray
+    phases: tuple[Phase, ...]
     mask: Callable[[Any], Any]
     operator: Operator | None = None
     groups: GroupOperator | None = None
-    search_steps: int | None = None
-    frozen: optax.GradientTransformation | None = None
+
+    @functools.cached_property
+    def learning_rate(self) -> optax.Schedule:
+        """`step -> rate`, over the whole run."""
+        starts = [phase.start for phase in self.phases[1:]]
+        return optax.join_schedules([phase.learning_rate for phase in self.phases], starts)
+
+    @functools.cached_property
+    def learning_rate_sums(self) -> np.ndarray:
+        """The sums of that rate over the first 0, 1, … steps."""
+        rates = tabulate("learning_rate", self.learning_rate, self.phases[-1].end)
+        return np.concatenate([[0.0], np.cumsum(rates)])
 
 
 def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> Optimizer:
@@ -57,34 +88,38 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> Optimizer:
     [0.3, 0.15, 0.0]
     """
     prune, mask = config.prune, pruned_mask(config.prune)
-    training_rate = searching_rate = learning_rate = cosine(config, steps_per_epoch)
-    search_steps = None
-    if prune.search_epochs is not None:
-        search_steps = prune.search_epochs * steps_per_epoch
-    if prune.mode == "at-initialization":
-        assert prune.search_epochs is not None
-        searching_rate = hurried(training_rate, config.epochs, prune.search_epochs)
-        learning_rate = optax.join_schedules([searching_rate, training_rate], [search_steps])
-    rates = tabulate("learning_rate", learning_rate, config.total_epochs * steps_per_epoch)
-    sums = np.concatenate([[0.0], np.cumsum(rates)])
+    rate, total = cosine(config, steps_per_epoch), config.total_epochs * steps_per_epoch
     # Of the parameters that its init is given: the zeros of these stay.
     keep = lats_optax.keep_support(lambda params: lats_optax.support(params, mask))
-    kept = optax.chain(_sgd(config, training_rate), keep)
+    kept = optax.chain(_sgd(config, rate), keep)
     if not prune.has_threshold:
-        plain = kept if prune.mode == "fine-tuning" else _sgd(config, training_rate)
-        return Optimizer(plain, learning_rate, sums, mask)
+        transform = kept if prune.mode == "fine-tuning" else _sgd(config, rate)
+        return Optimizer((Phase(0, total, transform, rate),), mask)
     shrinkage = _shrinkage(prune, _operator_epochs(config) * steps_per_epoch)
     groups = group_operator(prune, shrinkage)
     operator = shrinkage if groups is None else groups
-    threshold = _threshold(config, searching_rate, steps_per_epoch)
-    sgd = _sgd(config, searching_rate)
-    if prune.weight_decay_on == "latent":
-        transform = lats_optax.soft_threshold(threshold, inner=sgd, mask=mask, operator=operator)
+
+    def pruning(rate: optax.Schedule) -> optax.GradientTransformation:
+        threshold, sgd = _threshold(config, rate, steps_per_epoch), _sgd(config, rate)
+        if prune.weight_decay_on == "latent":
+            return lats_optax.soft_threshold(threshold, inner=sgd, mask=mask, operator=operator)
+        return optax.chain(sgd, lats_optax.soft_threshold(threshold, mask=mask, operator=operator))
+
+    if prune.search_epochs is None:
+        return Optimizer((Phase(0, total, pruning(rate), rate),), mask, operator, groups)
+    search = prune.search_epochs * steps_per_epoch
+    if prune.mode == "at-initialization":
+        quick = hurried(rate, config.epochs, prune.search_epochs)
+        phases = (
+            Phase(0, search, pruning(quick), quick),
+            Phase(search, total - search, kept, rate, from_scratch=True),
+        )
     else:
-        sparse = lats_optax.soft_threshold(threshold, mask=mask, operator=operator)
-        transform = optax.chain(sgd, sparse)
-    frozen = None if search_steps is None else kept
-    return Optimizer(transform, learning_rate, sums, mask, operator, groups, search_steps, frozen)
+        phases = (
+            Phase(0, search, pruning(rate), rate),
+            Phase(search, total - search, kept, lambda count: rate(count + search)),
+        )
+    return Optimizer(phases, mask, operator, groups)
 
 
 def _sgd(config: TrainConfig, learning_rate: optax.Schedule) -> optax.GradientTransformation:

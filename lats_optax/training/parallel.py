@@ -129,7 +129,7 @@ class DataParallel:
         }
         return jax.device_put(rows, self._placed(AXIS))
 
-    def train_step(self, step: Callable[..., tuple[Any, Any]]) -> Callable[[Any, Any], Any]:
+    def compile_update(self, step: Callable[..., tuple[Any, Any]]) -> Callable[[Any, Any], Any]:
         """`(state, sharded batch) -> (state, metrics)` from `step(state, batch, mean)`.
 
         The state that is passed in is donated: its memory is used for the one that comes out.
@@ -140,7 +140,7 @@ class DataParallel:
 
         return self._pmap(replica, donate_argnums=(0,))
 
-    def eval_step(self, step: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    def compile_sums(self, step: Callable[..., Any]) -> Callable[[Any, Any], Any]:
         """`(state, sharded batch) -> sums` from `step(state, batch, total)`."""
 
         def replica(state: Any, batch: Any) -> Any:
@@ -154,7 +154,7 @@ class DataParallel:
         state: Any,
         batches: Iterable[dict[str, np.ndarray]],
     ) -> list[Any]:
-        """What a step of `eval_step` gives for each batch of this process, on the host.
+        """What a step of `compile_sums` gives for each batch of this process, on the host.
 
         Fetched in turn, two behind: batches that all wait for the devices would fill their memory.
         """

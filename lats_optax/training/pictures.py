@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lats_optax.training import report, weights_report, workdir
-from lats_optax.training.loop import RunResult
+from lats_optax.training.result import RunResult
 
 
 def write(result: RunResult) -> list[Path]:

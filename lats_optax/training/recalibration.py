@@ -40,7 +40,7 @@ def _estimate(experiment: Experiment, state: TrainState, count: int) -> dict[str
     parallel = experiment.parallel
     with contextlib.closing(experiment.train_batches()) as batches:
         first = itertools.islice(batches, count)
-        found = parallel.sums(experiment.statistics_step, state, first)
+        found = parallel.sums(experiment.statistics_sums, state, first)
     total = jax.tree.map(lambda *leaves: sum(leaves), *found)
     means = jax.tree.map(lambda leaf: leaf / total["count"], total["batch_stats"])
     return parallel.replicate(means)

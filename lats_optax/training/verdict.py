@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 from lats_optax import masks
 from lats_optax.sparsity import SparsityReport
+from lats_optax.target import named_zeros
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.optimizer import Optimizer, target_of
 
@@ -39,14 +39,10 @@ def wanted_zeros(config: TrainConfig, params: Any, optimizer: Optimizer) -> int 
     """How many of the pruned weights are to be zero in the end; None without a target."""
     if config.prune.target_sparsity is None:
         return None
+    assert optimizer.operator is not None
     mask = masks.resolve(optimizer.mask, params)
     pruned = jax.tree.map(lambda on, leaf: leaf if on else optax.MaskedNode(), mask, params)
-    sizes = [leaf.size for leaf in jax.tree.leaves(pruned)]
-    target = target_of(config.prune)
-    if not callable(target):
-        return round(target * sum(sizes))
-    each = jax.tree.leaves(masks.spread("target", target(pruned), pruned))
-    return int(np.rint(np.multiply(each, sizes)).sum())
+    return named_zeros(target_of(config.prune), pruned, optimizer.operator)
 
 
 def problems(

@@ -15,6 +15,7 @@ from lats_optax.atomic import replacing
 from lats_optax.models import torch_io
 from lats_optax.training.export import load_model, variables_of
 from tests.misuse import Case, gives, raises, warns
+from tests.signed import write_signed
 
 
 def in_a_directory(act):
@@ -85,8 +86,6 @@ def zeros(directory, count, **options):
 
 def huge(directory):
     """4 MB that ask for 8 GB: written by hand, for no test should make that array."""
-    from tests.test_files import write_signed
-
     gaps, path = np.full(4_200_000, 255, np.uint8), directory / "huge.safetensors"
     stored = {"params:gaps": gaps, "params:values": np.zeros(0, np.float64)}
     layout = {"version": 1, "tree": {"array": "gaps", "shape": [gaps.size * 255]}}
@@ -95,8 +94,6 @@ def huge(directory):
 
 
 def nested(directory):
-    from tests.test_files import write_signed
-
     tree = "null"
     for _ in range(3000):
         tree = f'{{"list":[{tree}]}}'

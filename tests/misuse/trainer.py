@@ -28,7 +28,7 @@ from lats_optax.training.optimizer import cosine, make_optimizer
 from lats_optax.training.step import cross_entropy
 from tests import tiny
 from tests.misuse import Case, gives, raises, warns
-from tests.test_checkpoint import at_step
+from tests.runs import at_step
 
 TINY = ["digits", "--data.batch-size", "8", "--epochs", "3", "--optimizer.learning-rate", "0.05"]
 SPARSE = [*TINY, "--prune.target-sparsity", "0.75"]
@@ -90,12 +90,12 @@ def _in_last_step(patch, act):
 
 
 def _while_writing(patch, act, twice=False):
-    def write(*arguments, original=loop._write_models):
+    def write(*arguments, original=loop.write_models):
         for _ in range(1 + twice):
             act()
         return original(*arguments)
 
-    patch.setattr(loop, "_write_models", write)
+    patch.setattr(loop, "write_models", write)
 
 
 def _while_writing_twice(patch, act):
@@ -133,7 +133,7 @@ def _build(prune: PruneConfig, initial: float | None = None) -> Any:
 
 def _steps(config: TrainConfig, count: int, steps_per_epoch: int = 3) -> tuple[list, list]:
     """Weights and thresholds after each of some steps on gradients of noise."""
-    tx = make_optimizer(config, steps_per_epoch).transform
+    tx = make_optimizer(config, steps_per_epoch).phases[0].transform
     params = {
         "kernel": jax.random.normal(jax.random.key(1), (20, 10)),
         "scale": jnp.full(10, 2.0),

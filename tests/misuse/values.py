@@ -216,7 +216,7 @@ CASES = [
     Case(
         "a dtype that there is not",
         lambda: soft_threshold(0.1, latent_dtype="float99"),
-        raises(ValueError, "^latent_dtype: float99 is not a float type"),
+        raises(ValueError, "^latent_dtype: float99 is not allowed"),
     ),
     *(
         Case(

@@ -37,7 +37,7 @@ from benchmarks.quality.peers.base import (
     zero_moments,
 )
 from lats_optax import masks
-from lats_optax.thresholds import check_fraction
+from lats_optax.numbers import check_fraction
 
 # The gradients of the prunable leaves, and a random key -> a score for each of their weights.
 Growth = Callable[[list[jax.Array], jax.Array], list[jax.Array]]
@@ -60,11 +60,11 @@ class DynamicState(NamedTuple):
 def dynamic(
     optimizer: optax.GradientTransformation,
     setting: Setting,
-    growth: Growth,
     *,
-    every: int,
-    fraction: float,
-    stop: float,
+    growth: Growth,
+    every: int = 100,
+    fraction: float = 0.3,
+    stop: float = 0.75,
 ) -> optax.GradientTransformationExtraArgs:
     """Train a sparse topology that moves; its layers' sparsities are Erdős–Rényi-kernel ones.
 
@@ -75,9 +75,11 @@ def dynamic(
       optimizer: any optax optimizer.
       setting: the run.
       growth: the score of each weight, from the gradients and a random key.
-      every: steps between two changes of the topology.
-      fraction: the part of the living weights that a change at step 0 would drop.
-      stop: the part of the run after which the topology stays.
+      every: steps between two changes of the topology. The default is RigL's for ImageNet.
+      fraction: the part of the living weights that a change at step 0 would drop: RigL's alpha and
+        SET's zeta, of which this is the default.
+      stop: the part of the run after which the topology stays. In the RigL paper 25,000 of 32,000
+        steps.
 
     Returns:
       A gradient transformation with state :class:`DynamicState`.
