@@ -5,6 +5,7 @@ import dataclasses
 import io
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
@@ -22,6 +23,10 @@ from lats_optax.training.result import RunResult
 
 Ready = TypeVar("Ready")
 
+_DEBUG = "--debug"
+# Characters of an error that nobody foresaw; a library may write pages.
+_LONGEST = 500
+
 
 def train(args: Sequence[str] | None = None) -> int:
     """`lats-train PRESET [--field value ...]`: trains a model.
@@ -34,12 +39,14 @@ def train(args: Sequence[str] | None = None) -> int:
       that was interrupted.
     """
 
-    def prepare() -> Experiment:
+    def prepare(args: Sequence[str]) -> Experiment:
         parse = tyro.extras.overridable_config_cli
-        named = (sys.argv[1:] if args is None else args)[:1]
         # The list of all is for choosing; what there is to know of one is in its own help.
         presets = {
-            name: (preset.description if [name] == list(named) else preset.summary, preset.config)
+            name: (
+                preset.description if [name] == list(args[:1]) else preset.summary,
+                preset.config,
+            )
             for name, preset in PRESETS.items()
         }
         description = (
@@ -58,7 +65,7 @@ def train(args: Sequence[str] | None = None) -> int:
             print(result.target_line)
         _warn_of("lats-train", result)
 
-    return _run("lats-train", prepare, execute)
+    return _run("lats-train", args, prepare, execute)
 
 
 def demo(args: Sequence[str] | None = None) -> int:
@@ -71,11 +78,11 @@ def demo(args: Sequence[str] | None = None) -> int:
       As `train`.
     """
 
-    def prepare() -> tuple[DemoConfig, dict[str, Experiment]]:
+    def prepare(args: Sequence[str]) -> tuple[DemoConfig, dict[str, Experiment]]:
         config = _in_one_line(tyro.cli, DemoConfig, "lats-demo", None, args)
         return config, demonstration.build(config)
 
-    return _run("lats-demo", prepare, lambda ready: _print_demo(demonstration.fit(*ready)))
+    return _run("lats-demo", args, prepare, lambda ready: _print_demo(demonstration.fit(*ready)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +111,14 @@ def prepare(args: Sequence[str] | None = None) -> int:
       As `train`; 1 for what cannot be downloaded or written here.
     """
 
-    def prepared() -> str:
+    def prepared(args: Sequence[str]) -> str:
         config: PrepareConfig = _in_one_line(tyro.cli, PrepareConfig, "lats-prepare", None, args)
         # Takes a second to import, and nothing else needs it.
         from lats_optax.data.prepare import prepare as prepare_data
 
         return prepare_data(**dataclasses.asdict(config))
 
-    return _run("lats-prepare", prepared, print)
+    return _run("lats-prepare", args, prepared, print)
 
 
 def inspect(args: Sequence[str] | None = None) -> int:
@@ -124,7 +131,7 @@ def inspect(args: Sequence[str] | None = None) -> int:
       As `train`.
     """
 
-    def inspected() -> str:
+    def inspected(args: Sequence[str]) -> str:
         # No other command draws all this.
         from lats_optax.inspection import lineup, model_file
 
@@ -135,7 +142,7 @@ def inspect(args: Sequence[str] | None = None) -> int:
         of = lineup if isinstance(request, lineup.Request) else model_file
         return of.report_on(of.build(request), request.out)
 
-    return _run("lats-inspect", inspected, print)
+    return _run("lats-inspect", args, inspected, print)
 
 
 def compact(args: Sequence[str] | None = None) -> int:
@@ -148,33 +155,49 @@ def compact(args: Sequence[str] | None = None) -> int:
       As `train`.
     """
 
-    def compacted() -> str:
+    def compacted(args: Sequence[str]) -> str:
         # No other command compacts.
         from lats_optax.training import compacting
 
         request = _in_one_line(tyro.cli, compacting.Request, "lats-compact", None, args)
         return compacting.report_on(compacting.build(request), request.out)
 
-    return _run("lats-compact", compacted, print)
+    return _run("lats-compact", args, compacted, print)
 
 
-def _run(program: str, prepare: Callable[[], Ready], execute: Callable[[Ready], None]) -> int:
-    """Turns what goes wrong into one line and an exit code."""
+def _run(
+    program: str,
+    args: Sequence[str] | None,
+    prepare: Callable[[Sequence[str]], Ready],
+    execute: Callable[[Ready], None],
+) -> int:
+    """Turns what goes wrong into one line and an exit code; with --debug, a traceback above it."""
+    args = sys.argv[1:] if args is None else args
+    debug = _DEBUG in args
 
     def fail(error: object, code: int) -> int:
+        if debug:
+            traceback.print_exc()
         print(f"{program}: error: {error}", file=sys.stderr)
         return code
+
+    def fail_unforeseen(error: Exception) -> int:
+        hint = "" if debug else f"; {_DEBUG} shows where"
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        return fail(what[:_LONGEST] + hint, 1)
 
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _one_line(program)
-            ready = prepare()
+            ready = prepare([arg for arg in args if arg != _DEBUG])
     except (ValueError, OSError) as error:
         return fail(error, 2)
     except data.PrepareError as error:
         return fail(error, 1)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
+    except Exception as error:
+        return fail_unforeseen(error)
     try:
         execute(ready)
     except FileExistsError as error:
@@ -183,6 +206,8 @@ def _run(program: str, prepare: Callable[[], Ready], execute: Callable[[Ready], 
         return fail(error, 1)
     except KeyboardInterrupt as error:
         return fail(str(error) or "interrupted", 130)
+    except Exception as error:
+        return fail_unforeseen(error)
     return 0
 
 
@@ -200,12 +225,13 @@ def _in_one_line(
     what: Any,
     program: str,
     description: str | None,
-    args: Sequence[str] | None,
+    args: Sequence[str],
 ) -> Any:
     """What tyro makes of the arguments; exits after --help.
 
     tyro frames its errors over many lines; here they become one.
     """
+    description = f"{description or what.__doc__} {_DEBUG} shows the traceback of an error."
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):

@@ -14,7 +14,7 @@ import numpy as np
 from lats_optax.numbers import check_steps, is_number
 
 # What a table can hold (0.8 GB in float64).
-_MOST_TABULATED = 10**8
+MOST_TABULATED = 10**8
 
 Schedule = Callable[[Any], Any]
 ScalarOrSchedule = float | jax.Array | Schedule
@@ -138,7 +138,7 @@ def _answers(function: Callable[[Any], Any], argument: Any) -> bool:
 
 def check_tabulated(steps: Any, name: str = "steps") -> int:
     """``steps`` as an int >= 1 that a table can hold, or a ValueError that names the argument."""
-    return check_steps(steps, name, _MOST_TABULATED)
+    return check_steps(steps, name, MOST_TABULATED)
 
 
 def check_sum(what: str, values: np.ndarray) -> None:

@@ -321,7 +321,7 @@ def without(path, pattern):
 
 
 def as_tfrecord(path):
-    info = path / "imagenet2012/5.1.0/dataset_info.json"
+    info = path / INFO
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
 
 
@@ -330,6 +330,7 @@ def unfinished(path):
 
 
 COMMAND = "lats-prepare imagenet2012 --data-dir {path}"
+INFO = "imagenet2012/5.1.0/dataset_info.json"
 
 
 @pytest.mark.parametrize(
@@ -352,6 +353,18 @@ COMMAND = "lats-prepare imagenet2012 --data-dir {path}"
         ),
         (
             lambda path: without(path, "*/*/dataset_info.json"),
+            {},
+            "is not whole, {path}/imagenet2012/5.1.0 has no dataset_info.json: "
+            f"{COMMAND} --overwrite",
+        ),
+        (
+            lambda path: (path / INFO).write_text("{ garbage"),
+            {},
+            "is not whole, {path}/imagenet2012/5.1.0/dataset_info.json or features.json beside it "
+            "cannot be read (",
+        ),
+        (
+            lambda path: [file.unlink() for file in (path / INFO).parent.iterdir()],
             {},
             "is not whole, {path}/imagenet2012/5.1.0 has no dataset_info.json: "
             f"{COMMAND} --overwrite",
@@ -406,15 +419,6 @@ def test_arguments_that_do_not_suit_a_data_set(imagenet, cifar, name, arguments,
     path = cifar[0] if name == "cifar10" else imagenet[0]
     with pytest.raises(ValueError, match=message):
         data.load(name, path, **arguments)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("image_size", 0), ("workers", -1), ("synthetic_examples", 0), ("synthetic_classes", 0)],
-)
-def test_fields_out_of_range_are_named(field, value):
-    with pytest.raises(ValueError, match=rf"^data.{field} is {value}; allowed: .*[01] or more.$"):
-        DataConfig(**{field: value})
 
 
 def test_nothing_to_evaluate_on_is_an_error(broken, tmp_path, compile_once):

@@ -595,7 +595,7 @@ def test_model_prints_its_table_and_writes_its_picture(files, tmp_path, capsys):
         (["schedule", "lts"], ["'lts'", "lats, ", "epoch-lats", "MODULE:ATTRIBUTE"]),
         (["schedule", "linear:3"], ["'linear:3'"]),
         (["schedule", "pgh"], ["'pgh'", "pgh:0.01"]),
-        (["schedule", "pgh:0"], ["beta", "0.0", "above 0"]),
+        (["schedule", "pgh:0"], ["beta", "0.0", "numbers of float32"]),
         (["schedule", "lats:-1"], ["beta", "-1", "above 0"]),
         (["schedule", "lats", "lats"], ["'lats'", "twice", "LABEL=lats"]),
         (["schedule", "--epochs", "0"], ["epochs is 0", "1 or more"]),

@@ -231,7 +231,7 @@ def test_options_that_are_not_given_are_the_models_own():
         (["--model.name", "sew-resnet18", "--model.stem", "big"], ["'big'", "'cifar'"]),
         (["--model.name", "sew-resnet18", "--model.steps", "0"], ["steps is 0", "1 or more"]),
         (["--model.name", "vgg16-bn"], ["(1, 8, 8, 1)", "at least 32"]),
-        (["--model.width", "0"], ["width is 0.0", "or more"]),
+        (["--model.width", "0"], ["width is 0.0", "to 1000"]),
         (["--model.classifier-bias", "maybe"], ["--model.classifier-bias", "maybe"]),
     ],
 )

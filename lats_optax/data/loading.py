@@ -4,6 +4,7 @@ import os
 from functools import partial
 from typing import Any, Literal
 
+from lats_optax.data import tfds_source
 from lats_optax.data.pipeline import Dataset, numpy_dtype
 
 SMALL = 64
@@ -65,8 +66,7 @@ def load(
       >>> batch["image"].shape, batch["label"].shape
       ((64, 8, 8, 1), (64,))
     """
-    # TFDS expands "~" in some of the places where it uses a path, and not in others.
-    directory = None if data_dir is None else os.path.expanduser(data_dir)
+    directory = tfds_source.expand_directory(data_dir)
     shared: dict[str, Any] = {"dtype": dtype, "workers": workers}
     if name == "digits":
         return _digits(directory, image_size, eval_split, shared)
@@ -85,14 +85,13 @@ def _digits(
     data_dir: str | None, image_size: int | None, eval_split: str | None, shared: dict[str, Any]
 ) -> Dataset:
     from lats_optax.data import digits
-    from lats_optax.data.tfds_source import Records
 
     _check_image_size("digits", image_size, digits.IMAGE_SHAPE)
     _check_eval_split("digits", eval_split, "test")
     builder = digits.prepare(data_dir)
     dtype = numpy_dtype(shared["dtype"])
     # All of it decoded is less than a megabyte, and to read and decode takes longer than a step.
-    records = {split: Records(builder, split) for split in ("train", "test")}
+    records = {split: tfds_source.Records(builder, split) for split in ("train", "test")}
     sources = {
         split: [digits.decode(stored[index]) for index in range(len(stored))]
         for split, stored in records.items()
@@ -115,7 +114,7 @@ def _tfds(
     eval_split: str | None,
     shared: dict[str, Any],
 ) -> Dataset:
-    from lats_optax.data import images, normalisation, tfds_source
+    from lats_optax.data import images, normalisation
 
     builder = tfds_source.open_builder(name, data_dir)
     image, label = tfds_source.image_and_label(builder)

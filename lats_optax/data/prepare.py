@@ -21,6 +21,7 @@ from lats_optax.data import digits, fashion_mnist
 from lats_optax.data.tfds_source import (
     PrepareError,
     check_known,
+    expand_directory,
     image_and_label,
     open_builder,
     parse_name,
@@ -66,7 +67,7 @@ def prepare(
       OSError: a directory cannot be read or written.
       PrepareError: TFDS cannot prepare it here; a file in ``from_dir`` is missing or damaged.
     """
-    directory = None if data_dir is None else os.path.expanduser(data_dir)
+    directory = expand_directory(data_dir)
     if from_dir is not None and name in ("digits", "synthetic"):
         raise ValueError(_no_files(name, from_dir))
     if name == "digits":

@@ -146,6 +146,19 @@ class Records:
         )
 
 
+def expand_directory(data_dir: str | os.PathLike[str] | None) -> str | None:
+    """The directory of data sets with ``~`` expanded; None stays None, TFDS's default.
+
+    Raises:
+      NotADirectoryError: it is a file.
+    """
+    # TFDS expands "~" in some of the places where it uses a path, and not in others.
+    directory = None if data_dir is None else os.path.expanduser(data_dir)
+    if directory is not None and os.path.exists(directory) and not os.path.isdir(directory):
+        raise NotADirectoryError(f"data_dir is {directory!r}, a file; allowed: a directory")
+    return directory
+
+
 def open_builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
     """The newest version of a data set that is on disk.
 
@@ -196,7 +209,15 @@ def open_builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
         raise FileNotFoundError(
             f"data set {name!r} is not whole, {path} has no {_INFO}: {command} --overwrite"
         )
-    builder = tfds.builder_from_directory(path)
+    try:
+        builder = tfds.builder_from_directory(path)
+    # TFDS and protobuf raise whatever they meet in a file that is damaged.
+    except Exception as error:
+        problem = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"data set {name!r} is not whole, {path}/{_INFO} or features.json beside it cannot be "
+            f"read ({problem}): {command} --overwrite"
+        ) from error
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise FileNotFoundError(
             f"data set {name!r} is in {path} as {builder.info.file_format.value}, which needs "

@@ -4,7 +4,6 @@ Here belongs what is padded, normalised or initialised as PyTorch does it, so th
 and settings carry over.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import ClassVar
@@ -24,6 +23,9 @@ Maker = Callable[..., nn.Module]
 KAIMING_FAN_IN = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 KAIMING_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 TORCH_DEFAULT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+# Beyond all published ones: wider layers are a slip of the keyboard.
+_WIDEST = 1000
 
 MOMENTUM = 0.9
 """What running batch statistics keep of themselves at each step of training."""
@@ -146,7 +148,7 @@ class Network(nn.Module, kw_only=True):
         """Checks the attributes."""
         check(self.num_classes >= 1, "num_classes", self.num_classes, "1 or more")
         least = 1 / self.narrowest
-        check(least <= self.width < math.inf, "width", self.width, f"{least} or more")
+        check(least <= self.width <= _WIDEST, "width", self.width, f"{least:.3g} to {_WIDEST}")
         if self.features is not None:
             known = isinstance(self.features, Mapping)
             check(known, "features", self.features, "channels of layers, by their paths")

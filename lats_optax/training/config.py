@@ -5,14 +5,38 @@ The command line is made from these classes: the line under a field is its `--he
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+
+_MOST_COUNTED = 2**31 - 1
+_MOST_WORKERS = 1024
+_FLOAT32 = np.finfo(np.float32)
 
 
 def _check(allowed_if: bool, field: str, value: object, allowed: str) -> None:
     if not allowed_if:
         raise ValueError(f"{field} is {value!r}; allowed: {allowed}.")
+
+
+def _check_float32(field: str, value: float, *, positive: bool = False) -> None:
+    """Refuses what would be negative, infinite or lost in the type that runs compute in."""
+    least, most = float(_FLOAT32.tiny), float(_FLOAT32.max)
+    zero = "" if positive else "0, or "
+    allowed = f"{zero}{least:.2g} to {most:.2g}, the numbers of float32"
+    _check((value == 0 and not positive) or least <= value <= most, field, value, allowed)
+
+
+def _expanded(field: str, path: Path) -> Path:
+    """The path with ``~`` and ``~user`` as the home directories that they stand for."""
+    _check("\0" not in str(path), field, str(path), "a path without null characters")
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{field} is {str(path)!r}; allowed: a path of this machine. {error}"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +66,12 @@ class DataConfig:
         _check(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
         size = self.image_size
         _check(size is None or size >= 1, "data.image_size", size, "None, or 1 or more")
-        _check(self.workers >= 0, "data.workers", self.workers, "0 or more")
-        examples, classes = self.synthetic_examples, self.synthetic_classes
-        _check(examples >= 1, "data.synthetic_examples", examples, "1 or more")
-        _check(classes >= 1, "data.synthetic_classes", classes, "1 or more")
+        few = 0 <= self.workers <= _MOST_WORKERS
+        _check(few, "data.workers", self.workers, f"0 to {_MOST_WORKERS}")
         for field in ("synthetic_examples", "synthetic_classes"):
             value = getattr(self, field)
+            counted = 1 <= value <= _MOST_COUNTED
+            _check(counted, f"data.{field}", value, f"1 to {_MOST_COUNTED}")
             used = self.name == "synthetic" or value == getattr(type(self), field)
             _check(used, f"data.{field}", value, "the default, but for the data set synthetic")
 
@@ -105,11 +129,9 @@ class OptimizerConfig:
     """Parts of each device's images that go through the model one after another, to save memory."""
 
     def __post_init__(self) -> None:
-        positive = self.learning_rate > 0 and math.isfinite(self.learning_rate)
-        _check(positive, "optimizer.learning_rate", self.learning_rate, "a number above 0")
+        _check_float32("optimizer.learning_rate", self.learning_rate, positive=True)
         _check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "0 <= momentum < 1")
-        not_negative = self.weight_decay >= 0 and math.isfinite(self.weight_decay)
-        _check(not_negative, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        _check_float32("optimizer.weight_decay", self.weight_decay)
         nesterov = not self.nesterov or self.momentum > 0
         _check(nesterov, "optimizer.nesterov", self.nesterov, "False without momentum")
         penalized = self.decay_norm or self.weight_decay > 0
@@ -214,10 +236,11 @@ class PruneConfig:
             with_target = "with a target_sparsity, all but 'constant'"
             _check(rises, "prune.schedule", self.schedule, with_target)
         if final is not None:
-            _check(final >= 0 and math.isfinite(final), "prune.final_threshold", final, "0 or more")
+            _check_float32("prune.final_threshold", final)
         if self.has_threshold and self.schedule == "pgh":
-            usable = beta is not None and beta > 0 and math.isfinite(beta)
-            _check(usable, "prune.beta", beta, "with schedule pgh, a number above 0")
+            _check(beta is not None, "prune.beta", beta, "with schedule pgh, a number above 0")
+            assert beta is not None
+            _check_float32("prune.beta", beta, positive=True)
         else:
             _check(beta is None, "prune.beta", beta, "None, but for schedule pgh of a sparse run")
         if target is None:
@@ -270,8 +293,9 @@ class PruneConfig:
         layers = self.layer_sparsity
         if self.distribution != "uniform":
             _check(not layers, "prune.layer_sparsity", layers, "none without distribution uniform")
-        for _, value in layers:
-            _check(0 <= value < 1, "prune.layer_sparsity", value, "0 <= sparsity < 1")
+        for expression, value in layers:
+            named = f"prune.layer_sparsity {expression!r}"
+            _check(0 <= value < 1, named, value, "0 <= sparsity < 1")
 
     def _check_structure(self) -> None:
         structure, block = self.structure, self.block
@@ -338,6 +362,9 @@ class TrainConfig:
     """With a coordinator, which of them this is, from 0."""
 
     def __post_init__(self) -> None:
+        for field in ("workdir", "initial"):
+            path = getattr(self, field)
+            object.__setattr__(self, field, None if path is None else _expanded(field, path))
         _check(
             0 <= self.label_smoothing < 1,
             "label_smoothing",
@@ -350,8 +377,10 @@ class TrainConfig:
         _check(decay is None or 0 < decay < 1, "average_decay", decay, allowed)
         batches = self.recalibrate
         _check(batches is None or batches >= 0, "recalibrate", batches, "None, or 0 or more")
-        for field in ("epochs", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
-            _check(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
+        _check(self.epochs >= 1, "epochs", self.epochs, "1 or more")
+        for field in ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
+            value = getattr(self, field)
+            _check(1 <= value <= _MOST_COUNTED, field, value, f"1 to {_MOST_COUNTED}")
         _check(0 <= self.seed < 2**32, "seed", self.seed, "0 <= seed < 2**32")
         warmup = self.optimizer.warmup_epochs
         _check(

@@ -17,7 +17,7 @@ from flax import linen as nn
 import lats_optax
 from lats_optax import data, masks, models
 from lats_optax.training import config as configs
-from lats_optax.training import workdir
+from lats_optax.training import limits, workdir
 from lats_optax.training.checkpoint import Checkpoints
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.export import SavedModel, variables_of
@@ -163,9 +163,12 @@ def build(
             f"data.batch_size is {config.data.batch_size}; allowed: at most {dataset.num_train}, "
             f"the training images of {dataset.name}."
         )
+    limits.check_steps(config, steps_per_epoch)
+    limits.check_recalibration(config, steps_per_epoch)
     model = make_model(config, dataset.num_classes) if model is None else model
-    optimizer = make_optimizer(config, steps_per_epoch)
     shapes = variables_of(model, dataset.image_shape)
+    limits.check_memory(shapes, parallel.local_devices[0])
+    optimizer = make_optimizer(config, steps_per_epoch)
     _check_effects(config, optimizer, shapes)
     resumes = _check_resumable(config)
     initial = None

@@ -1,0 +1,75 @@
+"""What a run would take of a machine, checked before anything is allocated.
+
+Here belong the limits that a config alone cannot know: they depend on the data set, on the shapes
+of the model and on the memory that is there.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from lats_optax.schedules import MOST_TABULATED
+from lats_optax.training.config import TrainConfig
+
+# Parameters, gradients, momentum and updates, all in float32.
+_COPIES = 4
+
+
+def check_steps(config: TrainConfig, steps_per_epoch: int) -> None:
+    """Checks that the learning rates of a run fit in a table.
+
+    Raises:
+      ValueError: the run has more steps than that.
+    """
+    total = config.total_epochs * steps_per_epoch
+    if total > MOST_TABULATED:
+        before = config.total_epochs - config.epochs
+        raise ValueError(
+            f"epochs is {config.epochs}{f' after {before} of a search' if before else ''}, which "
+            f"makes {total:,} steps; allowed: at most {MOST_TABULATED:,} steps, or "
+            f"{MOST_TABULATED // steps_per_epoch:,} epochs of {steps_per_epoch:,} steps."
+        )
+
+
+def check_recalibration(config: TrainConfig, steps_per_epoch: int) -> None:
+    """Checks that batch statistics are not estimated on more batches than there are.
+
+    Raises:
+      ValueError: ``config.recalibrate`` asks for more than those of an epoch.
+    """
+    batches = config.recalibrate
+    if batches is not None and batches > steps_per_epoch:
+        raise ValueError(
+            f"recalibrate is {batches}; allowed: None, or at most {steps_per_epoch}, the batches "
+            "of an epoch."
+        )
+
+
+def check_memory(variables: Mapping[str, Any], device: jax.Device) -> None:
+    """Checks that the parameters of a model can be trained in the memory of a device.
+
+    Args:
+      variables: the shapes of the model's.
+      device: any of those that the run is on.
+
+    Raises:
+      ValueError: parameters, gradients, momentum and updates alone take more.
+    """
+    need = _COPIES * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
+    have = memory_of(device)
+    if have is not None and need > have:
+        raise ValueError(
+            f"the model has {need / _COPIES / 1e9:,.1f} GB of parameters, and training takes "
+            f"{_COPIES} times that; allowed: at most {have / 1e9:,.1f} GB, what {device} has. "
+            "model.width, the number of classes and data.image_size decide."
+        )
+
+
+def memory_of(device: jax.Device) -> int | None:
+    """Bytes of memory of a device, of the host's for a CPU; None: it does not say."""
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit: int | None = (device.memory_stats() or {}).get("bytes_limit")
+    return limit
