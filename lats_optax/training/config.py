@@ -360,6 +360,8 @@ class TrainConfig:
     """With a coordinator, how many processes there are."""
     process_index: int | None = None
     """With a coordinator, which of them this is, from 0."""
+    process_timeout: int = 300
+    """Seconds to wait for the other processes to join, and for one that no longer answers."""
 
     def __post_init__(self) -> None:
         for field in ("workdir", "initial"):
@@ -430,6 +432,14 @@ class TrainConfig:
         return self.epochs + ((self.prune.search_epochs or 0) if before else 0)
 
     def _check_processes(self) -> None:
+        seconds = self.process_timeout
+        _check(1 <= seconds <= _MOST_COUNTED, "process_timeout", seconds, f"1 to {_MOST_COUNTED}")
+        _check(
+            self.distributed or seconds == type(self).process_timeout,
+            "process_timeout",
+            seconds,
+            "the default without distributed",
+        )
         address, count, index = self.coordinator, self.process_count, self.process_index
         if address is None:
             for field in ("process_count", "process_index"):
@@ -439,7 +449,8 @@ class TrainConfig:
             return
         _check(self.distributed, "coordinator", address, "with distributed")
         host, _, port = address.rpartition(":")
-        _check(bool(host) and port.isdecimal(), "coordinator", address, "HOST:PORT")
+        place = bool(host) and port.isdecimal() and 1 <= int(port) <= 65535
+        _check(place, "coordinator", address, "HOST:PORT, with a port from 1 to 65535")
         _check(
             count is not None and count >= 1, "process_count", count, "with coordinator, 1 or more"
         )
@@ -464,6 +475,7 @@ _FREE = {
     "coordinator",
     "process_count",
     "process_index",
+    "process_timeout",
     "data.data_dir",
     "data.skip_corrupt",
     "data.workers",

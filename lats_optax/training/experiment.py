@@ -152,9 +152,15 @@ def build(
         `models.create`. Its batch statistics are averaged over `parallel.AXIS`.
     """
     workdir.check(config)
+    lifeline = None
     if config.distributed:
-        join_processes(config.coordinator, config.process_count, config.process_index)
-    parallel = DataParallel(devices)
+        lifeline = join_processes(
+            config.coordinator,
+            config.process_count,
+            config.process_index,
+            config.process_timeout,
+        )
+    parallel = DataParallel(devices, lifeline)
     parallel.host_batch_size(config.data.batch_size, config.optimizer.accumulate)
     dataset = load_data(config) if dataset is None else dataset
     steps_per_epoch = dataset.num_train // config.data.batch_size

@@ -4,6 +4,7 @@ Training state is the same on every device and has no device axis: `in_axes=None
 A batch has one: (local devices, examples a device, ...).
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -12,6 +13,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from lats_optax.training.lifeline import Lifeline, meet
 
 Item = TypeVar("Item")
 
@@ -23,21 +26,40 @@ def join_processes(
     coordinator: str | None = None,
     process_count: int | None = None,
     process_index: int | None = None,
-) -> None:
+    timeout: int = 300,
+) -> Lifeline | None:
     """Joins the other processes of a TPU pod or a cluster.
 
     Args:
       coordinator: HOST:PORT of process 0; None: all three as the environment describes them.
       process_count: how many processes there are.
       process_index: which of them this is.
+      timeout: seconds to wait for the others, and for one that no longer answers.
+
+    Returns:
+      With a coordinator, connections by which a lost process is noticed at once; None: JAX alone
+      waits for processes, and aborts after the timeout.
 
     Raises:
       ValueError: there is no coordinator, and the environment describes none.
+      TimeoutError: with a coordinator, not all processes came.
     """
     if jax.distributed.is_initialized():
-        return
+        return None
+    lifeline = None
+    if coordinator is not None:
+        assert process_count is not None
+        assert process_index is not None
+        lifeline = meet(coordinator, process_count, process_index, timeout)
     try:
-        jax.distributed.initialize(coordinator, process_count, process_index)
+        jax.distributed.initialize(
+            coordinator,
+            process_count,
+            process_index,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=timeout,
+            shutdown_timeout_seconds=timeout,
+        )
     except (ValueError, RuntimeError) as error:
         if coordinator is not None:
             raise ValueError(f"coordinator is {coordinator!r}; JAX says: {error}") from error
@@ -46,6 +68,7 @@ def join_processes(
             "describes a TPU pod or a cluster (SLURM, Open MPI, Kubernetes). "
             f"JAX says: {error}"
         ) from error
+    return lifeline
 
 
 def ahead(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
@@ -74,13 +97,17 @@ class DataParallel:
 
     Args:
       devices: what to run on, the same in every process; None: all devices of all processes.
+      lifeline: the connections between the processes, of `join_processes`.
 
     >>> parallel = DataParallel(jax.devices()[:1])
     >>> parallel.host_batch_size(32)
     32
     """
 
-    def __init__(self, devices: Sequence[jax.Device] | None = None):
+    def __init__(
+        self, devices: Sequence[jax.Device] | None = None, lifeline: Lifeline | None = None
+    ):
+        self._lifeline = lifeline
         self.devices = list(jax.devices() if devices is None else devices)
         self.process_index = jax.process_index()
         self.local_devices = [d for d in self.devices if d.process_index == self.process_index]
@@ -166,6 +193,14 @@ class DataParallel:
         if self.process_count == 1:
             return count
         return int(np.sum(multihost_utils.process_allgather(np.asarray(count))))
+
+    def watching(self, resume: str) -> contextlib.AbstractContextManager[Any]:
+        """While it is entered, a process that is lost ends this one, with a line.
+
+        Args:
+          resume: what the line says of going on, behind which process it was.
+        """
+        return contextlib.nullcontext() if self._lifeline is None else self._lifeline.watch(resume)
 
     def barrier(self, name: str) -> None:
         """Waits until every process is here."""
