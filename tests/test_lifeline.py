@@ -1,5 +1,6 @@
 """Processes that come together, and that end when one of them is lost: threads, then processes."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -92,8 +93,7 @@ def test_a_port_that_is_taken_is_named(address):
 
 
 @pytest.mark.parametrize("lost", [0, 2])
-def test_all_others_hear_who_is_lost(address, monkeypatch, lost):
-    monkeypatch.setattr(lifeline, "_GRACE", 0.1)
+def test_all_others_hear_who_is_lost(address, lost):
     lines = meet_all(address, [(3, 0), (3, 1), (3, 2)])
     ends: dict[int, list[str]] = {index: [] for index in range(3)}
     for index, line in enumerate(lines):
@@ -153,6 +153,59 @@ def test_a_killed_process_ends_the_other_with_one_line(address, killed):
         assert time.monotonic() - begin < 20
         assert processes[1 - killed].returncode == lifeline.LOST
         assert err == f"lats-train: error: process {killed} of the run is gone; resume\n"
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def start(address, index, workdir, *more):
+    """`lats-train` as one of two processes."""
+    join = ["--distributed", "--coordinator", address, "--process-count", "2"]
+    arguments = ["digits-lats", *join, "--process-index", str(index), "--workdir", str(workdir)]
+    main = "import sys; from lats_optax import cli; sys.exit(cli.train(sys.argv[1:]))"
+    return subprocess.Popen(
+        [sys.executable, "-c", main, *arguments, *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ
+        | {
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        },
+    )
+
+
+def test_a_run_whose_other_process_does_not_come_ends_in_time(address, tmp_path):
+    begin = time.monotonic()
+    alone = start(address, 0, tmp_path, "--process-timeout", "2")
+    _, err = alone.communicate(timeout=60)
+    assert time.monotonic() - begin < 50
+    assert alone.returncode == 2
+    assert err == f"lats-train: error: process_count is 2; missing at {address}: process 1\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_run_that_loses_a_process_ends_in_time(address, tmp_path, killed):
+    often = ["--checkpoint-every", "1", "--eval-every", "100", "--epochs", "100"]
+    processes = [start(address, index, tmp_path / "run", *often) for index in range(2)]
+    try:
+        end = time.monotonic() + 200
+        while not list(tmp_path.glob("run/checkpoints/[0-9]*")):
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        processes[killed].kill()
+        begin = time.monotonic()
+        _, err = processes[1 - killed].communicate(timeout=60)
+        assert time.monotonic() - begin < 30
+        assert processes[1 - killed].returncode == lifeline.LOST
+        # What libraries print of it, if anything, is above or below.
+        assert (
+            f"lats-train: error: process {killed} of the run is gone; the same command with "
+            "--resume goes on"
+        ) in err.splitlines()
     finally:
         for process in processes:
             process.kill()

@@ -23,7 +23,7 @@ LOST = 1
 """Exit code of a process that has lost another one."""
 
 _BYE, _GO = "bye", "go"
-# Seconds between two attempts to connect, and what a main thread gets to see a lost process itself.
+# Seconds between two attempts to connect, and in which the news of a lost process is here.
 _PAUSE, _GRACE = 0.2, 2.0
 
 
@@ -72,7 +72,6 @@ class Lifeline:
         self._index, self._connections = index, dict(connections)
         self._lost = threading.Event()
         self._left = threading.Event()
-        self._message = ""
         self._end: Callable[[str], None] = end_process
         self._resume = ""
 
@@ -94,12 +93,11 @@ class Lifeline:
         traceback: TracebackType | None,
     ) -> None:
         """Says goodbye; after an error, only if it is not that another process is lost."""
-        # A collective that fails because a process is gone may be ahead of the news that it is.
-        lost = error is not None and self._lost.wait(_GRACE if isinstance(error, Exception) else 0)
+        if isinstance(error, Exception):
+            # A collective that fails because a process is gone may be ahead of the news that it is.
+            self._lost.wait(_GRACE)
         self._left.set()
         self._thread.join(_GRACE)
-        if lost:
-            self._end(self._message)
         if error is None:
             for connection in self._connections.values():
                 with contextlib.suppress(OSError):
@@ -130,11 +128,9 @@ class Lifeline:
             if other != index:
                 with contextlib.suppress(OSError):
                     _send(connection, str(index))
-        self._message = f"process {index} of the run is gone{self._resume}"
         self._lost.set()
-        # The main thread may be about to see it, in a collective that fails.
-        if not self._left.wait(_GRACE):
-            self._end(self._message)
+        # At once: JAX is about to abort where it is process 0 that is gone.
+        self._end(f"process {index} of the run is gone{self._resume}")
 
 
 def _gather(coordinator: str, port: int, count: int, deadline: float) -> dict[int, socket.socket]:

@@ -78,6 +78,7 @@ def fit(experiment: Experiment) -> RunResult:
     _prepare(experiment)
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(parallel.watching("; the same command with --resume goes on"))
         interruption = stack.enter_context(Interruption(enabled=parallel.process_count == 1))
         checkpoints = stack.enter_context(Checkpoints(config.workdir, config.keep_checkpoints))
         batches = stack.enter_context(contextlib.closing(experiment.train_batches()))
