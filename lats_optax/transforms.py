@@ -22,6 +22,7 @@ from lats_optax.masks import MaskOrFunction, is_dense
 from lats_optax.operators import Operator, as_operator
 from lats_optax.prox import prox_l1
 from lats_optax.pruned import PrunedUpdate, Scaled, as_pruned_update
+from lats_optax.stacked import warn_of_stacked_layers
 from lats_optax.thresholds import ScalarOrSchedule, check_steps
 
 
@@ -510,6 +511,7 @@ def _pruned(params: Any, mask: MaskOrFunction, operator: Operator) -> Any:
         if chosen:
             selected[name] = leaf
     check_fits("operator", operator, selected)
+    warn_of_stacked_layers(operator, params, selected, stacklevel=3)
     if names and not any(jax.tree.leaves(pruned)):
         warnings.warn(
             f"nothing is pruned: the mask selects none of {', '.join(names)}", stacklevel=3
