@@ -26,13 +26,6 @@ def check_transform(name: str, value: Any) -> None:
         )
 
 
-def check_arrays(name: str, tree: Any) -> None:
-    """Refuses a tree with a leaf that is no array and no number."""
-    for path, leaf in zip(jax.tree.leaves(masks.paths(tree)), jax.tree.leaves(tree)):
-        if not (hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)):
-            raise ValueError(f"{name}: at {path} it is {leaf!r}; allowed are pytrees of arrays")
-
-
 def check_state(state: Any, kind: type) -> None:
     """Refuses a state that is not of a transform's own type."""
     if not isinstance(state, kind):

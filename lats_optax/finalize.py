@@ -69,6 +69,7 @@ def finalize(
     operators = _operators(operator, params)
     names: list[str] = jax.tree.leaves(masks.paths(params))
     structure: Any = jax.tree.structure(params)
+    masks.check_arrays("params", params)
     _check_finite("params", names, jax.tree.leaves(params))
     known = latents(opt_state)
     if unknown := sorted(known.keys() - set(names)):
@@ -123,6 +124,7 @@ def finalize(
                 f"average: {name} has shape {jnp.shape(a)}; allowed is that of params, "
                 f"{jnp.shape(w)}"
             )
+    masks.check_arrays("average", average)
     _check_finite("average", names, jax.tree.leaves(average))
     return masks.restrict(average, jax.tree.unflatten(structure, alive))
 

@@ -175,6 +175,7 @@ def count_operations(fn: Callable[..., Any], *args: Any, params: int = 0) -> Ope
         raise ValueError(
             f"params: argument {params} is not a pytree of arrays; which one has the parameters?"
         )
+    masks.check_arrays("params", args[params])
     weights = [Weight.whole(index, leaf) for index, leaf in enumerate(leaves)]
     inputs: list[Value] = []
     for number, argument in enumerate(args):

@@ -493,6 +493,7 @@ def _pairs(params: Any, pruned: Any) -> list[tuple[Any, bool]]:
 
 def _pruned(params: Any, mask: MaskOrFunction, operator: Operator) -> Any:
     """The mask as a tree of bools, after a look at what it selects."""
+    masks.check_arrays("params", params)
     pruned = masks.resolve(mask, params)
     names = jax.tree.leaves(masks.paths(params))
     selected: dict[str, Any] = {}
