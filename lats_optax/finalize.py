@@ -49,7 +49,8 @@ def finalize(
       ValueError: there is no state of ``soft_threshold``; it is that of other parameters; or
         their zeros differ from its zeros (the message lists the paths and counts), or their values
         from its values, as under another operator; or ``average`` or a tree of operators is of
-        another structure or shape; or ``params`` or ``average`` are not finite somewhere.
+        another structure or shape; or ``params`` or ``average`` are not finite somewhere; or
+        devices have selected thresholds of their own, as within an unchecked ``jax.shard_map``.
 
     Example:
       >>> import jax.numpy as jnp, optax, lats_optax
