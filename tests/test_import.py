@@ -33,7 +33,8 @@ CORE = {
         "progress",
         "pruned",
     ),
-    *("prox", "quantile", "selection", "sparsity", "states", "target", "thresholds", "transforms"),
+    *("provenance", "prox", "quantile", "selection", "sparsity", "stacked", "states"),
+    *("target", "thresholds", "transforms"),
 }
 # What a core module may import besides, within its functions.
 BESIDES = {"files": {"safetensors"}}
