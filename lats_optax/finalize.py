@@ -27,8 +27,8 @@ def finalize(
     transform behind ``soft_threshold``, by a cast, by an average in their place.
 
     It warns where the state tells that the run went wrong: where it stopped short of the target of
-    ``target_sparsity``, where nothing was pruned, or where the gradients went through two
-    optimizers.
+    ``target_sparsity`` or of its steps, where nothing was pruned, where arrays died as a whole, or
+    where the gradients went through two optimizers.
 
     Args:
       params: the parameters after the last update.
