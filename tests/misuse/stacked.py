@@ -80,15 +80,18 @@ def network():
 
 
 def equinox():
-    layers = [
-        eqx.nn.Conv1d(3, 4, 1, key=KEY),
-        eqx.nn.Conv2d(4, 4, 1, key=KEY),
-        eqx.nn.Conv2d(4, 8, 3, groups=4, key=KEY),
-        eqx.nn.LayerNorm((8, 4)),
-        eqx.nn.Linear(8, 8, key=KEY),
-        eqx.nn.MultiheadAttention(4, 8, key=KEY),
-    ]
-    return eqx.filter(layers, eqx.is_array)
+    def layers():
+        return [
+            eqx.nn.Conv1d(3, 4, 1, key=KEY),
+            eqx.nn.Conv2d(4, 4, 1, key=KEY),
+            eqx.nn.Conv2d(4, 8, 3, groups=4, key=KEY),
+            eqx.nn.LayerNorm((8, 4)),
+            eqx.nn.Linear(8, 8, key=KEY),
+            eqx.nn.MultiheadAttention(4, 8, key=KEY),
+        ]
+
+    shapes = eqx.filter_eval_shape(layers)
+    return eqx.filter(shapes, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
 
 
 def across(path, axes=1):
