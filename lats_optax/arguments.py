@@ -13,6 +13,7 @@ from lats_optax import masks
 from lats_optax.leaves import check_fits
 from lats_optax.masks import MaskOrFunction, is_dense
 from lats_optax.operators import Operator
+from lats_optax.stacked import warn_of_stacked_layers
 
 
 def check_transform(name: str, value: Any) -> None:
@@ -63,6 +64,7 @@ def checked_mask(params: Any, mask: MaskOrFunction, operator: Operator) -> Any:
     Raises:
       ValueError: names the path.
     """
+    masks.check_arrays("params", params)
     pruned = masks.resolve(mask, params)
     names = jax.tree.leaves(masks.paths(params))
     selected: dict[str, Any] = {}
@@ -81,6 +83,7 @@ def checked_mask(params: Any, mask: MaskOrFunction, operator: Operator) -> Any:
         if chosen:
             selected[name] = leaf
     check_fits("operator", operator, selected)
+    warn_of_stacked_layers(operator, params, selected, stacklevel=3)
     if names and not any(jax.tree.leaves(pruned)):
         warnings.warn(
             f"nothing is pruned: the mask selects none of {', '.join(names)}", stacklevel=3
@@ -93,13 +96,6 @@ def checked_mask(params: Any, mask: MaskOrFunction, operator: Operator) -> Any:
             stacklevel=3,
         )
     return pruned
-
-
-def check_arrays(name: str, tree: Any) -> None:
-    """Refuses a tree with a leaf that is no array and no number."""
-    for path, leaf in zip(jax.tree.leaves(masks.paths(tree)), jax.tree.leaves(tree)):
-        if not (hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)):
-            raise ValueError(f"{name}: at {path} it is {leaf!r}; allowed are pytrees of arrays")
 
 
 def check_state(state: Any, kind: type) -> None:

@@ -27,8 +27,8 @@ def finalize(
     transform behind ``soft_threshold``, by a cast, by an average in their place.
 
     It warns where the state tells that the run went wrong: where it stopped short of the target of
-    ``target_sparsity``, where nothing was pruned, or where the gradients went through two
-    optimizers.
+    ``target_sparsity`` or of its steps, where nothing was pruned, where arrays died as a whole, or
+    where the gradients went through two optimizers.
 
     Args:
       params: the parameters after the last update.
@@ -49,7 +49,8 @@ def finalize(
       ValueError: there is no state of ``soft_threshold``; it is that of other parameters; or
         their zeros differ from its zeros (the message lists the paths and counts), or their values
         from its values, as under another operator; or ``average`` or a tree of operators is of
-        another structure or shape; or ``params`` or ``average`` are not finite somewhere.
+        another structure or shape; or ``params`` or ``average`` are not finite somewhere; or
+        devices have selected thresholds of their own, as within an unchecked ``jax.shard_map``.
 
     Example:
       >>> import jax.numpy as jnp, optax, lats_optax
@@ -69,6 +70,7 @@ def finalize(
     operators = _operators(operator, params)
     names: list[str] = jax.tree.leaves(masks.paths(params))
     structure: Any = jax.tree.structure(params)
+    masks.check_arrays("params", params)
     _check_finite("params", names, jax.tree.leaves(params))
     known = latents(opt_state)
     if unknown := sorted(known.keys() - set(names)):
@@ -123,6 +125,7 @@ def finalize(
                 f"average: {name} has shape {jnp.shape(a)}; allowed is that of params, "
                 f"{jnp.shape(w)}"
             )
+    masks.check_arrays("average", average)
     _check_finite("average", names, jax.tree.leaves(average))
     return masks.restrict(average, jax.tree.unflatten(structure, alive))
 

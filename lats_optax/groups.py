@@ -2,11 +2,13 @@
 
 Here belong the operators that `soft_threshold` takes for whole channels, filters and blocks.
 Layouts are Flax's: the last axis of a kernel counts outputs, the one before it inputs, and those
-before that, of a convolution, are its kernel positions.
+before that, of a convolution, are its kernel positions. Where one array holds several layers, as
+`flax.linen.scan` and `jax.vmap` stack them, the first axes count layers (`stacked_axes`).
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from jax.sharding import AxisType, PartitionSpec
 from lats_optax.numbers import check_steps
 from lats_optax.operators import Elementwise, GroupOperator
 from lats_optax.prox import prox_l1
+from lats_optax.stacked import check_stacked_axes
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,12 @@ class Tiles(GroupOperator):
 
     Attributes:
       shrinkage: what is applied to the root mean square of a group.
-      name: what errors and ``repr`` call it.
+      name: of the function that makes it.
       rows: inputs in a tile; None: all.
       columns: outputs in a tile; None: all.
       all_positions: whether all kernel positions lie in one group, or in one each.
-      least_dimensions: the fewest dimensions of a leaf that it fits.
+      least_dimensions: the fewest dimensions of one layer's leaf that it fits.
+      stacked_axes: the number of leading axes that stack layers, which no group crosses.
     """
 
     name: str
@@ -37,16 +41,22 @@ class Tiles(GroupOperator):
     columns: int | None
     all_positions: bool
     least_dimensions: int = 2
+    stacked_axes: int = 0
 
     def __repr__(self) -> str:
-        """The call that makes it, and what it does to a group where that is not the group lasso."""
-        other = "" if self.shrinkage == prox_l1 else f", shrinkage={self.shrinkage!r}"
-        return f"lats_optax.groups.{self.name}{other}"
+        """The call that makes it, with what differs from its defaults."""
+        other = () if self.shrinkage == prox_l1 else (f"shrinkage={self.shrinkage!r}",)
+        return f"lats_optax.groups.{self._call(*other)}"
+
+    def _call(self, *more: str) -> str:
+        sides = () if self.all_positions else (f"{self.rows}", f"{self.columns}")
+        stacked = (f"stacked_axes={self.stacked_axes}",) if self.stacked_axes else ()
+        return f"{self.name}({', '.join((*sides, *more, *stacked))})"
 
     def sums(self, x: jax.Array) -> jax.Array:
         """The sum over each tile, computed by a window where tiles have sides."""
         self._check(x.shape)
-        whole = tuple(range(x.ndim - 2)) if self.all_positions else ()
+        whole = tuple(range(self.stacked_axes, x.ndim - 2)) if self.all_positions else ()
         whole += (x.ndim - 2,) * (self.rows is None) + (x.ndim - 1,) * (self.columns is None)
         totals = jnp.sum(x, axis=whole, keepdims=True)
         window = (*(1,) * (x.ndim - 2), self.rows or 1, self.columns or 1)
@@ -69,7 +79,7 @@ class Tiles(GroupOperator):
     def group_sizes(self, shape: tuple[int, ...]) -> np.ndarray:
         """Tiles at the end of an axis may be smaller."""
         self._check(shape)
-        positions = math.prod(shape[:-2]) if self.all_positions else 1
+        positions = math.prod(shape[self.stacked_axes : -2]) if self.all_positions else 1
         inputs, outputs = _sides(shape[-2], self.rows), _sides(shape[-1], self.columns)
         sizes = positions * np.outer(inputs, outputs).astype(np.int32)
         return sizes.reshape((1,) * (len(shape) - 2) + sizes.shape)
@@ -83,14 +93,14 @@ class Tiles(GroupOperator):
         return each
 
     def _check(self, shape: tuple[int, ...]) -> None:
-        if len(shape) < self.least_dimensions:
+        least = self.least_dimensions + self.stacked_axes
+        if len(shape) < least:
             raise ValueError(
-                f"{self.name} needs {self.least_dimensions} dimensions or more and was given "
-                f"{len(shape)}"
+                f"{self._call()} needs {least} dimensions or more and was given {len(shape)}"
             )
 
 
-def output_channels(*, shrinkage: Elementwise = prox_l1) -> Tiles:
+def output_channels(*, shrinkage: Elementwise = prox_l1, stacked_axes: int = 0) -> Tiles:
     """All that goes into one output: a unit of a dense layer, a 3-D filter of a convolution.
 
     A group is everything but the last axis. Layers that follow can drop an output that is zero,
@@ -105,9 +115,16 @@ def output_channels(*, shrinkage: Elementwise = prox_l1) -> Tiles:
       shrinkage: what is applied to the root mean square of a group. Default:
         :data:`lats_optax.prox.prox_l1`, the group lasso. ``prox_power(3)`` leaves the groups that
         survive nearly as they are.
+      stacked_axes: how many leading axes of a leaf stack layers, as those of ``flax.linen.scan``
+        and of vmapped experts do. A group lies within one layer. Without it a stack of dense layers
+        is taken for a 1-D convolution, of which ``init`` warns where biases or scales show it.
 
     Returns:
-      An operator for ``soft_threshold``, for leaves of 2 dimensions or more.
+      An operator for ``soft_threshold``, for leaves of 2 dimensions or more, and so many more as
+      stack layers.
+
+    Raises:
+      ValueError: ``stacked_axes`` is not a whole number >= 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -121,10 +138,10 @@ def output_channels(*, shrinkage: Elementwise = prox_l1) -> Tiles:
     Source: Li et al., "Pruning filters for efficient ConvNets" (ICLR 2017), for the structure; Yuan
     and Lin (2006) for the operator.
     """
-    return Tiles(shrinkage, "output_channels()", rows=None, columns=1, all_positions=True)
+    return _whole("output_channels", shrinkage, stacked_axes, rows=None, columns=1)
 
 
-def input_channels(*, shrinkage: Elementwise = prox_l1) -> Tiles:
+def input_channels(*, shrinkage: Elementwise = prox_l1, stacked_axes: int = 0) -> Tiles:
     """All that comes out of one input: everything but the second to last axis.
 
     The outputs of the layer before that nobody reads can be dropped there. A depth-wise
@@ -135,9 +152,14 @@ def input_channels(*, shrinkage: Elementwise = prox_l1) -> Tiles:
       shrinkage: what is applied to the root mean square of a group. Default:
         :data:`lats_optax.prox.prox_l1`, the group lasso. ``prox_power(3)`` leaves the groups that
         survive nearly as they are.
+      stacked_axes: how many leading axes stack layers, as in :func:`output_channels`.
 
     Returns:
-      An operator for ``soft_threshold``, for leaves of 2 dimensions or more.
+      An operator for ``soft_threshold``, for leaves of 2 dimensions or more, and so many more as
+      stack layers.
+
+    Raises:
+      ValueError: ``stacked_axes`` is not a whole number >= 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -148,10 +170,10 @@ def input_channels(*, shrinkage: Elementwise = prox_l1) -> Tiles:
     Source: He et al., "Channel pruning for accelerating very deep neural networks" (ICCV 2017), for
     the structure.
     """
-    return Tiles(shrinkage, "input_channels()", rows=1, columns=None, all_positions=True)
+    return _whole("input_channels", shrinkage, stacked_axes, rows=1, columns=None)
 
 
-def filters(*, shrinkage: Elementwise = prox_l1) -> Tiles:
+def filters(*, shrinkage: Elementwise = prox_l1, stacked_axes: int = 0) -> Tiles:
     """The kernel positions that join one input to one output: whole 2-D filters.
 
     In a 1×1 convolution that is a single weight. A dense layer has no kernel positions, so it is an
@@ -161,9 +183,14 @@ def filters(*, shrinkage: Elementwise = prox_l1) -> Tiles:
       shrinkage: what is applied to the root mean square of a group. Default:
         :data:`lats_optax.prox.prox_l1`, the group lasso. ``prox_power(3)`` leaves the groups that
         survive nearly as they are.
+      stacked_axes: how many leading axes stack layers, as in :func:`output_channels`.
 
     Returns:
-      An operator for ``soft_threshold``, for leaves of 3 dimensions or more.
+      An operator for ``soft_threshold``, for leaves of 3 dimensions or more, and so many more as
+      stack layers.
+
+    Raises:
+      ValueError: ``stacked_axes`` is not a whole number >= 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -172,7 +199,7 @@ def filters(*, shrinkage: Elementwise = prox_l1) -> Tiles:
       Array([[0.5, 0. , 0.5, 0.5],
              [0.5, 0.5, 0.5, 0.5]], dtype=float32)
     """
-    return Tiles(shrinkage, "filters()", rows=1, columns=1, all_positions=True, least_dimensions=3)
+    return _whole("filters", shrinkage, stacked_axes, rows=1, columns=1, least_dimensions=3)
 
 
 def blocks(rows: int, columns: int, *, shrinkage: Elementwise = prox_l1) -> Tiles:
@@ -181,7 +208,7 @@ def blocks(rows: int, columns: int, *, shrinkage: Elementwise = prox_l1) -> Tile
     Hardware that multiplies matrices tile by tile can skip one that is zero: 1 × n and n × 1 for
     the vector units of CPUs, 4 × 4 or 16 × 16 for GPUs, 8 × 128 for TPUs. Where a layer's sides are
     not multiples of the tile's, the tiles at its end are smaller, and |g| is the number of weights
-    that they have.
+    that they have. Layers that are stacked along leading axes are tiled one by one.
 
     Args:
       rows: inputs in a tile, >= 1.
@@ -205,8 +232,13 @@ def blocks(rows: int, columns: int, *, shrinkage: Elementwise = prox_l1) -> Tile
     Source: Narang et al., "Block-sparse recurrent neural networks" (2017), for the structure.
     """
     rows, columns = check_steps(rows, "rows"), check_steps(columns, "columns")
-    name = f"blocks({rows}, {columns})"
-    return Tiles(shrinkage, name, rows=rows, columns=columns, all_positions=False)
+    return Tiles(shrinkage, "blocks", rows=rows, columns=columns, all_positions=False)
+
+
+def _whole(name: str, shrinkage: Elementwise, stacked_axes: Any, **tile: Any) -> Tiles:
+    """Tiles that take in all kernel positions of a layer."""
+    axes = check_stacked_axes(stacked_axes)
+    return Tiles(shrinkage, name, all_positions=True, stacked_axes=axes, **tile)
 
 
 def _sides(size: int, side: int | None) -> np.ndarray:

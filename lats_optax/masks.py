@@ -201,13 +201,14 @@ def support(params: Any, mask: MaskOrFunction = prunable) -> Any:
       True where a weight is not zero; for any other leaf a scalar True, which stands for all of it.
 
     Raises:
-      ValueError: the mask is of another structure than the parameters.
+      ValueError: the mask is of another structure than the parameters, or a leaf is no array.
 
     Example:
       >>> import jax.numpy as jnp
       >>> support({"kernel": jnp.array([[0.0, 2.0]]), "bias": jnp.zeros(2)})
       {'bias': Array(True, dtype=bool), 'kernel': Array([[False,  True]], dtype=bool)}
     """
+    check_arrays("params", params)
     return jax.tree.map(
         lambda masked, leaf: jnp.asarray(leaf != 0 if masked else True),
         resolve(mask, params),
@@ -276,6 +277,7 @@ def spread_support(support: Any, params: Any) -> Any:
             raise ValueError(f"support: at {path} it is {kept.dtype}{list(kept.shape)}; {allowed}")
         return kept
 
+    check_arrays("params", params)
     return jax.tree.map(copy, paths(params), spread("support", support, params), params)
 
 
@@ -422,21 +424,29 @@ def is_dense(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def as_arrays(argument: str, tree: Any) -> list[jax.Array]:
-    """The leaves of a tree as JAX arrays, or a ValueError that names the argument and the path.
+def check_arrays(argument: str, tree: Any) -> None:
+    """Refuses a tree with a leaf that is no array, shape of one or number, and names its path.
 
-    >>> as_arrays("params", {"a": 1.0})
-    [Array(1., dtype=float32, weak_type=True)]
+    >>> check_arrays("params", {"a": 1.0, "b": "x"})
+    Traceback (most recent call last):
+    ValueError: params: at b it is 'x', a str; allowed are arrays and numbers
     """
-    arrays = []
     for name, leaf in zip(jax.tree.leaves(paths(tree)), jax.tree.leaves(tree)):
-        try:
-            arrays.append(jnp.asarray(leaf))
-        except TypeError as error:
+        if not _is_array(leaf):
             raise ValueError(
-                f"{argument}: at {name} it is {leaf!r}; allowed are arrays and numbers"
-            ) from error
-    return arrays
+                f"{argument}: at {name} it is {leaf!r}, a {type(leaf).__name__}; allowed are "
+                "arrays and numbers"
+            )
+
+
+def _is_array(leaf: Any) -> bool:
+    if not hasattr(leaf, "dtype"):
+        return isinstance(leaf, bool | int | float | complex)
+    try:
+        jnp.result_type(leaf)
+    except TypeError:  # an array of words, or of objects
+        return False
+    return True
 
 
 def check_matches(
@@ -454,7 +464,7 @@ def check_matches(
 
 def compile_expressions(argument: str, patterns: str | Iterable[str]) -> list[re.Pattern[str]]:
     """Regular expressions, compiled, or a ValueError that names the argument."""
-    given = [patterns] if isinstance(patterns, str) else patterns
+    given = [patterns] if isinstance(patterns, str | bytes) else patterns
     if not isinstance(given, Iterable):
         raise ValueError(f"{argument}: {given!r} is not allowed; allowed are {_EXPRESSIONS}")
     given = list(given)

@@ -1,6 +1,7 @@
 """The walk over a jaxpr that finds every product of arrays and the parameter that each belongs to.
 
-Here belong what is known of a value on the way, and a rule for each primitive that has one.
+Here belongs a rule for each primitive that has one; what is known of a value on the way is in
+`provenance.py`.
 """
 
 import math
@@ -8,58 +9,29 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, primitives
 
-
-class Part(NamedTuple):
-    """A parameter's share of the entries of a weight, and how much of that is not zero."""
-
-    parameter: int
-    share: Fraction
-    density: Fraction
-
-
-@dataclass(frozen=True, eq=False)
-class Weight:
-    """A value that depends on parameters and constants alone.
-
-    Attributes:
-      entries: how many entries of parameters went into it.
-      parts: which parameters its entries are from; the shares add up to 1.
-      nonzero: makes the bools that tell which entries are not zero; None where that is not known
-        entry by entry. It is called for slices alone: models may be large.
-    """
-
-    entries: int
-    parts: tuple[Part, ...]
-    nonzero: Callable[[], Any] | None = None
-
-    @staticmethod
-    def whole(index: int, leaf: Any) -> "Weight":
-        size, full = math.prod(leaf.shape), Fraction(1)
-        # Random keys, which some libraries keep among the parameters, have no zeros.
-        if not size or not has_values(leaf) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-            return Weight(size, (Part(index, full, full),))
-        part = Part(index, full, Fraction(int(jnp.count_nonzero(leaf)), size))
-        return Weight(size, (part,), lambda: jnp.asarray(leaf) != 0)
-
-    def anywhere(self) -> "Weight":
-        """The weight, with its mean sparsity for that of each of its entries."""
-        return Weight(self.entries, self.parts)
-
-    def filled(self) -> "Weight":
-        """The weight after something that need not leave zeros zero."""
-        parts = tuple(part._replace(density=Fraction(1)) for part in self.parts)
-        return Weight(self.entries, parts)
-
-
-_CONSTANT, ACTIVATION = "constant", "activation"
-Value = Weight | str  # or one of these two
+from lats_optax.provenance import (
+    ACTIVATION,
+    UNKNOWN,
+    Constant,
+    Value,
+    Weight,
+    anywhere,
+    combine,
+    computed,
+    concatenated,
+    given,
+    join,
+    largest,
+    nonzero,
+    same,
+)
 
 
 @dataclass
@@ -88,53 +60,30 @@ class Tally:
         self.uncounted |= other.uncounted
 
 
-def _join(a: Value, b: Value) -> Value:
-    """What a value is that may be either: of two iterations, or of two branches."""
-    if a is b or ACTIVATION in (a, b):
-        return a if a is b else ACTIVATION
-    if isinstance(a, Weight):
-        return a if isinstance(b, Weight) and a.parts == b.parts else a.filled()
-    return b.filled() if isinstance(b, Weight) else _CONSTANT
-
-
-def _same(a: Value, b: Value) -> bool:
-    if isinstance(a, Weight) and isinstance(b, Weight):
-        return a.parts == b.parts
-    return a is b
-
-
-def _largest(inputs: Sequence[Value]) -> Weight | None:
-    """Which weight an operation on several is put down to."""
-    weights = [value for value in inputs if isinstance(value, Weight)]
-    return max(weights, key=lambda weight: weight.entries, default=None)
-
-
-def _combine(inputs: Sequence[Value]) -> Value:
-    """What comes of several values, whatever is done with them."""
-    if ACTIVATION in inputs:
-        return ACTIVATION
-    weight = _largest(inputs)
-    return _CONSTANT if weight is None else weight.filled()
-
-
-def has_values(leaf: Any) -> bool:
-    return not isinstance(leaf, jax.ShapeDtypeStruct)
-
-
 # --- the walk -----------------------------------------------------------------------------------
 
 
-def walk(jaxpr: Jaxpr, inputs: Sequence[Value], tally: Tally, times: int) -> list[Value]:
+def walk(
+    jaxpr: Jaxpr | ClosedJaxpr, inputs: Sequence[Value], tally: Tally, times: int
+) -> list[Value]:
     """Adds what a jaxpr multiplies, when it is run so many times, and tells what comes out."""
-    values: dict[Any, Value] = dict.fromkeys(jaxpr.constvars, _CONSTANT)
+    values: dict[Any, Value] = {}
+    if isinstance(jaxpr, ClosedJaxpr):
+        values.update(zip(jaxpr.jaxpr.constvars, map(given, jaxpr.consts)))
+        jaxpr = jaxpr.jaxpr
+    else:
+        values.update(dict.fromkeys(jaxpr.constvars, UNKNOWN))
     values.update(zip(jaxpr.invars, inputs, strict=True))
 
     def read(atom: Any) -> Value:
-        return _CONSTANT if isinstance(atom, Literal) else values[atom]
+        return given(atom.val) if isinstance(atom, Literal) else values[atom]
 
     for eqn in jaxpr.eqns:
         rule = _RULES.get(eqn.primitive.name, _other)
-        outputs = rule(eqn, [read(atom) for atom in eqn.invars], tally, times)
+        inputs = [read(atom) for atom in eqn.invars]
+        outputs = rule(eqn, inputs, tally, times)
+        if eqn.primitive.name in _NO_PRODUCT:
+            outputs = computed(eqn, inputs) or outputs
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -160,12 +109,12 @@ def _convolution(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -
 
 
 def _product(eqn: JaxprEqn, inputs: list[Value], tally: Tally, operations: int) -> list[Value]:
-    tally.add(operations, _largest(inputs))
-    return [_combine(inputs)]
+    tally.add(operations, largest(inputs))
+    return [combine(inputs)]
 
 
 def _scan(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
-    body, length = eqn.params["jaxpr"].jaxpr, eqn.params["length"]
+    body, length = eqn.params["jaxpr"], eqn.params["length"]
     first = eqn.params["num_consts"]
     last = first + eqn.params["num_carry"]
     consts, carry, rows = inputs[:first], inputs[first:last], _anywhere(inputs[last:])
@@ -176,7 +125,7 @@ def _scan(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[
 
 
 def _while(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
-    test, body = eqn.params["cond_jaxpr"].jaxpr, eqn.params["body_jaxpr"].jaxpr
+    test, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
     middle = eqn.params["cond_nconsts"]
     first = middle + eqn.params["body_nconsts"]
     consts = inputs[middle:first]
@@ -193,8 +142,8 @@ def _while(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list
 def _settle(outputs: Callable[[list[Value]], list[Value]], carry: list[Value]) -> list[Value]:
     """What a loop's carry is in every iteration, from what it is in the first."""
     while True:
-        after = [_join(a, b) for a, b in zip(carry, outputs(carry))]
-        if all(_same(a, b) for a, b in zip(carry, after)):
+        after = [join(a, b) for a, b in zip(carry, outputs(carry))]
+        if all(same(a, b) for a, b in zip(carry, after)):
             return after
         carry = after
 
@@ -203,11 +152,11 @@ def _cond(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[
     tallies, outputs = [], []
     for branch in eqn.params["branches"]:
         tallies.append(Tally())
-        outputs.append(walk(branch.jaxpr, inputs[1:], tallies[-1], times))
+        outputs.append(walk(branch, inputs[1:], tallies[-1], times))
     tally.merge(max(tallies, key=lambda branch: sum(branch.dense.values())))
     joined = outputs[0]
     for branch in outputs[1:]:
-        joined = [_join(a, b) for a, b in zip(joined, branch)]
+        joined = [join(a, b) for a, b in zip(joined, branch)]
     # Which branch is taken may depend on the activations.
     return [ACTIVATION] * len(joined) if inputs[0] is ACTIVATION else joined
 
@@ -231,7 +180,7 @@ def _sparse_dot(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) ->
     return _product(eqn, factors, tally, times * math.prod(stored) * math.prod(free))
 
 
-def _callee(eqn: JaxprEqn) -> Jaxpr | None:
+def _callee(eqn: JaxprEqn) -> Jaxpr | ClosedJaxpr | None:
     """The jaxpr that a call runs on its own inputs; that of a reduction is for scalars."""
     ends = [*map(_shape, eqn.invars)], [*map(_shape, eqn.outvars)]
     for value in eqn.params.values():
@@ -240,7 +189,7 @@ def _callee(eqn: JaxprEqn) -> Jaxpr | None:
             [*map(_shape, inner.invars)],
             [*map(_shape, inner.outvars)],
         ):
-            return inner
+            return value
     return None
 
 
@@ -251,19 +200,19 @@ def _other(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list
     arrays = any(_shape(atom) for atom in eqn.invars)
     if arrays and eqn.primitive.name not in _NO_PRODUCT:
         return _opaque(eqn, inputs, tally, times)
-    return [_combine(inputs)] * len(eqn.outvars)
+    return [combine(inputs)] * len(eqn.outvars)
 
 
 def _opaque(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
     del times
     tally.uncounted.add(eqn.primitive.name)
-    return [_combine(inputs)] * len(eqn.outvars)
+    return [combine(inputs)] * len(eqn.outvars)
 
 
 def _unchanged(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
     """Each output has the shape of the input at its place, and zeros where that has them."""
     del tally, times
-    return inputs[: len(eqn.outvars)]
+    return [_without_value(value) for value in inputs[: len(eqn.outvars)]]
 
 
 def _rearranged(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
@@ -271,7 +220,7 @@ def _rearranged(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) ->
     del tally, times
     (value, *_) = inputs
     if not isinstance(value, Weight) or value.nonzero is None:
-        return [value]
+        return [_without_value(value)]
     before = value.nonzero
     nonzero = lambda: eqn.primitive.bind(before(), **eqn.params)  # type: ignore[no-untyped-call]  # noqa: E731
     return [Weight(value.entries, value.parts, nonzero)]
@@ -282,18 +231,15 @@ def _pieces(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> lis
     del tally, times
     (value,) = inputs
     if not isinstance(value, Weight) or value.nonzero is None:
-        return [value] * len(eqn.outvars)
+        return [_without_value(value)] * len(eqn.outvars)
     found = eqn.primitive.bind(value.nonzero(), **eqn.params)  # type: ignore[no-untyped-call]
-    return [
-        _piece(value, piece) for piece in (found if eqn.primitive.multiple_results else [found])
-    ]
+    pieces = found if eqn.primitive.multiple_results else [found]
+    return [value.with_zeros(piece) for piece in pieces]
 
 
-def _piece(whole: Weight, nonzero: Any) -> Weight:
-    nonzero = np.asarray(nonzero)
-    density = Fraction(int(nonzero.sum()), nonzero.size) if nonzero.size else Fraction(1)
-    part = whole.parts[0]._replace(density=density)
-    return Weight(whole.entries, (part,), lambda: nonzero)
+def _without_value(value: Value) -> Value:
+    """Another value of the same zeros: of a constant, nothing is known of it."""
+    return UNKNOWN if isinstance(value, Constant) else value
 
 
 def _indexed(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
@@ -304,33 +250,67 @@ def _indexed(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> li
         return [ACTIVATION]  # a row of an embedding
     if isinstance(value, Weight):
         return [value.anywhere()]
-    return [_combine(inputs)]
+    return [combine(inputs)]
 
 
 def _concatenate(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
     del tally, times
-    total = math.prod(_shape(eqn.outvars[0]))
-    weights = [value for value in inputs if isinstance(value, Weight)]
-    if not total or len(weights) < len(inputs):
-        return [_combine(inputs)]
-    parts = [
-        part._replace(share=part.share * Fraction(math.prod(_shape(atom)), total))
-        for atom, weight in zip(eqn.invars, weights)
-        for part in weight.parts
-    ]
-    return [Weight(sum(weight.entries for weight in weights), tuple(parts))]
+    return [concatenated(inputs, [math.prod(_shape(atom)) for atom in eqn.invars])]
+
+
+def _pad(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
+    del tally, times
+    weight, filling = inputs
+    if not isinstance(weight, Weight) or weight.nonzero is None or filling is ACTIVATION:
+        return [combine(inputs)]
+    between = nonzero(filling)
+    fill = jnp.asarray(True if between is None else between)
+    return [weight.with_zeros(eqn.primitive.bind(weight.nonzero(), fill, **eqn.params))]  # type: ignore[no-untyped-call]
+
+
+def _select(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
+    """One of several values, entry by entry: by a mask that is known, or by any."""
+    del tally, times
+    which, *cases = inputs
+    weight = largest(cases)
+    if weight is None or ACTIVATION in inputs:
+        return [combine(inputs)]
+    shape = _shape(eqn.outvars[0])
+    found = [nonzero(case) for case in cases]
+    if weight.nonzero is None:
+        zero = all(f is not None and not f.any() for c, f in zip(cases, found) if c is not weight)
+        return [weight if zero else weight.filled()]
+    alive = [np.ones(shape, bool) if each is None else each for each in found]
+    mask = _mask(which, eqn.invars[0])
+    if mask is None:
+        return [weight.with_zeros(np.any(alive, axis=0))]
+    return [weight.with_zeros(eqn.primitive.bind(mask, *map(jnp.asarray, alive), **eqn.params))]  # type: ignore[no-untyped-call]
+
+
+def _mask(which: Value, atom: Any) -> Any:
+    """What selects, if that is known: a constant, or a parameter of bools."""
+    if isinstance(which, Constant):
+        return which.known()
+    found = nonzero(which) if jnp.issubdtype(atom.aval.dtype, jnp.bool_) else None
+    return None if found is None else jnp.asarray(found)
 
 
 def _times(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
     """A product or quotient by elements: zeros of a factor, or of the numerator, stay."""
     del tally, times
-    weight = _largest(inputs)
+    weight = largest(inputs)
     if weight is None or ACTIVATION in inputs:
-        return [_combine(inputs)]
+        return [combine(inputs)]
     place = inputs.index(weight)
     whole = _shape(eqn.invars[place]) == _shape(eqn.outvars[0])
-    stay = whole and (place == 0 or eqn.primitive.name == "mul")
-    return [weight if stay else weight.filled()]
+    if not whole or (place == 1 and eqn.primitive.name == "div"):
+        return [weight.filled()]
+    if eqn.primitive.name == "div" or weight.nonzero is None:
+        return [weight]
+    other = nonzero(inputs[1 - place])
+    if other is None or other.all():
+        return [weight]
+    return [weight.with_zeros(np.asarray(weight.nonzero()) & other)]
 
 
 def _shape(atom: Any) -> tuple[int, ...]:
@@ -338,7 +318,7 @@ def _shape(atom: Any) -> tuple[int, ...]:
 
 
 def _anywhere(values: Sequence[Value]) -> list[Value]:
-    return [value.anywhere() if isinstance(value, Weight) else value for value in values]
+    return [anywhere(value) for value in values]
 
 
 _ZEROS_STAY = (
@@ -360,6 +340,8 @@ _RULES: dict[str, Callable[[JaxprEqn, list[Value], Tally, int], list[Value]]] = 
     **dict.fromkeys(("concatenate", "stack"), _concatenate),
     "mul": _times,
     "div": _times,
+    "pad": _pad,
+    "select_n": _select,
     **dict.fromkeys(
         ("broadcast_in_dim", "reshape", "rev", "squeeze", "tile", "transpose"), _rearranged
     ),

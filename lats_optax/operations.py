@@ -13,7 +13,8 @@ from typing import Any
 import jax
 
 from lats_optax import masks
-from lats_optax.multiply_adds import ACTIVATION, Tally, Value, Weight, has_values, walk
+from lats_optax.multiply_adds import Tally, walk
+from lats_optax.provenance import ACTIVATION, Value, Weight, has_values
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,11 @@ def count_operations(fn: Callable[..., Any], *args: Any, params: int = 0) -> Ope
     custom derivatives, ``custom_vmap``, ``scan`` (times its length), ``cond`` (the dearest branch),
     ``pmap`` and ``shard_map`` (all devices together). A parameter is followed through casts,
     reshapes, transposes, slices, splits, tiling, concatenation and arithmetic with constants and
-    other parameters. Where one is indexed with what a loop counts, as a stack of layers is, its
-    mean sparsity stands for that of each slice. A BCOO or BCSR array takes part with the entries
-    that it stores. A warning names what cannot be counted, such as callbacks and factorizations.
+    other parameters. The zeros that masks (``jnp.where``, or a product) and padding bring count as
+    its own, where these are constants or parameters. Where a parameter is indexed with what a loop
+    counts, as a stack of layers is, its mean sparsity stands for that of each slice. A BCOO or BCSR
+    array takes part with the entries that it stores. A warning names what cannot be counted, such
+    as callbacks and factorizations.
 
     Args:
       fn: any function that JAX can trace; anything static in it is bound beforehand, with
@@ -175,13 +178,14 @@ def count_operations(fn: Callable[..., Any], *args: Any, params: int = 0) -> Ope
         raise ValueError(
             f"params: argument {params} is not a pytree of arrays; which one has the parameters?"
         )
+    masks.check_arrays("params", args[params])
     weights = [Weight.whole(index, leaf) for index, leaf in enumerate(leaves)]
     inputs: list[Value] = []
     for number, argument in enumerate(args):
         found = len(jax.tree.leaves(argument))
         inputs += weights if number == params else [ACTIVATION] * found
     tally = Tally()
-    walk(jax.make_jaxpr(fn)(*args).jaxpr, inputs, tally, 1)
+    walk(jax.make_jaxpr(fn)(*args), inputs, tally, 1)
 
     if tally.uncounted:
         warnings.warn(

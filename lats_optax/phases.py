@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lats_optax import masks
-from lats_optax.arguments import check_arrays, check_transform
+from lats_optax.arguments import check_transform
 from lats_optax.masks import MaskOrFunction
 from lats_optax.numbers import check_steps
 from lats_optax.target import TargetSparsityState
@@ -57,7 +57,7 @@ def freeze(state: Any, frozen: optax.GradientTransformation, params: Any) -> Any
       [[False, False, True, True]]
     """
     check_transform("frozen", frozen)
-    check_arrays("params", params)
+    masks.check_arrays("params", params)
     fresh = frozen.init(params)
     searched = jax.tree.map(
         lambda node: _beside_inner(node) if _is_search(node) else node, state, is_leaf=_is_search
@@ -136,7 +136,7 @@ def prune_at_initialization(
     if not callable(loss):
         raise ValueError(f"loss: {loss!r} is not allowed; allowed are functions (params, batch)")
     check_transform("transform", transform)
-    check_arrays("params", params)
+    masks.check_arrays("params", params)
     mask = masks.prunable if mask is None else mask
     masks.resolve(mask, params)
 
@@ -182,7 +182,7 @@ def _check_length(state: Any, steps: int) -> None:
 
 
 def _check_loss(loss: Callable[[Any, Any], Any], params: Any, batch: Any) -> None:
-    check_arrays("batches", batch)
+    masks.check_arrays("batches", batch)
     value = jax.eval_shape(loss, params, batch)
     if getattr(value, "shape", None) != () or not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f"loss: its value is {value!r}; allowed are float scalars")

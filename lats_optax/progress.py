@@ -14,6 +14,8 @@ from lats_optax.states import State, find, is_state, leaf_of
 
 # Nobody trains on for so many times the run: an epoch was taken for a step.
 _FAR_BEYOND = 10
+# Of the steps: who stops a few of them early has trained on what was met.
+_NEARLY_ALL = 0.9
 # Where the latent weights are close together, a shortfall is that of a step between selections.
 _TOLERANCE = 5e-4
 # Optimizers keep these for each parameter.
@@ -28,9 +30,9 @@ def misgivings(params: Any, opt_state: Any) -> list[str]:
       opt_state: the state that came with them.
 
     Returns:
-      Sentences: a target of ``target_sparsity`` that is not met or was met far too early, a mask
-      that selects nothing, arrays that are wholly zero, an optimizer in ``soft_threshold`` and
-      another one before it.
+      Sentences: a target of ``target_sparsity`` that is not met, was met far too early, or is met
+      by a state that has not seen all of the run; a mask that selects nothing, arrays that are
+      wholly zero, an optimizer in ``soft_threshold`` and another one before it.
 
     Raises:
       ValueError: there is no state of ``soft_threshold``.
@@ -90,6 +92,12 @@ def _progress(state: State, zeros: dict[str, int], opt_state: Any) -> str:
         if state.count >= state.steps:
             at = f"is over, at step {state.count:,} of {state.steps:,}"
         return f"opt_state: the run {at}: {'; '.join(short)}. {_cause(state, opt_state)}"
+    if state.count < _NEARLY_ALL * state.steps:
+        return (
+            f"opt_state: the run stopped at step {state.count:,} of {state.steps:,}: the target is "
+            "met, and the weights were to be trained at it for the steps that remain. "
+            f"{_cause(state, opt_state)}"
+        )
     if state.count >= _FAR_BEYOND * state.steps:
         return (
             f"opt_state: the run went on to step {state.count:,} of {state.steps:,}: the target "

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lats_optax.leaves import compute_dtype
 from lats_optax.numbers import check_above, is_number
+from lats_optax.stacked import check_stacked_axes
 
 
 class PrunedUpdate(Protocol):
@@ -56,12 +57,21 @@ class Bounded:
 
     most: float
     axis: int
+    stacked_axes: int = 0
 
     def __call__(self, update: jax.Array, w: jax.Array) -> jax.Array:
         """``min(1, most ||w|| / ||u||) u`` where w is 0, with the norms of an output."""
         wide = compute_dtype(update.dtype)
-        others = tuple(axis for axis in range(w.ndim) if axis != self.axis % w.ndim)
-        axes = others or tuple(range(w.ndim))
+        layers = self.stacked_axes
+        if w.ndim < layers + 2 * bool(layers):
+            raise ValueError(
+                f"pruned_scale: bounded(stacked_axes={layers}) needs {layers + 2} dimensions or "
+                f"more and was given {w.ndim}; give what is not stacked a transform of its own, by "
+                "optax.partition"
+            )
+        within = range(layers, w.ndim)
+        output = layers if self.axis == 0 else w.ndim - 1
+        axes = tuple(axis for axis in within if axis != output) or tuple(within)
         pruned = w == 0
         update = update.astype(wide)
         u = jnp.where(pruned, update, 0)
@@ -75,7 +85,7 @@ class Bounded:
         return jnp.where(pruned, factor * u, update)
 
 
-def bounded(most: float = 0.1, *, axis: int = -1) -> Bounded:
+def bounded(most: float = 0.1, *, axis: int = -1, stacked_axes: int = 0) -> Bounded:
     """Pruned weights move by no more than a part of what is alive in their output.
 
     ``u' = min(1, most ||w|| / ||u||) u``
@@ -92,13 +102,16 @@ def bounded(most: float = 0.1, *, axis: int = -1) -> Bounded:
       most: the largest part, > 0. ``math.inf`` is straight-through.
       axis: of the outputs in a kernel: -1, as Flax and Haiku have it, or 0, as Equinox and PyTorch
         have it. An array of one dimension is one output.
+      stacked_axes: how many leading axes stack layers, as those of ``flax.linen.scan`` do, so that
+        each layer's outputs are bounded by themselves. The axis is that of one layer.
 
     Returns:
       A rule for the ``pruned_scale`` of :func:`lats_optax.soft_threshold`. An output that is wholly
       zero stays so, unless the whole array is.
 
     Raises:
-      ValueError: ``most`` is not a number > 0, or ``axis`` is neither -1 nor 0.
+      ValueError: ``most`` is not a number > 0, ``axis`` is neither -1 nor 0, or ``stacked_axes`` is
+        not a whole number >= 0. From ``update``, an array with no layer behind its stacked axes.
 
     Example:
       >>> updates, w = jnp.array([[0.3], [0.4], [1.0]]), jnp.array([[0.0], [0.0], [2.0]])
@@ -112,7 +125,8 @@ def bounded(most: float = 0.1, *, axis: int = -1) -> Bounded:
     """
     if axis not in (-1, 0):
         raise ValueError(f"axis: {axis!r} is not allowed; allowed are -1 and 0")
-    return Bounded(check_above("most", most, 0, infinite=True), axis)
+    most = check_above("most", most, 0, infinite=True)
+    return Bounded(most, axis, check_stacked_axes(stacked_axes))
 
 
 def as_pruned_update(value: Any) -> PrunedUpdate:

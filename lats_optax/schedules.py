@@ -5,7 +5,7 @@ and the checks of values. The laws that fill the tables are in `thresholds.py`.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,14 @@ class ThresholdSchedule:
     def __call__(self, count: Any) -> Any:
         """The threshold after ``count`` optimizer steps."""
         return look_up(self.table, count)
+
+    def init(self, params: Any) -> NoReturn:
+        """Refuse to be chained: a transform has this method, and a threshold is none."""
+        del params
+        raise TypeError(
+            f"threshold: {self!r} is a threshold and not a transform; wrap it, as in "
+            "optax.chain(optimizer, soft_threshold(lats_threshold(...)))"
+        )
 
     def __repr__(self) -> str:
         """Name the range, not the table."""

@@ -174,7 +174,8 @@ def sparsity(
       >>> sparsity(jnp.array([[0.0, 1.0], [0.0, 0.0]]), groups=columns).zero_groups
       1
     """
-    leaves = masks.as_arrays("params", params)
+    masks.check_arrays("params", params)
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params)]
     names = jax.tree.leaves(masks.paths(params))
     chosen = jax.tree.leaves(masks.resolve(mask, params))
     default = mask is masks.prunable

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lats_optax import masks
 from lats_optax.operators import Operator
@@ -76,10 +77,12 @@ def latents(opt_state: Any) -> dict[str, Latent]:
     """Path of a pruned parameter -> its latent weights and threshold, of all states in a tree.
 
     Raises:
-      ValueError: there is no state, or two have latent weights for one parameter.
+      ValueError: there is no state, two have latent weights for one parameter, or the devices have
+        thresholds of their own.
     """
     found: dict[str, Latent] = {}
     for state in find(opt_state):
+        _check_equal_on_devices(state.threshold)
         # One threshold for all, or one for each layer.
         thresholds = jnp.broadcast_to(state.threshold, (len(state.latents),))
         for (name, theta), d in zip(state.latents.items(), thresholds):
@@ -96,6 +99,23 @@ def leaf_of(node: Any) -> Any:
     """The only leaf of a node; a checkpoint without types may hold it in a box."""
     (leaf,) = jax.tree.leaves(node)
     return leaf
+
+
+def _check_equal_on_devices(threshold: Any) -> None:
+    """Refuses a threshold that should be the same on all devices and is not.
+
+    Within `jax.pmap`, and a `jax.shard_map` that checks nothing, no type tells while a program is
+    traced that the latent weights differ; what each device has selected tells it afterwards.
+    """
+    if isinstance(threshold, jax.Array) and threshold.is_fully_replicated:
+        each = np.stack([np.asarray(shard.data) for shard in threshold.addressable_shards])
+        if not np.array_equal(each, np.broadcast_to(each[:1], each.shape), equal_nan=True):
+            raise ValueError(
+                f"opt_state: the threshold is {each.min():g} on one device and {each.max():g} on "
+                "another: each selected a quantile of its own latent weights. Within jax.shard_map "
+                "and jax.pmap they must be the same on all devices (average the gradients, by "
+                "jax.lax.pmean; check_vma=True checks it); update sharded weights under jax.jit"
+            )
 
 
 def _read(node: Any) -> State:

@@ -85,9 +85,10 @@ def target_sparsity(
     below the largest magnitude. The equations stand at the top of ``lats_optax/target.py``.
 
     Copies under ``jax.vmap`` select when one of them is due, and not at every step. Within
-    ``jax.shard_map`` the latent weights must be the same on all devices, which is checked unless
-    it is called with ``check_vma=False``. A derivative through the threshold is that of the weight
-    that it is taken from.
+    ``jax.pmap`` and ``jax.shard_map`` the latent weights must be the same on all devices. Where
+    ``check_vma`` of the latter checks it, others are an error; elsewhere each device selects a
+    quantile of its own, which :func:`lats_optax.finalize` refuses. A derivative through the
+    threshold is that of the weight that it is taken from.
 
     Under an operator of groups, such as those of :mod:`lats_optax.groups`, the weights of a group
     tie, and the one that the quantile lies in goes as a whole: ``round(target * N)`` weights are

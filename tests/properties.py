@@ -433,6 +433,12 @@ def _tiles(
     return [tuple(slice(a, a + side) for a, side in zip(start, sides)) for start in starts]
 
 
+def _of_each_layer(groups: str, shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
+    """The groups of every layer of a stack along the first axis."""
+    layers = [slice(layer, layer + 1) for layer in range(shape[0])]
+    return [(layer, *where) for layer in layers for where in GROUPS[groups](shape[1:])]
+
+
 # From the shape of a leaf to the indices of its groups.
 GROUPS: dict[str, Callable[[tuple[int, ...]], list[tuple[slice, ...]]]] = {
     "group": lambda shape: _tiles(shape, True, None, 1),
@@ -441,6 +447,9 @@ GROUPS: dict[str, Callable[[tuple[int, ...]], list[tuple[slice, ...]]]] = {
     "output_channels": lambda shape: _tiles(shape, True, None, 1),
     "input_channels": lambda shape: _tiles(shape, True, 1, None),
     "filters": lambda shape: _tiles(shape, True, 1, 1),
+    "stacked output_channels": lambda shape: _of_each_layer("output_channels", shape),
+    "stacked input_channels": lambda shape: _of_each_layer("input_channels", shape),
+    "stacked filters": lambda shape: _of_each_layer("filters", shape),
 }
 
 

@@ -24,7 +24,10 @@ OPERATORS = {
     "input_channels": groups.input_channels(),
     "filters": groups.filters(),
     "blocks": groups.blocks(4, 3),
+    "stacked output_channels": groups.output_channels(stacked_axes=1),
+    "stacked input_channels": groups.input_channels(stacked_axes=1),
 }
+LEAST = {"filters": 3, "stacked output_channels": 3, "stacked input_channels": 3}
 SHAPES = {
     "dense": (8, 6),
     "ragged convolution": (3, 3, 5, 7),
@@ -50,8 +53,7 @@ def weights(name, shape, seed=0):
 
 def leaves(name, dtype=np.float32):
     """All shapes that have such groups, in one tree: each test compiles one program of them."""
-    least = 3 if name == "filters" else 2
-    fitting = {key: shape for key, shape in SHAPES.items() if len(shape) >= least}
+    fitting = {key: shape for key, shape in SHAPES.items() if len(shape) >= LEAST.get(name, 2)}
     return {key: weights(name, shape).astype(dtype) for key, shape in fitting.items()}
 
 
@@ -155,6 +157,18 @@ def test_two_of_them_are_the_group_lasso_over_axes():
         np.testing.assert_array_equal(ours, by_axes)
 
 
+@pytest.mark.parametrize("make", [groups.output_channels, groups.input_channels, groups.filters])
+def test_groups_lie_within_each_of_the_stacked_layers(make):
+    name = f"stacked {make.__name__}"
+    x = weights(name, (2, 3, 4, 5, 6)).astype(np.float32)
+    one, two = (quick(make(stacked_axes=axes)) for axes in (1, 2))
+    np.testing.assert_allclose(one(x, 0.8), shrink(name, x, 0.8), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(two(x[None], 0.8)[0], one(x, 0.8))
+    # Of two layers one is zero.
+    size, dead = make(stacked_axes=1).count(jnp.asarray(x).at[0].set(0))
+    assert size == 2 * dead
+
+
 def test_the_types_are_kept():
     tree = {name: jnp.ones((3, 3, 2, 4), name) for name in ("float16", "bfloat16", "float32")}
     result = quick(groups.blocks(4, 3))(tree, 0.25)
@@ -167,6 +181,8 @@ def test_operators_are_values():
     assert groups.blocks(4, 4) == groups.blocks(4.0, np.int64(4)) != groups.blocks(4, 8)
     assert len({groups.output_channels(), groups.output_channels(), groups.filters()}) == 2
     assert repr(groups.blocks(2, 8)) == "lats_optax.groups.blocks(2, 8)"
+    other = groups.filters(shrinkage=prox.prox_l0, stacked_axes=2)
+    assert repr(other) == "lats_optax.groups.filters(shrinkage=HardThreshold(), stacked_axes=2)"
 
 
 # --- what makes it proximal -----------------------------------------------------------------------
@@ -419,6 +435,13 @@ def test_sides_of_blocks(sides, message):
         groups.blocks(*sides)
 
 
+@pytest.mark.parametrize("value", [-1, 0.5, "1", None, True])
+@pytest.mark.parametrize("make", [groups.output_channels, groups.input_channels, groups.filters])
+def test_stacked_axes_are_counted(make, value):
+    with pytest.raises(ValueError, match=r"^stacked_axes: .* is not allowed; allowed are whole"):
+        make(stacked_axes=value)
+
+
 TAKES = {
     "soft_threshold": lambda operator, mask: soft_threshold(0.1, operator=operator, mask=mask).init,
     "closed loop": lambda operator, mask: (
@@ -437,13 +460,19 @@ TAKES = {
         (groups.blocks(4, 4), True, "dense/bias of shape (7,)", "2 dimensions or more"),
         (groups.output_channels(), True, "dense/bias of shape (7,)", "output_channels() needs 2"),
         (
+            groups.input_channels(stacked_axes=1),
+            None,
+            "dense/kernel of shape (30, 7)",
+            "input_channels(stacked_axes=1) needs 3 dimensions or more and was given 2",
+        ),
+        (
             prox.Axes(axes=3),
             None,
             "dense/kernel of shape (30, 7)",
             "axes: 3 is not an axis of a leaf with 2 dimensions",
         ),
     ],
-    ids=["filters", "blocks", "output_channels", "axes"],
+    ids=["filters", "blocks", "output_channels", "stacked", "axes"],
 )
 def test_a_layer_that_lacks_the_axes_is_named(take, operator, mask, unfit, reason, abstractly):
     init = TAKES[take](operator, mask)

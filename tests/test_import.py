@@ -36,8 +36,8 @@ CORE = {
         "progress",
         "pruned",
     ),
-    *("prox", "quantile", "schedules", "selection", "sparsity", "states", "target"),
-    *("thresholds", "transforms"),
+    *("provenance", "prox", "quantile", "schedules", "selection", "sparsity", "stacked"),
+    *("states", "target", "thresholds", "transforms"),
 }
 # What a core module may import besides, within its functions.
 BESIDES = {"files": {"safetensors"}}

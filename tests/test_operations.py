@@ -131,7 +131,6 @@ FOLLOWED = {
     "reshaped": (lambda w, x: x @ w.reshape(4, 2, 6).transpose(2, 0, 1).reshape(6, 8), DENSE),
     "scaled": (lambda w, x: x @ (2.0 * w / 3.0), DENSE),
     "negated": (lambda w, x: x @ -w, DENSE),
-    "masked by a constant": (lambda w, x: x @ (w * np.eye(6, 8, dtype=np.float32)), DENSE),
     "soft-thresholded": (lambda w, x: x @ (jnp.sign(w) * jnp.abs(w)), DENSE),
     "standardised": (lambda w, x: x @ ((w - w.mean(0)) / w.std(0)), FULL),
     "shifted": (lambda w, x: x @ (w + 1.0), FULL),
@@ -174,6 +173,93 @@ FOLLOWED = {
 def test_a_parameter_is_followed(case):
     fn, expected = FOLLOWED[case]
     assert counts(fn, W, X) == {"params": expected}
+
+
+# Zeros that come from elsewhere: the weight that multiplies x, which has the zeros.
+MASK = np.random.default_rng(6).random((6, 8)) < 0.5
+BLANK = np.zeros((6, 3), np.float32)
+EYE = np.eye(6, 8, dtype=np.float32)
+MADE = {
+    "where": lambda w: jnp.where(MASK, w, 0),
+    "where not": lambda w: jnp.where(~MASK, 0.0, -w),
+    "where, of a cast": lambda w: jnp.where(MASK, w.astype(jnp.bfloat16), 0).astype(jnp.float32),
+    "where in jit": lambda w: jax.jit(lambda w: jnp.where(jnp.asarray(MASK), w, 0))(w),
+    "where of a row": lambda w: jnp.where(MASK[0], w, 0),
+    "where, else ones": lambda w: jnp.where(MASK, w, 1.0),
+    "where, else itself": lambda w: jnp.where(MASK, w, 2 * w),
+    "where, twice": lambda w: jnp.where(MASK, jnp.where(MASK[::-1], w, 0), 0),
+    "where by a mask that is computed": lambda w: jnp.where(jnp.cumsum(MASK, 1) % 3 > 0, w, 0),
+    "transposed before": lambda w: jnp.where(MASK.T, w.T, 0).T,
+    "sliced afterwards": lambda w: jnp.where(MASK, w, 0)[:, 2:7],
+    "triangular": jnp.tril,
+    "select_n of three": lambda w: lax.select_n(
+        MASK.astype(np.int32) + EYE.astype(np.int32), w, 0 * EYE, EYE
+    ),
+    "multiplied": lambda w: w * MASK,
+    "multiplied by the identity": lambda w: EYE * w,
+    "divided": lambda w: (w * MASK) / (1.0 + EYE),
+    "padded": lambda w: jnp.pad(w, ((0, 0), (2, 3))),
+    "padded with ones": lambda w: jnp.pad(w, ((0, 0), (2, 3)), constant_values=1.0),
+    "padded between": lambda w: lax.pad(w, 0.0, [(0, 0, 0), (1, -2, 1)]),
+    "padded, of a mask": lambda w: jnp.pad(w * MASK, ((0, 0), (0, 5))),
+    "concatenated with zeros": lambda w: jnp.concatenate([w, BLANK], 1),
+    "concatenated with ones": lambda w: jnp.concatenate([BLANK + 1, w], 1),
+    "stacked with zeros": lambda w: jnp.hstack([w[:, :3], jnp.zeros((6, 2)), w[:, 3:]]),
+}
+
+
+@pytest.mark.parametrize("abstractly", [False, True], ids=["values", "shapes"])
+@pytest.mark.parametrize("case", MADE)
+def test_zeros_of_masks_and_padding(case, abstractly):
+    made = np.asarray(MADE[case](W))
+    found = counts(lambda w, x: x @ MADE[case](w), shape(6, 8) if abstractly else W, X)
+    effective = None if abstractly else 2 * int((made != 0).sum())
+    assert found == {"params": (2 * made.size, effective)}
+
+
+def test_a_mask_among_the_parameters():
+    params = {"mask": jnp.asarray(MASK), "w": W}
+    found = counts(lambda p, x: x @ jnp.where(p["mask"], p["w"], 0), params, X)
+    assert found == {"w": (96, 2 * int((W * MASK != 0).sum()))}
+
+
+def test_a_mask_that_depends_on_the_weights_leaves_their_zeros():
+    assert counts(lambda w, x: x @ jnp.where(jnp.abs(w) > 0.5, w, 0), W, X) == {"params": DENSE}
+
+
+def test_a_mask_that_depends_on_activations_hides_the_weights():
+    assert counts(lambda w, x: x @ jnp.where(x[0, 0] > 0, w, 0), W, X) == {"": 96}
+
+
+def test_a_mask_in_a_loop():
+    """Of what the loop counts nothing is known; of a mask from outside, all."""
+
+    def counted(w, x):
+        rows = jnp.arange(6)[:, None]
+        return lax.fori_loop(
+            0, 5, lambda i, y: y + x @ jnp.where(rows > i, w, 0), jnp.zeros((2, 8))
+        )
+
+    assert counts(counted, W, X) == {"params": (480, 10 * NONZERO)}
+
+    def fixed(w, x):
+        return lax.scan(lambda y, _: (y + x @ jnp.where(MASK, w, 0), None), x @ w, None, length=4)
+
+    effective = 2 * NONZERO + 8 * int((W * MASK != 0).sum())
+    assert counts(fixed, W, X) == {"params": (480, effective)}
+
+
+def test_a_mask_that_each_device_computes_for_itself():
+    mesh, spec = (
+        jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,)),
+        PartitionSpec(),
+    )
+
+    def local(w, x):
+        return x @ jnp.where(jnp.arange(8) > lax.axis_index("d"), w, 0)
+
+    fn = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    assert counts(fn, W, X) == {"params": (8 * 96, 16 * NONZERO)}
 
 
 STACKS = {

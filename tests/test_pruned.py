@@ -28,6 +28,25 @@ def test_outputs_may_be_on_the_first_axis():
     np.testing.assert_array_equal(other.T, lats_optax.bounded(0.1)(U, W))
 
 
+@pytest.mark.parametrize("axis", [-1, 0])
+@pytest.mark.parametrize("stack", [(3,), (2, 3)])
+def test_each_of_the_stacked_layers_is_bounded_by_itself(axis, stack):
+    rng = np.random.default_rng(0)
+    updates = rng.normal(size=(*stack, 5, 4)).astype(np.float32)
+    w = np.where(rng.random(updates.shape) < 0.6, 0, rng.normal(size=updates.shape)).astype("f")
+    found = np.asarray(lats_optax.bounded(axis=axis, stacked_axes=len(stack))(updates, w))
+    one = lats_optax.bounded(axis=axis)
+    for layer in np.ndindex(stack):
+        np.testing.assert_allclose(found[layer], one(updates[layer], w[layer]), rtol=1e-6)
+    assert not np.allclose(found, one(updates, w))
+
+
+def test_what_is_not_stacked_is_refused():
+    tx = lats_optax.soft_threshold(0.1, pruned_scale=lats_optax.bounded(stacked_axes=1))
+    with pytest.raises(ValueError, match=r"^pruned_scale: bounded\(stacked_axes=1\) needs 3 dim"):
+        tx.update(jnp.asarray(U), tx.init(jnp.asarray(W)), jnp.asarray(W))
+
+
 def test_an_array_of_one_dimension_is_one_output():
     found = lats_optax.bounded(0.5)(jnp.array([3.0, 4.0, 1.0]), jnp.array([0.0, 0.0, 1.0]))
     np.testing.assert_allclose(found, [0.3, 0.4, 1.0], rtol=1e-6)
@@ -143,11 +162,12 @@ def test_a_classifier_that_begins_at_zero_is_trained():
     [
         (lambda: lats_optax.bounded(0), "most: 0 is not allowed"),
         (lambda: lats_optax.bounded(math.nan), "most: nan is not allowed"),
+        (lambda: lats_optax.bounded(stacked_axes=-1), "stacked_axes: -1 is not allowed"),
         (lambda: lats_optax.bounded(axis=1), "axis: 1 is not allowed; allowed are -1 and 0"),
         (lambda: lats_optax.soft_threshold(0.1, pruned_scale=2), "pruned_scale: 2 is not allowed"),
         (lambda: lats_optax.soft_threshold(0.1, pruned_scale="x"), "pruned_scale: 'x' is not"),
     ],
-    ids=["no bound", "nan", "another axis", "above one", "a word"],
+    ids=["no bound", "nan", "a negative stack", "another axis", "above one", "a word"],
 )
 def test_refused(make, says):
     with pytest.raises(ValueError, match=says):

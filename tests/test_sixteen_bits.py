@@ -73,3 +73,52 @@ def test_weights_and_threshold_are_those_of_the_stored_latent_weights(name, dtyp
     np.testing.assert_allclose(state.threshold, magnitudes[rank - 1], rtol=1e-6)
     # More only where magnitudes tie.
     assert lats_optax.sparsity(params).zeros >= rank
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "target", "operator", "gradients"),
+    [
+        (900_000, 1e-2, 0.9, None, "float32"),
+        (900_000, 5e-5, 0.73, prox.prox_l1, "float16"),
+        (80_000, 1e-8, 0.5, None, "float32"),
+        (80_000, 3e-7, 0.99, prox.prox_l1, "float32"),
+        (80_000, 8e-5, 0.99, None, "float16"),
+        (80_000, 1e4, 0.999, prox.prox_l1, "float32"),
+    ],
+)
+def test_a_named_sparsity_is_met_by_float16_weights_over_float32_latent_ones(
+    size, scale, target, operator, gradients
+):
+    """From scales at which float16 has next to no numbers to those at which it nearly overflows."""
+    steps, rng = 4, np.random.default_rng(1)
+    params = {
+        name: jnp.asarray(scale * rng.uniform(-2, 2, (part, 8)), jnp.float16)
+        for name, part in (("a", size // 24), ("b", size // 8 - size // 24))
+    }
+    threshold = lats_optax.target_sparsity(target, 0.1, steps)
+    tx = optax.chain(
+        optax.sgd(0.1),
+        lats_optax.soft_threshold(threshold, operator=operator, latent_dtype=jnp.float32),
+    )
+
+    def step(carry, key):
+        params, state = carry
+        keys = dict(zip(params, jax.random.split(key)))
+        noise = {
+            name: (scale * jax.random.normal(keys[name], w.shape)).astype(gradients)
+            for name, w in params.items()
+        }
+        updates, state = tx.update(noise, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    keys = jax.random.split(jax.random.key(0), steps)
+    run = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), keys)[0])
+    params, state = run(params)
+    magnitudes = np.sort(
+        np.concatenate([np.abs(np.ravel(leaf)) for leaf in jax.tree.leaves(state[-1].latent)])
+    )
+    rank = round(target * size)
+    zeros = sum(int(np.sum(np.asarray(w) == 0)) for w in jax.tree.leaves(params))
+    assert zeros == np.searchsorted(magnitudes, magnitudes[rank - 1], side="right")
+    if gradients == "float32":  # those of sixteen bits leave latent weights of one magnitude
+        assert zeros == rank

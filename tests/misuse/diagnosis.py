@@ -75,11 +75,11 @@ def times_a_thousand(w):
     return w.at[jnp.unravel_index(jnp.argmin(alive), w.shape)].multiply(1000)
 
 
-def lost():
-    """The optimizer state is initialized again in the middle of the rise."""
+def lost(first, then):
+    """The optimizer state is initialized again on the way."""
     tx = optax.chain(SGD, named())
-    params, _ = trained(tx, 10)
-    return finalize(*trained(tx, 10, params=params))
+    params, _ = trained(tx, first)
+    return finalize(*trained(tx, then, params=params))
 
 
 def without_a_layer():
@@ -138,7 +138,29 @@ CASES = [
         without_a_layer,
         warns(r"^opt_state: every weight of c is zero: nothing passes there.*erdos_renyi"),
     ),
-    Case("a state that was lost", lost, warns(r"stopped at step 10 of 40.*counts from 0")),
+    Case(
+        "a state that was lost",
+        lambda: lost(10, 10),
+        warns(r"stopped at step 10 of 40: .* of the 90\.00% named\. .*counts from 0"),
+    ),
+    Case(
+        "a state that was lost, before the target was met again",
+        lambda: lost(10, 30),
+        warns(
+            r"^opt_state: the run stopped at step 30 of 40: the target is met, .*counts from 0",
+            has_zeros(0.9),
+        ),
+    ),
+    Case(
+        "calls for steps under MultiSteps, where half of the steps meet the target",
+        finalized(optax.MultiSteps(optax.chain(SGD, named()), 2)),
+        warns(r"stopped at step 20 of 40: the target is met, .* Under optax\.MultiSteps"),
+    ),
+    Case(
+        "two steps of a run too few",
+        finalized(optax.chain(SGD, named()), STEPS - 2),
+        gives(has_zeros(0.9)),
+    ),
     Case(
         "a target lost after the last step",
         lambda: progress.misgivings(start(), trained(optax.chain(SGD, named()))[1]),

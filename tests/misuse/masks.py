@@ -263,6 +263,14 @@ CASES = [
         lambda: lats_optax.select([b"kernel"]),
         raises(ValueError, r"^include: b'kernel' is not allowed"),
     ),
+    *(
+        Case(
+            f"{argument} by bytes alone",
+            lambda argument=argument: lats_optax.select(**{argument: b"a"}),
+            raises(ValueError, rf"^{argument}: b'a' is not allowed; allowed are .*, a str, or sev"),
+        )
+        for argument in ("include", "exclude")
+    ),
     Case(
         "select excludes nothing by None",
         lambda: lats_optax.select(exclude=None),
@@ -271,7 +279,7 @@ CASES = [
     Case(
         "the sparsity of a word",
         lambda: lats_optax.sparsity("x"),
-        raises(ValueError, r"^params: .*'x'; allowed are arrays"),
+        raises(ValueError, r"^params: .*'x', a str; allowed are arrays"),
     ),
     Case(
         "a leaf that is no array",

@@ -108,6 +108,39 @@ def within_shard_map(spec):
     return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec))(NORMAL)
 
 
+def finalized_after_shard_map(spec):
+    """What `finalize` makes of a run within a shard_map that checks nothing."""
+    tx, mesh = closed(), jax.make_mesh((8,), ("d",), axis_types=AUTO)
+    w = jnp.asarray(NORMAL) * jnp.arange(1.0, 9.0)[:, None]
+    spec, same = jax.sharding.PartitionSpec(*spec), jax.sharding.PartitionSpec()
+    specs = jax.tree.map(lambda leaf: spec if leaf.shape == w.shape else same, (w, tx.init(w)))
+
+    def step(w, state):
+        updates, state = tx.update(jnp.zeros_like(w), state, w)
+        return w + updates, state
+
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
+    run = w, tx.init(w)
+    for _ in range(2):
+        run = jax.jit(mapped)(*run)
+    return lats_optax.finalize(*run, operator=prox.prox_l1)
+
+
+def finalized_after_pmap(mean):
+    """The same of replicas, of which each has a gradient of its own."""
+    tx, w, slopes = closed(), jnp.asarray(NORMAL), jnp.linspace(0.0, 1.0, 8)
+
+    def step(w, state, slope):
+        updates, state = tx.update(-mean(slope) * w, state, w)
+        return w + updates, state
+
+    mapped = jax.pmap(step, "replica", in_axes=(None, None, 0), out_axes=None)
+    run = w, tx.init(w)
+    for _ in range(2):
+        run = mapped(*run, slopes)
+    return lats_optax.finalize(*run, operator=prox.prox_l1)
+
+
 def halves():
     """Zeros of float16 parameters over float32 latent weights, many of them a little alive."""
     latent = jnp.asarray(np.linspace(1, 1 + 101 * 2**-23, 101)[1:].reshape(4, 25), jnp.float32)
@@ -186,6 +219,29 @@ CASES = [
     Case(
         "weights that are the same on all devices of a shard_map",
         lambda: within_shard_map(()),
+        gives(lambda w: np.sum(w == 0) == 64),
+    ),
+    Case(
+        "weights that differ between the devices of an unchecked shard_map",
+        lambda: finalized_after_shard_map(("d",)),
+        raises(
+            ValueError,
+            r"^opt_state: the threshold is \S+ on one device and \S+ on another: .*check_vma=True",
+        ),
+    ),
+    Case(
+        "weights that are the same on all devices of an unchecked shard_map",
+        lambda: finalized_after_shard_map(()),
+        gives(lambda w: np.sum(w == 0) == 64),
+    ),
+    Case(
+        "replicas of pmap whose gradients are not averaged",
+        lambda: finalized_after_pmap(lambda slope: slope),
+        raises(ValueError, r"^opt_state: the threshold is .* on one device .*jax\.lax\.pmean"),
+    ),
+    Case(
+        "replicas of pmap whose gradients are averaged",
+        lambda: finalized_after_pmap(lambda slope: jax.lax.pmean(slope, "replica")),
         gives(lambda w: np.sum(w == 0) == 64),
     ),
     Case(

@@ -127,6 +127,18 @@ CASES = [
         lambda: count_operations(lambda w, x: x @ jnp.tile(w, (1, 3)), W, X),
         gives(counts(288, 72)),
     ),
+    *(
+        Case(
+            f"a {what} weight",
+            lambda make=make: count_operations(lambda w, x: x @ make(w), W, X),
+            gives(counts(*expected)),
+        )
+        for what, make, expected in [
+            # Columns 0, 1 and 3 of four rows are not zero: the mask leaves two of them.
+            ("masked", lambda w: jnp.where(jnp.arange(8) < 2, w, 0), (96, 16)),
+            ("padded", lambda w: jnp.pad(w, ((0, 0), (0, 4))), (144, 24)),
+        ]
+    ),
     Case(
         "a reduction of several arrays",
         lambda: count_operations(sum_and_product, W, X),

@@ -125,6 +125,24 @@ CASES = [
         lambda: optax.chain(optax.sgd(0.1), TARGET).init(PARAMS),
         raises(TypeError, r"^target_sparsity: .* wrap it, .* soft_threshold\(target_sparsity"),
     ),
+    *(
+        Case(
+            f"a threshold that is chained, of {make.__name__}",
+            lambda make=make, options=options: optax.chain(optax.sgd(0.1), make(**options)).init(
+                PARAMS
+            ),
+            raises(
+                TypeError,
+                r"^threshold: ThresholdSchedule\(steps=10, 0 … 0\.1\) is a threshold and not a "
+                r"transform; wrap it, as in optax\.chain\(optimizer, soft_threshold\(lats_",
+            ),
+        )
+        for make, options in [
+            (lats_threshold, {"learning_rate": 0.1, "steps": 10, "final": 0.1}),
+            (lats_optax.s_lats_threshold, {"steps": 10, "final": 0.1}),
+            (threshold_from_l1, {"l1": 0.1, "learning_rate": 0.1, "steps": 10}),
+        ]
+    ),
     # Arguments of another kind.
     *(
         Case(
@@ -224,7 +242,35 @@ CASES = [
             lambda inner=inner: soft_threshold(0.1, inner=inner),
             raises(ValueError, r"^inner: .* is not allowed; allowed are transforms such as"),
         )
-        for inner in ("sgd", optax.sgd, TARGET)
+        for inner in ("sgd", optax.sgd, TARGET, lats_threshold(0.1, 10, 0.1))
+    ),
+    *(
+        Case(
+            f"a leaf that is {type(leaf).__name__}, in {name}",
+            lambda act=act, leaf=leaf: act({"layer": {"kernel": leaf, "bias": jnp.ones(3)}}),
+            raises(
+                ValueError,
+                "^params: at layer/kernel it is .*, a .*; allowed are arrays and numbers$",
+            ),
+        )
+        for leaf in (
+            "x",
+            "float32",
+            np.array(["x", "y"]),
+            np.array([[None]]),
+            object(),
+            jax.nn.relu,
+        )
+        for name, act in {
+            "soft_threshold": soft_threshold(0.1).init,
+            "target_sparsity": soft_threshold(TARGET).init,
+            "proximal_step": proximal_step(0.1).init,
+            "keep_support": keep_support(True).init,
+            "sparsity": lats_optax.sparsity,
+            "support": support,
+            "finalize": lambda params: lats_optax.finalize(params, ()),
+            "freeze": lambda params: lats_optax.freeze((), optax.sgd(0.1), params),
+        }.items()
     ),
     Case(
         "a word for weights",
