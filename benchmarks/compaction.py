@@ -4,7 +4,7 @@
     python -m benchmarks.compaction --models resnet18 --image-size 128 --batch-size 8
 
 In each layer but the classifier a fraction of the output channels is zeroed, by
-`prox.prox_group_lasso` with a threshold of that layer's own; then `models.compact` makes the
+`prox.prox_group_lasso` with a threshold of that layer's own; then `compaction.compact` makes the
 smaller model. Weights are random, for times do not depend on them: the norms of channels are
 log-normal, and what batch normalisation knows is drawn too, so that the constants of dead channels
 have either sign. Channels that have to go together are one group: those of a point-wise convolution
@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from lats_optax import models
+from lats_optax import compaction, models
 from lats_optax.operations import count_operations
 from lats_optax.prox import prox_group_lasso
 
@@ -147,7 +147,7 @@ def variants(name: str, options: argparse.Namespace) -> Iterator[Variant]:
         what = what.replace("inner", "streams too") if streams else what
         for fraction in options.fractions:
             variables = zeroed(arrays, together, fraction)
-            small = models.compact(model, variables, multiple_of=options.multiple_of)
+            small = compaction.compact(model, variables, multiple_of=options.multiple_of)
             program = compiled(small.model, small.variables, images)
             run = partial(program, place(small.variables), images)
             expected = dense(place(variables), images)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lats_optax
-from lats_optax import models, prox
+from lats_optax import compaction, models, prox
 from lats_optax.models import torch_io
 
 KEY = jax.random.key(0)
@@ -158,7 +158,7 @@ def test_outputs_are_the_same(name, way):
     model, arrays = zoo(name)
     way(arrays, np.random.default_rng(2))
     variables, images = nested(arrays), images_for(name)
-    small = models.compact(model, variables)
+    small = compaction.compact(model, variables)
     expected = evaluate(model, variables, images)
     actual = evaluate(small.model, small.variables, images)
     assert np.ptp(expected, axis=0).max() > 0.01 * np.abs(expected).max()  # images do matter
@@ -167,7 +167,7 @@ def test_outputs_are_the_same(name, way):
     counted = sum(leaf.size for leaf in jax.tree.leaves(small.variables["params"]))
     assert counted == small.report.parameters_after
     # Once more: there is nothing left to cut, but perhaps a constant that another can stand for.
-    again = models.compact(small.model, small.variables)
+    again = compaction.compact(small.model, small.variables)
     rows = zip(small.report.layers, again.report.layers)
     assert all(after.after >= before.after - sum(before.stays.values()) for before, after in rows)
     if name == "digits-cnn":
@@ -181,7 +181,7 @@ def test_in_float64_they_differ_by_its_rounding(name):
         model, arrays = zoo(name, dtype=np.float64)
         everything(arrays, np.random.default_rng(3))
         variables, images = nested(arrays), images_for(name, np.float64)
-        small = models.compact(model, variables)
+        small = compaction.compact(model, variables)
         expected = evaluate(model, variables, images)
         actual = evaluate(small.model, small.variables, images)
     assert actual.dtype == np.float64
@@ -197,7 +197,7 @@ def test_where_nothing_is_zero_nothing_is_cut(name):
     if name == "sew-resnet18":
         # Neurons of which some never fire would be cut.
         arrays = {p: np.abs(a) if p.endswith("bias") else a for p, a in arrays.items()}
-    small = models.compact(model, nested(arrays))
+    small = compaction.compact(model, nested(arrays))
     assert small.model == model
     assert small.report.parameters_before == small.report.parameters_after
     assert all(row.before == row.after and not row.stays for row in small.report.layers)
@@ -230,7 +230,7 @@ def test_sizes_of_a_plain_network(positive):
             arrays[f"params/{layer}_norm/bias"][above] -= 10
         expected[layer] = int((~dead).sum()) + positive
         assert (constant(arrays, f"{layer}_norm")[dead] > 0).any() == positive
-    report = models.compact(model, nested(arrays)).report
+    report = compaction.compact(model, nested(arrays)).report
     found = {row.layer: row.after for row in report.layers}
     assert found == {**expected, "classifier": 5}
     channels, parameters = 3, 0
@@ -253,7 +253,7 @@ def test_sizes_of_residual_streams():
                 # Below zero, so that relu leaves nothing: no channel has to stand for constants.
                 arrays[f"params/{norm}/bias"][:5] = -5
     arrays["params/stage2_block2/conv2/kernel"][..., 5:8] = 0
-    small = models.compact(model, nested(arrays))
+    small = compaction.compact(model, nested(arrays))
     rows = {row.layer: row for row in small.report.layers}
     assert {layer: rows[layer].after for layer in writers} == dict.fromkeys(writers, 11)
     assert rows["stage2_block2/conv2"].stays == {
@@ -274,7 +274,7 @@ def test_padded_shortcuts_follow_the_channels_that_are_left():
     for block in (2, 3):
         arrays[f"params/stage2_block{block}/conv2/kernel"][..., [0, 6]] = 0
     arrays["params/stage2_block1/conv2/kernel"][..., [0, 6]] = 0
-    small = models.compact(model, nested(arrays))
+    small = compaction.compact(model, nested(arrays))
     # Of 8 channels, which the 16 of stage 2 have from 4 on, 1 and 4 are gone; so may 0 of the 16,
     # but 6 has been written by channel 2.
     assert small.model.features["stem"] == 6
@@ -294,7 +294,7 @@ def test_constants_before_a_padded_depthwise_convolution(bias, stays):
     arrays["params/block3/pointwise/kernel"][..., :4] = 0
     arrays["params/block3/pointwise_norm/bias"][:4] = bias
     arrays["params/block4/depthwise/kernel"][..., 3:6] = 0
-    report = models.compact(model, nested(arrays)).report
+    report = compaction.compact(model, nested(arrays)).report
     rows = {row.layer: row for row in report.layers}
     assert rows["block3/pointwise"].after == rows["block4/depthwise"].after == (29 if stays else 26)
     reason = {"constant, but not at the borders behind block4/depthwise": 3}
@@ -308,7 +308,7 @@ def test_constants_before_a_padded_depthwise_convolution(bias, stays):
 def test_training_goes_on(name):
     model, arrays = zoo(name)
     everything(arrays, np.random.default_rng(5))
-    small = models.compact(model, nested(arrays))
+    small = compaction.compact(model, nested(arrays))
     images = images_for(name)
 
     @jax.jit
@@ -356,7 +356,7 @@ def test_what_group_lasso_leaves_of_a_network_in_training():
     state = tx.init(variables["params"])
     for _ in range(steps):
         variables, state = step(variables, state)
-    small = models.compact(model, variables)
+    small = compaction.compact(model, variables)
     for row in small.report.layers[:-1]:
         alive = (flat(variables)[f"params/{row.layer}/kernel"] != 0).any((0, 1, 2)).sum()
         assert row.after - sum(row.stays.values()) == alive < row.before
@@ -370,8 +370,8 @@ def test_what_group_lasso_leaves_of_a_network_in_training():
 def test_channels_are_rounded_up(name, multiple):
     model, arrays = zoo(name)
     everything(arrays, np.random.default_rng(0))
-    exact = models.compact(model, nested(arrays))
-    small = models.compact(model, nested(arrays), multiple_of=multiple)
+    exact = compaction.compact(model, nested(arrays))
+    small = compaction.compact(model, nested(arrays), multiple_of=multiple)
     for before, after in zip(exact.report.layers, small.report.layers):
         assert before.after <= after.after <= after.before
         assert after.after % multiple == 0 or after.after == after.before
@@ -396,14 +396,14 @@ def test_channels_are_rounded_up(name, multiple):
 def test_a_multiple_that_is_not_one(multiple):
     model, arrays = zoo("digits-cnn")
     with pytest.raises(ValueError, match=f"multiple_of is {multiple}; allowed: a whole number of"):
-        models.compact(model, nested(arrays), multiple_of=multiple)
+        compaction.compact(model, nested(arrays), multiple_of=multiple)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet-v1"])
 def test_a_compacted_model_is_described_and_built_again(name):
     model, arrays = zoo(name)
     everything(arrays, np.random.default_rng(6))
-    small = models.compact(model, nested(arrays))
+    small = compaction.compact(model, nested(arrays))
     description = json.loads(json.dumps(models.describe(small.model)))
     again = models.create(**description)
     assert models.describe(again) == description
@@ -416,7 +416,7 @@ def test_a_compacted_model_is_described_and_built_again(name):
 def test_a_compacted_model_goes_to_pytorch():
     model, arrays = zoo("resnet20")
     everything(arrays, np.random.default_rng(6))
-    small = models.compact(model, nested(arrays))
+    small = compaction.compact(model, nested(arrays))
     tensors = torch_io.variables_to_torch(small.variables, small.model)
     back = torch_io.variables_from_torch(tensors, small.model)
     jax.tree.map(np.testing.assert_array_equal, back, small.variables)
@@ -521,7 +521,7 @@ def sequence(name, zeros=0.5):
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_outputs_of_a_sequence_are_the_same(name):
     model, variables, sample = sequence(name)
-    small = models.compact(model, variables, sample=sample)
+    small = compaction.compact(model, variables, sample=sample)
     x = np.random.default_rng(9).normal(size=sample.shape).astype(np.float32)
     expected = jax.jit(model.apply)(variables, x)
     np.testing.assert_allclose(
@@ -544,7 +544,7 @@ def test_sizes_of_a_sequence():
         f"layers_{2 * i}": {"kernel": np.float32(kernel), "bias": np.float32(bias)}
         for i, (kernel, bias) in enumerate(layers)
     }
-    small = models.compact(model, {"params": params}, sample=np.ones((1, 3), np.float32))
+    small = compaction.compact(model, {"params": params}, sample=np.ones((1, 3), np.float32))
     assert [row.after for row in small.report.layers] == [2, 2, 2]
     params = small.variables["params"]
     np.testing.assert_array_equal(params["layers_2"]["bias"], [6, 6])  # 3 times 2
@@ -572,7 +572,7 @@ def test_what_keeps_its_channels_is_explained(layers, layer, reason):
     x = np.random.default_rng(0).normal(size=(2, 4, 5)).astype(np.float32)
     arrays = values(jax.eval_shape(model.init, KEY, x))
     arrays["params/layers_0/kernel"][..., :3] = 0
-    small = models.compact(model, nested(arrays), sample=x)
+    small = compaction.compact(model, nested(arrays), sample=x)
     assert reason in small.report.fixed[layer]
     assert f"{layer} keeps all that it reads and writes: {small.report.fixed[layer]}" in str(
         small.report
@@ -626,7 +626,9 @@ def test_any_plain_network(network):
         arrays[path][rng.random(4) < 0.3] = 0
     variables = nested(arrays)
     try:
-        small = models.compact(model, variables, sample=jax.ShapeDtypeStruct((1, 4), np.float32))
+        small = compaction.compact(
+            model, variables, sample=jax.ShapeDtypeStruct((1, 4), np.float32)
+        )
     except ValueError as error:
         # Only where nothing that such a layer tells apart gets to the output.
         named = re.findall(r"layers_\d+", str(error))
@@ -706,7 +708,7 @@ def test_refused(model, variables, sample, message):
             values(jax.eval_shape(lambda: model.init({"params": KEY, "dropout": KEY}, X)))
         )
     with pytest.raises(ValueError, match=message):
-        models.compact(model, variables, sample=sample)
+        compaction.compact(model, variables, sample=sample)
 
 
 def test_a_layer_of_the_zoo_that_would_vanish_is_named():
@@ -714,7 +716,7 @@ def test_a_layer_of_the_zoo_that_would_vanish_is_named():
     arrays["params/stage2_block2/conv1/kernel"][:] = 0
     arrays["params/stage2_block2/norm1/bias"][:] = -5
     with pytest.raises(ValueError, match="leave no channel in stage2_block2/conv1: "):
-        models.compact(model, nested(arrays))
+        compaction.compact(model, nested(arrays))
     missing = {path: array for path, array in arrays.items() if "stem/" not in path}
     with pytest.raises(ValueError, match="params/stem/kernel is missing"):
-        models.compact(model, nested(missing))
+        compaction.compact(model, nested(missing))

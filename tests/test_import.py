@@ -45,9 +45,10 @@ BESIDES = {"files": {"safetensors"}}
 ALLOWED = {
     "core": set(),
     "models": {"core"},
+    "compaction": {"models"},
     "data": set(),
     "drawing": {"core"},
-    "training": {"core", "models", "data", "drawing"},
+    "training": {"core", "models", "compaction", "data", "drawing"},
     "inspection": {"core", "models", "drawing", "training"},
     "cli": {"core", "models", "data", "training", "inspection"},
     "examples": {"core"},

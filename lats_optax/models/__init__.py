@@ -9,7 +9,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lats_optax.models.compaction import Compacted, CompactReport, LayerReport, compact
 from lats_optax.models.digits import DigitsCNN
 from lats_optax.models.layers import check_choice
 from lats_optax.models.mobilenet import MobileNetV1
@@ -21,16 +20,12 @@ from lats_optax.models.vgg import VGG16BN
 __all__ = [
     "VGG16BN",
     "CifarResNet",
-    "CompactReport",
-    "Compacted",
     "DigitsCNN",
-    "LayerReport",
     "MobileNetV1",
     "Neuron",
     "ResNet",
     "SEWResNet",
     "Surrogate",
-    "compact",
     "create",
     "describe",
     "in_zoo",

@@ -13,7 +13,7 @@ import tyro
 from flax import linen as nn
 
 import lats_optax
-from lats_optax import models
+from lats_optax import compaction
 from lats_optax.training.export import ModelFile, SavedModel, find_model, load_model, save_model
 
 _IMAGES = 8
@@ -46,7 +46,7 @@ class Compaction:
       before: the file that was read.
     """
 
-    report: models.CompactReport
+    report: compaction.CompactReport
     small: SavedModel
     operations: tuple[int, int]
     difference: float
@@ -73,7 +73,7 @@ def build(request: Request) -> Compaction:
             f"{request.out} is there: --overwrite replaces it, --out names others"
         )
     saved = load_model(path)
-    model, variables, report = models.compact(
+    model, variables, report = compaction.compact(
         saved.model, saved.variables, multiple_of=request.multiple_of
     )
     small = saved._replace(model=model, variables=variables)

@@ -37,9 +37,8 @@ def target_line(config: TrainConfig, zeros: int, wanted: int | None) -> str | No
 
 def wanted_zeros(config: TrainConfig, params: Any, optimizer: Optimizer) -> int | None:
     """How many of the pruned weights are to be zero in the end; None without a target."""
-    if config.prune.target_sparsity is None:
+    if config.prune.target_sparsity is None or optimizer.operator is None:
         return None
-    assert optimizer.operator is not None
     mask = masks.resolve(optimizer.mask, params)
     pruned = jax.tree.map(lambda on, leaf: leaf if on else optax.MaskedNode(), mask, params)
     return named_zeros(target_of(config.prune), pruned, optimizer.operator)

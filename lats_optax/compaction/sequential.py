@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from lats_optax.models.graph import (
+from lats_optax.compaction.graph import (
     Arrays,
     Builder,
     Fixed,
@@ -23,7 +23,7 @@ from lats_optax.models.graph import (
     Mask,
     Vector,
 )
-from lats_optax.models.wiring import Wiring
+from lats_optax.compaction.wiring import Wiring
 
 Run = Callable[[Any], Any]
 

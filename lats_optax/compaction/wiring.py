@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lats_optax.compaction.graph import Arrays, Builder, Function, Graph, Join, Mask, Vector
 from lats_optax.models.digits import DigitsCNN
-from lats_optax.models.graph import Arrays, Builder, Function, Graph, Join, Mask, Vector
 from lats_optax.models.layers import Network
 from lats_optax.models.mobilenet import MobileNetV1
 from lats_optax.models.resnet import (

@@ -1,7 +1,7 @@
 """How channels flow through a network: nodes that `compact` reasons about, without their arrays.
 
 Here belong the kinds of nodes and what each does to a channel of which the value is known. Which
-nodes an architecture has is in `wiring.py`; what is cut, in `compaction.py`.
+nodes an architecture has is in `wiring.py`; what is cut, in `plan.py`.
 """
 
 import abc
