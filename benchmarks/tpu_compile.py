@@ -44,7 +44,7 @@ from lats_optax.target import default_update_every
 from lats_optax.training import experiment
 from lats_optax.training.config import PruneConfig, TrainConfig
 from lats_optax.training.optimizer import make_optimizer
-from lats_optax.training.parallel import DataParallel
+from lats_optax.training.parallel import PmapEngine
 from lats_optax.training.presets import PRESETS
 
 TRAINING_IMAGES, CLASSES, IMAGE_SHAPE = 1_281_167, 1000, (224, 224, 3)  # of ImageNet
@@ -105,7 +105,7 @@ def lower_step(config: TrainConfig, devices: Sequence[Any], batch_per_chip: int)
         "label": jax.ShapeDtypeStruct(chips, jnp.int32),
     }
     step = experiment.bind_step(config, model, phase)
-    return DataParallel(devices).compile_update(step).lower(state, batch)
+    return PmapEngine(devices).compile_update(step).lower(state, batch)
 
 
 def facts(lowered: Any) -> Facts:
@@ -319,7 +319,7 @@ def main() -> None:
 
 def _parts(config: TrainConfig) -> tuple[Any, Any, Any]:
     """Model, phase and the shapes of their state."""
-    model = experiment.make_model(config, CLASSES)
+    model = experiment.make_model(config, CLASSES, PmapEngine.axis_name)
     phase = make_optimizer(config, _steps_per_epoch(config)).phases[0]
     return model, phase, jax.eval_shape(experiment.bind_state(config, model, phase, IMAGE_SHAPE))
 

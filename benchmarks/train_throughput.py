@@ -46,7 +46,7 @@ from lats_optax.training.config import (
     TrainConfig,
 )
 from lats_optax.training.optimizer import make_optimizer
-from lats_optax.training.parallel import DataParallel
+from lats_optax.training.parallel import PmapEngine
 
 CLASSES, STEPS_PER_EPOCH, EPOCHS = 1000, 5004, 100
 UPDATE_EVERY = default_update_every(EPOCHS * STEPS_PER_EPOCH)
@@ -98,9 +98,9 @@ def image_shape(options: argparse.Namespace) -> tuple[int, int, int]:
 def jax_runner(options: argparse.Namespace, prune: PruneConfig) -> Runner:
     """The trainer's step, compiled, on a batch that stays on the device."""
     config = config_of(options, prune)
-    model = experiment.make_model(config, CLASSES)
+    model = experiment.make_model(config, CLASSES, PmapEngine.axis_name)
     phase = make_optimizer(config, STEPS_PER_EPOCH).phases[0]
-    parallel = DataParallel(jax.devices()[:1])
+    parallel = PmapEngine(jax.devices()[:1])
     step = parallel.compile_update(experiment.bind_step(config, model, phase))
     random = np.random.default_rng(0)
     images = random.standard_normal((options.batch_size, *image_shape(options)), np.float32)
@@ -111,7 +111,7 @@ def jax_runner(options: argparse.Namespace, prune: PruneConfig) -> Runner:
         }
     )
     make_state = jax.jit(experiment.bind_state(config, model, phase, image_shape(options)))
-    state = parallel.replicate(make_state())
+    state = parallel.place(make_state())
     start = time.perf_counter()
     # Ahead of time, for its memory analysis: the device's own peak would be that of all programs.
     compiled = step.lower(state, batch).compile()

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 from tensorboardX.proto import event_pb2
 
-from lats_optax.training import loop
 from lats_optax.training.config import PruneConfig
+from lats_optax.training.parallel import PmapEngine
 from tests import tiny
 
 EARLY = PruneConfig(target_sparsity=0.75, mode="early", search_epochs=1)
@@ -20,10 +20,10 @@ class KilledError(Exception):
     pass
 
 
-def at_step(monkeypatch, step, act):
+def at_step(monkeypatch, step, act, engine=PmapEngine):
     """Acts just before a step is taken."""
 
-    def compile_update(self, pure, original=loop.DataParallel.compile_update):
+    def compile_update(self, pure, original=engine.compile_update):
         compiled, taken = original(self, pure), itertools.count(1)
 
         def take(state, batch):
@@ -33,7 +33,7 @@ def at_step(monkeypatch, step, act):
 
         return take
 
-    monkeypatch.setattr(loop.DataParallel, "compile_update", compile_update)
+    monkeypatch.setattr(engine, "compile_update", compile_update)
 
 
 def die():

@@ -21,7 +21,7 @@ from lats_optax.data.tfds_source import Records, open_builder
 from lats_optax.training import loop
 from lats_optax.training.config import DataConfig, TrainConfig
 from lats_optax.training.experiment import build
-from lats_optax.training.parallel import AXIS
+from lats_optax.training.parallel import PmapEngine
 from tests import small_imagenet, tiny
 
 BROKEN = {"ILSVRC2012_val_00000004.JPEG", "n01440764_0.JPEG", "n01440764_3.JPEG"}
@@ -432,9 +432,9 @@ def test_nothing_to_evaluate_on_is_an_error(broken, tmp_path, compile_once):
         image_size=8,
         skip_corrupt=True,
     )
-    model = tiny.Model(num_classes=1000, axis_name=AXIS)
+    model = tiny.Model(num_classes=1000, axis_name=PmapEngine.axis_name)
     experiment = build(TrainConfig(data=chosen, workdir=tmp_path / "run"), model=model)
-    state = experiment.parallel.replicate(experiment.initial_state())
+    state = experiment.parallel.place(experiment.initial_state())
     with pytest.raises(data.CorruptRecordError, match="every record that 'imagenet2012' is"):
         loop.evaluate(experiment, state)
 

@@ -13,6 +13,7 @@ from lats_optax import cli, models
 from lats_optax.training import experiment
 from lats_optax.training.config import ModelConfig, PruneConfig, TrainConfig
 from lats_optax.training.optimizer import make_optimizer
+from lats_optax.training.parallel import PmapEngine
 from lats_optax.training.presets import PRESETS
 
 # The table "Training settings of the published runs", and the published commands.
@@ -136,7 +137,7 @@ def test_the_step_of_a_preset_needs_no_data(name):
     """Shapes alone: state and metrics of the real step, at the real size."""
     classes, size, parameters, pruned = NETWORKS[name]
     config = PRESETS[name].config
-    model = experiment.make_model(config, classes)
+    model = experiment.make_model(config, classes, PmapEngine.axis_name)
     optimizer = make_optimizer(config, steps_per_epoch=10)
     (phase,) = optimizer.phases
     step = experiment.bind_step(config, model, phase)

@@ -23,7 +23,7 @@ from lats_optax.training.config import (
 )
 from lats_optax.training.logging import MetricsLog, read_metrics
 from lats_optax.training.optimizer import cosine, curve_law, make_optimizer, schedule_to
-from lats_optax.training.parallel import AXIS, DataParallel
+from lats_optax.training.parallel import PmapEngine
 from lats_optax.training.step import cross_entropy
 from tests import tiny
 
@@ -109,7 +109,7 @@ def test_evaluation_counts_every_image_once(tmp_path, devices, batch_size):
     config = tiny.config(tmp_path, data=DataConfig(name="tiny", batch_size=batch_size))
     experiment = tiny.build(config, jax.devices()[:devices])
     state = experiment.initial_state()
-    result = loop.evaluate(experiment, experiment.parallel.replicate(state))
+    result = loop.evaluate(experiment, experiment.parallel.place(state))
 
     variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
     examples = tiny.make_dataset().sources["test"]
@@ -260,13 +260,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 def test_the_last_good_checkpoint_is_named(tmp_path, monkeypatch):
     taken = []
 
-    def spoilt(self, batch, original=loop.DataParallel.shard):
+    def spoilt(self, batch, original=PmapEngine.shard):
         if "weight" not in batch:
             taken.append(1)
         bad = np.nan if len(taken) == 9 else 0.0
         return original(self, {**batch, "image": batch["image"] + np.float32(bad)})
 
-    monkeypatch.setattr(loop.DataParallel, "shard", spoilt)
+    monkeypatch.setattr(PmapEngine, "shard", spoilt)
     config = tiny.config(tmp_path / "run", log_every=50)
     with pytest.raises(
         loop.NonFiniteError, match=r"nan at step 9; the last good .*checkpoints/6\."
@@ -333,9 +333,9 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
             lambda: TrainConfig(optimizer=OptimizerConfig(warmup_epochs=5), epochs=5),
             ["optimizer.warmup_epochs", "5", "epochs"],
         ),
-        (lambda: DataParallel(jax.devices()[:8]).host_batch_size(12), ["batch_size", "12", "8"]),
+        (lambda: PmapEngine(jax.devices()[:8]).host_batch_size(12), ["batch_size", "12", "8"]),
         (
-            lambda: DataParallel(jax.devices()[:2]).host_batch_size(8, accumulate=3),
+            lambda: PmapEngine(jax.devices()[:2]).host_batch_size(8, accumulate=3),
             ["batch_size", "8", "2 devices", "optimizer.accumulate 3", "multiple of 6"],
         ),
     ],
@@ -481,16 +481,16 @@ def test_parts_of_a_batch_are_one_step(tmp_path):
 
 
 def test_replicas_see_their_own_part_of_the_batch():
-    parallel = DataParallel()
+    parallel = PmapEngine()
     step = parallel.compile_sums(
         lambda state, batch, total: (
             total(batch["x"].sum()),
             total(jnp.float32(batch["x"].size)),
-            jax.lax.psum(1, AXIS),
+            jax.lax.psum(1, PmapEngine.axis_name),
         )
     )
     sums = step(
-        parallel.replicate(jnp.zeros(())), parallel.shard({"x": np.arange(16.0, dtype=np.float32)})
+        parallel.place(jnp.zeros(())), parallel.shard({"x": np.arange(16.0, dtype=np.float32)})
     )
     assert [float(s) for s in sums] == [120.0, 16.0, 8.0]
 

@@ -108,10 +108,10 @@ def test_averages_begin_anew_with_the_weights(tmp_path):
     state = ready.initial_state()
     first = jax.device_get(state.params)
     batches = tiny.make_dataset().train_batches(8, seed=0)
-    state = ready.parallel.replicate(state)
+    state = ready.parallel.place(state)
     for step in range(STEPS + 1):
         if step == STEPS:
-            state = ready.parallel.replicate(ready.begin(ready.optimizer.phases[1], state))
+            state = ready.parallel.place(ready.begin(ready.optimizer.phases[1], state))
             started = jax.device_get(state.params)
         state, _ = ready.updates[step >= STEPS](state, ready.parallel.shard(next(batches)))
     for start, initial in zip(jax.tree.leaves(started), jax.tree.leaves(first)):

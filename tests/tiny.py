@@ -16,7 +16,7 @@ from lats_optax import data, models
 from lats_optax.training import experiment, loop
 from lats_optax.training.config import DataConfig, OptimizerConfig, TrainConfig
 from lats_optax.training.experiment import Experiment
-from lats_optax.training.parallel import AXIS
+from lats_optax.training.parallel import make_engine
 from lats_optax.training.result import RunResult
 
 TRAIN, TEST, CLASSES, SHAPE = 53, 23, 3, (4, 4, 1)
@@ -90,7 +90,10 @@ def build(
     model: nn.Module | None = None,
 ) -> Experiment:
     """`experiment.build` with this data set and this model, unless others are given."""
-    own = Model(dtype=jnp.dtype(config.model.dtype), axis_name=AXIS)
+    own = Model(
+        dtype=jnp.dtype(config.model.dtype),
+        axis_name=make_engine(config.parallel, devices).axis_name,
+    )
     return _build(config, devices, dataset=dataset or make_dataset(), model=model or own)
 
 

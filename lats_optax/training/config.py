@@ -310,6 +310,22 @@ class PruneConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How the devices share the work."""
+
+    engine: Literal["pmap", "jit"] = "pmap"
+    """`pmap`: every device has the whole state; `jit`: the compiler divides it, see fsdp."""
+    fsdp: int = 1
+    """With engine jit, devices that share each large array of the state, latent weights among them:
+    a model may then be larger than one device. It divides the number of devices."""
+
+    def __post_init__(self) -> None:
+        _check(self.fsdp >= 1, "parallel.fsdp", self.fsdp, "1 or more")
+        used = self.engine == "jit" or self.fsdp == 1
+        _check(used, "parallel.fsdp", self.fsdp, "1, but for engine jit")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A training run.
 
@@ -326,6 +342,7 @@ class TrainConfig:
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     prune: PruneConfig = PruneConfig()
+    parallel: ParallelConfig = ParallelConfig()
     initial: Path | None = None
     """Model file of another run to begin from; options of `model` that are None are its own."""
     label_smoothing: float = 0.0
@@ -479,6 +496,8 @@ _FREE = {
     "data.data_dir",
     "data.skip_corrupt",
     "data.workers",
+    "parallel.engine",
+    "parallel.fsdp",
 }
 
 

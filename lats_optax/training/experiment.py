@@ -23,7 +23,7 @@ from lats_optax.training.config import TrainConfig
 from lats_optax.training.export import SavedModel, variables_of
 from lats_optax.training.initial import load_initial
 from lats_optax.training.optimizer import Optimizer, Phase, make_optimizer
-from lats_optax.training.parallel import AXIS, DataParallel, join_processes
+from lats_optax.training.parallel import Engine, join_processes, make_engine
 from lats_optax.training.step import (
     Batch,
     Metrics,
@@ -31,11 +31,13 @@ from lats_optax.training.step import (
     TrainState,
     create_state,
     eval_step,
+    split_in_order,
     statistics_step,
     train_step,
 )
 
 TrainStep = Callable[[TrainState, Batch, Reduce[Any]], tuple[TrainState, Metrics]]
+Split = Callable[[Batch, int], Batch]
 Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 Sums = Callable[[TrainState, Batch], Any]
 
@@ -55,7 +57,7 @@ class Experiment:
     """
 
     config: TrainConfig
-    parallel: DataParallel
+    parallel: Engine
     dataset: data.Dataset
     model: nn.Module
     optimizer: Optimizer
@@ -75,8 +77,8 @@ class Experiment:
     @functools.cached_property
     def updates(self) -> tuple[Update, ...]:
         """Of each phase `(state, sharded batch) -> (state, metrics)`, which uses up the state."""
-        steps = (bind_step(self.config, self.model, phase) for phase in self.optimizer.phases)
-        return tuple(map(self.parallel.compile_update, steps))
+        bind = partial(bind_step, self.config, self.model, split=self.parallel.split)
+        return tuple(self.parallel.compile_update(bind(phase)) for phase in self.optimizer.phases)
 
     @functools.cached_property
     def eval_sums(self) -> Sums:
@@ -98,13 +100,12 @@ class Experiment:
         )
 
     def initial_state(self) -> TrainState:
-        """The state before the first step, computed on the default device."""
+        """The state before the first step, on the run's devices."""
         phase, image_shape = self.optimizer.phases[0], self.dataset.image_shape
         make = bind_state(self.config, self.model, phase, image_shape)
-        # It runs once: XLA's optimizations of so many random draws take longer than they save.
-        options = {"xla_backend_optimization_level": 0}
         variables = None if self.initial is None else self.initial.variables
-        return jax.jit(make, compiler_options=options)(variables)
+        state: TrainState = self.parallel.create(make, variables)
+        return state
 
     def begin(self, phase: Phase, state: TrainState) -> TrainState:
         """The state that a second phase begins with, not yet on the run's devices.
@@ -149,7 +150,7 @@ def build(
       devices: what to run on; None: all there are.
       dataset: what to train on, in the place of the one that the config names.
       model: what to train, in the place of the one that the config names: called as those of
-        `models.create`. Its batch statistics are averaged over `parallel.AXIS`.
+        `models.create`. Its batch statistics are averaged over the engine's `axis_name`.
     """
     workdir.check(config)
     lifeline = None
@@ -160,7 +161,7 @@ def build(
             config.process_index,
             config.process_timeout,
         )
-    parallel = DataParallel(devices, lifeline)
+    parallel = make_engine(config.parallel, devices, lifeline)
     parallel.host_batch_size(config.data.batch_size, config.optimizer.accumulate)
     dataset = load_data(config) if dataset is None else dataset
     steps_per_epoch = dataset.num_train // config.data.batch_size
@@ -171,9 +172,9 @@ def build(
         )
     limits.check_steps(config, steps_per_epoch)
     limits.check_recalibration(config, steps_per_epoch)
-    model = make_model(config, dataset.num_classes) if model is None else model
+    model = make_model(config, dataset.num_classes, parallel.axis_name) if model is None else model
     shapes = variables_of(model, dataset.image_shape)
-    limits.check_memory(shapes, parallel.local_devices[0])
+    limits.check_memory(shapes, parallel.local_devices[0], config.parallel.fsdp)
     optimizer = make_optimizer(config, steps_per_epoch)
     _check_effects(config, optimizer, shapes)
     resumes = _check_resumable(config)
@@ -222,8 +223,8 @@ def _check_resumable(config: TrainConfig) -> bool:
     return saved is not None
 
 
-def make_model(config: TrainConfig, num_classes: int) -> nn.Module:
-    """The model that a config names; its batch statistics are averaged over the replicas.
+def make_model(config: TrainConfig, num_classes: int, axis_name: str | None = None) -> nn.Module:
+    """The model that a config names; its batch statistics are averaged over the axis of an engine.
 
     Raises:
       ValueError: there is no such model, it has no such option, or a value is not allowed.
@@ -235,22 +236,25 @@ def make_model(config: TrainConfig, num_classes: int) -> nn.Module:
         config.model.name,
         num_classes=num_classes,
         dtype=jnp.dtype(config.model.dtype),
-        axis_name=AXIS,
+        axis_name=axis_name,
         **options,
     )
 
 
-def bind_step(config: TrainConfig, model: nn.Module, phase: Phase) -> TrainStep:
+def bind_step(
+    config: TrainConfig, model: nn.Module, phase: Phase, split: Split = split_in_order
+) -> TrainStep:
     """The training step of a phase, a pure function that no data set or device is needed for.
 
     Args:
       config: the run.
       model: of `make_model`.
       phase: of `make_optimizer`.
+      split: that of the engine.
 
     Returns:
-      `(state, batch of a replica, mean over replicas) -> (state, metrics)`, for
-      `DataParallel.compile_update`: see `step.train_step`.
+      `(state, batch, mean over replicas) -> (state, metrics)`, for `Engine.compile_update`: see
+      `step.train_step`.
     """
     return partial(
         train_step,
@@ -258,6 +262,7 @@ def bind_step(config: TrainConfig, model: nn.Module, phase: Phase) -> TrainStep:
         transform=phase.transform,
         label_smoothing=config.label_smoothing,
         accumulate=config.optimizer.accumulate,
+        split=split,
         average_decay=config.average_decay,
         average_since=phase.start if phase.from_scratch else 0,
     )

@@ -47,23 +47,26 @@ def check_recalibration(config: TrainConfig, steps_per_epoch: int) -> None:
         )
 
 
-def check_memory(variables: Mapping[str, Any], device: jax.Device) -> None:
+def check_memory(variables: Mapping[str, Any], device: jax.Device, shared_by: int = 1) -> None:
     """Checks that the parameters of a model can be trained in the memory of a device.
 
     Args:
       variables: the shapes of the model's.
       device: any of those that the run is on.
+      shared_by: devices that each array is divided over.
 
     Raises:
       ValueError: parameters, gradients, momentum and updates alone take more.
     """
-    need = _COPIES * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
+    need = _COPIES * size / shared_by
     have = memory_of(device)
     if have is not None and need > have:
         raise ValueError(
-            f"the model has {need / _COPIES / 1e9:,.1f} GB of parameters, and training takes "
-            f"{_COPIES} times that; allowed: at most {have / 1e9:,.1f} GB, what {device} has. "
-            "model.width, the number of classes and data.image_size decide."
+            f"the model has {size / 1e9:,.1f} GB of parameters, and training takes {_COPIES} times "
+            f"that{f' on {shared_by} devices' if shared_by > 1 else ''}; allowed: at most "
+            f"{have / 1e9:,.1f} GB, what {device} has. model.width, the number of classes, "
+            "data.image_size and parallel.fsdp decide."
         )
 
 

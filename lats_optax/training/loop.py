@@ -27,7 +27,7 @@ from lats_optax.training.experiment import Experiment
 from lats_optax.training.export import save_model
 from lats_optax.training.interruption import Interruption
 from lats_optax.training.logging import MetricsLog
-from lats_optax.training.parallel import DataParallel, ahead
+from lats_optax.training.parallel import Engine, ahead
 from lats_optax.training.recalibration import recalibrated
 from lats_optax.training.result import RunResult, result_of, write_models
 from lats_optax.training.statistics import LayerStatistics, Support
@@ -91,7 +91,7 @@ def fit(experiment: Experiment) -> RunResult:
         stream = ahead(_send(batches, parallel))
         for phase, update in zip(experiment.optimizer.phases, experiment.updates):
             if step == phase.start > 0:
-                state = parallel.replicate(experiment.begin(phase, state))
+                state = parallel.place(experiment.begin(phase, state))
             for sent in itertools.islice(stream, max(phase.end - step, 0)):
                 state, metrics = update(state, sent.batch)
                 step += 1
@@ -121,7 +121,8 @@ def fit(experiment: Experiment) -> RunResult:
         if not evaluation.test:
             state, evaluation = _evaluate(run, state, evaluation.support)
         test, weights = evaluation.test, evaluation.weights
-        files = write_models(experiment, state, test) if parallel.is_primary else {}
+        host = parallel.to_host(state)
+        files = write_models(experiment, host, test) if parallel.is_primary else {}
 
     if interruption.requested:
         raise KeyboardInterrupt(
@@ -196,7 +197,7 @@ class _Sent(NamedTuple):
     skipped: int
 
 
-def _send(batches: data.Batches, parallel: DataParallel) -> Iterator[_Sent]:
+def _send(batches: data.Batches, parallel: Engine) -> Iterator[_Sent]:
     for batch in batches:
         yield _Sent(parallel.shard(batch), batches.get_state(), batches.skipped)
 
@@ -227,7 +228,7 @@ def _begin(
         state, step, support = saved.state, int(saved.state.step), saved.support
         batches.set_state(saved.data_state)
         skipped = saved.data_state["skipped"]
-    state, support = experiment.parallel.replicate((state, support))
+    state, support = experiment.parallel.place((state, support))
     return state, step, support, skipped
 
 
@@ -282,7 +283,9 @@ def _save(
     # A gradient may overflow where the loss does not: the state itself is looked at too.
     if not _all_finite(state):
         raise _diverged(run, f"the training state is not finite after step {step}")
-    run.checkpoints.save(state, position, configs.to_json(run.experiment.config), support)
+    experiment = run.experiment
+    host, support = experiment.parallel.to_host((state, support))
+    run.checkpoints.save(host, position, configs.to_json(experiment.config), support)
 
 
 def _means(run: _Run, window: list[Metrics], step: int) -> dict[str, float]:

@@ -1,25 +1,44 @@
-"""Data parallelism with `jax.pmap`: the one file that names devices, a pmap or a collective.
+"""Training on many devices: the one file that names a pmap, a mesh or a collective.
 
-Training state is the same on every device and has no device axis: `in_axes=None`, `out_axes=None`.
-A batch has one: (local devices, examples a device, ...).
+Two engines with one interface, `Engine`:
+
+- `PmapEngine`: `jax.pmap`. The state is the same on every device and has no device axis; a batch
+  has one: (local devices, examples a device, ...). A step sees a device's own part of the batch.
+- `JitEngine`: `jax.jit` over a mesh of two axes. Both divide the batch; the second divides every
+  large array of the state too (FSDP), so that a model may be larger than a device. A step sees the
+  whole batch, and the compiler finds out who has what.
 """
 
+import abc
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lats_optax.training.config import ParallelConfig
 from lats_optax.training.lifeline import Lifeline, meet
+from lats_optax.training.step import Batch, split_in_order
 
 Item = TypeVar("Item")
 
-AXIS = "replica"
-"""Name of the axis that replicas are on; a model's batch normalization averages over it."""
+_REPLICA = "replica"
+"""Name of the axis that the replicas of `jax.pmap` are on."""
+
+_BATCH, _FSDP = "batch", "fsdp"
+"""Names of the mesh's axes."""
+
+# Smaller arrays are on every device: to divide them saves nothing.
+_DIVIDED_FROM = 1024
+
+# An initial state is computed once: XLA's optimizations of so many random draws take longer than
+# they save.
+_QUICK = {"xla_backend_optimization_level": 0}
 
 
 def join_processes(
@@ -74,7 +93,7 @@ def join_processes(
 def ahead(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
     """The same items, of which up to `depth` have been asked for before they are needed.
 
-    Over batches that `DataParallel.shard` sends off, these are on the devices when the step
+    Over batches that `Engine.shard` sends off, these are on the devices when the step
     before them is over.
 
     >>> asked = []
@@ -92,17 +111,20 @@ def ahead(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
     yield from waiting
 
 
-class DataParallel:
-    """Runs step functions on all devices at once, each on its part of the batch.
+class Engine(abc.ABC):
+    """Runs step functions on all devices at once.
 
     Args:
       devices: what to run on, the same in every process; None: all devices of all processes.
       lifeline: the connections between the processes, of `join_processes`.
 
-    >>> parallel = DataParallel(jax.devices()[:1])
-    >>> parallel.host_batch_size(32)
+    >>> engine = PmapEngine(jax.devices()[:1])
+    >>> engine.host_batch_size(32)
     32
     """
+
+    axis_name: str | None
+    """The axis that a model's batch normalization averages over; None: it sees the whole batch."""
 
     def __init__(
         self, devices: Sequence[jax.Device] | None = None, lifeline: Lifeline | None = None
@@ -112,6 +134,46 @@ class DataParallel:
         self.process_index = jax.process_index()
         self.local_devices = [d for d in self.devices if d.process_index == self.process_index]
         self.process_count = jax.process_count()
+
+    @abc.abstractmethod
+    def place(self, tree: Any) -> Any:
+        """A state on the devices, as the step functions give it back.
+
+        A state that comes in as it goes out is what keeps the second step from compiling again.
+
+        Args:
+          tree: arrays, equal in every process.
+        """
+
+    @abc.abstractmethod
+    def create(self, make: Callable[..., Any], *args: Any) -> Any:
+        """What a pure function gives, compiled, on the devices as `place` has it."""
+
+    @abc.abstractmethod
+    def shard(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """The batch of this process on its devices, as the step functions take it.
+
+        Returns at once: the arrays are on their way while the devices do other work.
+        """
+
+    def split(self, batch: Batch, count: int) -> Batch:
+        """What a step sees of a batch, in parts in which every device has a share: see `step`."""
+        return split_in_order(batch, count)
+
+    @abc.abstractmethod
+    def compile_update(self, step: Callable[..., tuple[Any, Any]]) -> Callable[[Any, Any], Any]:
+        """`(state, sharded batch) -> (state, metrics)` from `step(state, batch, mean)`.
+
+        The state that is passed in is donated: its memory is used for the one that comes out.
+        """
+
+    @abc.abstractmethod
+    def compile_sums(self, step: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+        """`(state, sharded batch) -> sums` from `step(state, batch, total)`."""
+
+    @abc.abstractmethod
+    def to_host(self, tree: Any) -> Any:
+        """The whole arrays in the memory of this process; all processes have to ask for them."""
 
     @property
     def is_primary(self) -> bool:
@@ -137,43 +199,6 @@ class DataParallel:
                 f"of {count * accumulate}."
             )
         return batch_size // len(self.devices) * len(self.local_devices)
-
-    def replicate(self, tree: Any) -> Any:
-        """The tree on each of this process's devices, as the step functions give it back.
-
-        A state that comes in as it goes out is what keeps the second step from compiling again.
-        """
-        return jax.device_put(tree, self._placed())
-
-    def shard(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """The batch of this process on its devices, with a leading axis of them.
-
-        Returns at once: the arrays are on their way while the devices do other work.
-        """
-        rows = {
-            name: array.reshape(len(self.local_devices), -1, *array.shape[1:])
-            for name, array in batch.items()
-        }
-        return jax.device_put(rows, self._placed(AXIS))
-
-    def compile_update(self, step: Callable[..., tuple[Any, Any]]) -> Callable[[Any, Any], Any]:
-        """`(state, sharded batch) -> (state, metrics)` from `step(state, batch, mean)`.
-
-        The state that is passed in is donated: its memory is used for the one that comes out.
-        """
-
-        def replica(state: Any, batch: Any) -> Any:
-            return step(state, batch, lambda tree: jax.lax.pmean(tree, AXIS))  # type: ignore[no-untyped-call]
-
-        return self._pmap(replica, donate_argnums=(0,))
-
-    def compile_sums(self, step: Callable[..., Any]) -> Callable[[Any, Any], Any]:
-        """`(state, sharded batch) -> sums` from `step(state, batch, total)`."""
-
-        def replica(state: Any, batch: Any) -> Any:
-            return step(state, batch, lambda tree: jax.lax.psum(tree, AXIS))  # type: ignore[no-untyped-call]
-
-        return self._pmap(replica)
 
     def sums(
         self,
@@ -207,20 +232,177 @@ class DataParallel:
         if self.process_count > 1:
             multihost_utils.sync_global_devices(name)
 
-    @cached_property
+
+class PmapEngine(Engine):
+    """`jax.pmap`: every device has the whole state, and a part of the batch."""
+
+    axis_name = _REPLICA
+
+    def place(self, tree: Any) -> Any:
+        """The tree on each of this process's devices."""
+        return jax.device_put(tree, self._placed())
+
+    def create(self, make: Callable[..., Any], *args: Any) -> Any:
+        """Computed on the default device, then placed."""
+        return self.place(jax.jit(make, compiler_options=_QUICK)(*args))
+
+    def shard(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """With a leading axis of devices."""
+        rows = {
+            name: array.reshape(len(self.local_devices), -1, *array.shape[1:])
+            for name, array in batch.items()
+        }
+        return jax.device_put(rows, self._placed(_REPLICA))
+
+    def compile_update(self, step: Callable[..., tuple[Any, Any]]) -> Callable[[Any, Any], Any]:
+        """The mean is over the replicas."""
+
+        def replica(state: Any, batch: Any) -> Any:
+            return step(state, batch, lambda tree: jax.lax.pmean(tree, _REPLICA))  # type: ignore[no-untyped-call]
+
+        return self._pmap(replica, donate_argnums=(0,))
+
+    def compile_sums(self, step: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+        """The sum is over the replicas."""
+
+        def replica(state: Any, batch: Any) -> Any:
+            return step(state, batch, lambda tree: jax.lax.psum(tree, _REPLICA))  # type: ignore[no-untyped-call]
+
+        return self._pmap(replica)
+
+    def to_host(self, tree: Any) -> Any:
+        """From any one device."""
+        return jax.device_get(tree)
+
+    @functools.cached_property
     def _mesh(self) -> jax.sharding.Mesh:
-        return jax.sharding.Mesh(np.array(self.local_devices), (AXIS,))
+        return jax.sharding.Mesh(np.array(self.local_devices), (_REPLICA,))
 
     def _placed(self, *axes: str) -> jax.sharding.NamedSharding:
         """How an array lies on this process's devices whose first axis is spread over `axes`."""
-        return jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec(*axes))  # type: ignore[no-untyped-call]
+        return _named(self._mesh, *axes)
 
     def _pmap(self, function: Callable[..., Any], donate_argnums: tuple[int, ...] = ()) -> Any:
         return jax.pmap(
             function,
-            axis_name=AXIS,
+            axis_name=_REPLICA,
             in_axes=(None, 0),
             out_axes=None,
             devices=self.devices,
             donate_argnums=donate_argnums,
         )
+
+
+class JitEngine(Engine):
+    """`jax.jit` over a mesh: the batch is divided over all devices, the state over some.
+
+    Args:
+      devices: as for `Engine`.
+      lifeline: as for `Engine`.
+      fsdp: over how many devices each large array of the state is divided, along the longest axis
+        that is a multiple of it; 1: every device has all of it.
+
+    Raises:
+      ValueError: ``fsdp`` does not divide the number of devices.
+    """
+
+    axis_name = None
+
+    def __init__(
+        self,
+        devices: Sequence[jax.Device] | None = None,
+        lifeline: Lifeline | None = None,
+        fsdp: int = 1,
+    ):
+        super().__init__(devices, lifeline)
+        count = len(self.devices)
+        if count % fsdp:
+            raise ValueError(
+                f"parallel.fsdp is {fsdp}; allowed on {count} devices: what divides {count}."
+            )
+        grid = np.array(self.devices).reshape(-1, fsdp)
+        self._mesh, self._fsdp = jax.sharding.Mesh(grid, (_BATCH, _FSDP)), fsdp
+
+    def place(self, tree: Any) -> Any:
+        """Each array divided as `JitEngine` says."""
+        return jax.tree.map(self._put, tree)
+
+    def create(self, make: Callable[..., Any], *args: Any) -> Any:
+        """Each device computes its own part: nowhere is there a whole state."""
+        layout = jax.tree.map(self._layout, jax.eval_shape(make, *args))
+        return jax.jit(make, compiler_options=_QUICK, out_shardings=layout)(*args)
+
+    def shard(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """The arrays of all processes as one, divided over all devices."""
+        rows = _named(self._mesh, (_BATCH, _FSDP))
+        return {
+            name: jax.make_array_from_process_local_data(rows, array)  # type: ignore[no-untyped-call]
+            for name, array in batch.items()
+        }
+
+    def split(self, batch: Batch, count: int) -> Batch:
+        """Parts of every device's own examples, so that no example moves."""
+        rows = _named(self._mesh, None, (_BATCH, _FSDP))
+
+        def cut(x: jax.Array) -> jax.Array:
+            by_device = x.reshape(len(self.devices), count, -1, *x.shape[1:])
+            parts = jnp.swapaxes(by_device, 0, 1).reshape(count, -1, *x.shape[1:])
+            return jax.lax.with_sharding_constraint(parts, rows)  # type: ignore[no-untyped-call]
+
+        return {name: cut(x) for name, x in batch.items()}
+
+    def compile_update(self, step: Callable[..., tuple[Any, Any]]) -> Callable[[Any, Any], Any]:
+        """The step sees the whole batch: its mean is that over all devices."""
+
+        def update(state: Any, batch: Any) -> Any:
+            state, metrics = step(state, batch, lambda tree: tree)
+            layout = jax.tree.map(self._layout, state)
+            state = jax.lax.with_sharding_constraint(state, layout)  # type: ignore[no-untyped-call]
+            return state, metrics
+
+        return jax.jit(update, donate_argnums=(0,))
+
+    def compile_sums(self, step: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+        """The step sees the whole batch: its sum is that over all devices."""
+        everywhere = _named(self._mesh)
+        return jax.jit(
+            lambda state, batch: step(state, batch, lambda tree: tree), out_shardings=everywhere
+        )
+
+    def to_host(self, tree: Any) -> Any:
+        """Array by array, so that no device has more than one of them whole."""
+        if self.process_count == 1:
+            return jax.device_get(tree)
+        return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), tree)
+
+    def _layout(self, leaf: Any) -> jax.sharding.NamedSharding:
+        """Where the parts of an array are."""
+        fitting = [axis for axis, size in enumerate(leaf.shape) if size % self._fsdp == 0]
+        if self._fsdp == 1 or leaf.size < _DIVIDED_FROM or not fitting:
+            return _named(self._mesh)
+        longest = max(fitting, key=lambda axis: leaf.shape[axis])
+        return _named(self._mesh, *(None,) * longest, _FSDP)
+
+    def _put(self, leaf: Any) -> jax.Array:
+        layout = self._layout(leaf)
+        if self.process_count == 1:
+            return jax.device_put(leaf, layout)
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.jit(lambda x: x, out_shardings=layout)(leaf)
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, layout, host.__getitem__)
+
+
+def _named(mesh: jax.sharding.Mesh, *axes: Any) -> jax.sharding.NamedSharding:
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))  # type: ignore[no-untyped-call]
+
+
+def make_engine(
+    config: ParallelConfig,
+    devices: Sequence[jax.Device] | None = None,
+    lifeline: Lifeline | None = None,
+) -> Engine:
+    """The engine that a config names; its arguments are those of `Engine`."""
+    if config.engine == "jit":
+        return JitEngine(devices, lifeline, config.fsdp)
+    return PmapEngine(devices, lifeline)

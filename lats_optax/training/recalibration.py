@@ -43,4 +43,4 @@ def _estimate(experiment: Experiment, state: TrainState, count: int) -> dict[str
         found = parallel.sums(experiment.statistics_sums, state, first)
     total = jax.tree.map(lambda *leaves: sum(leaves), *found)
     means = jax.tree.map(lambda leaf: leaf / total["count"], total["batch_stats"])
-    return parallel.replicate(means)
+    return parallel.place(means)

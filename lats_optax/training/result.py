@@ -59,9 +59,14 @@ class RunResult:
 def write_models(
     experiment: Experiment, state: TrainState, test: dict[str, dict[str, float]]
 ) -> dict[str, ModelFile]:
-    """The model files of a run that is over, by the name of what an `Evaluation` says of them."""
+    """The model files of a run that is over, by the name of what an `Evaluation` says of them.
+
+    Args:
+      experiment: the run.
+      state: its last, in host memory.
+      test: as for `result_of`.
+    """
     config, optimizer = experiment.config, experiment.optimizer
-    state = jax.device_get(state)
     states = {"test": state}
     if optax.tree.get(state.opt_state, "threshold") is not None:
         # Adding an update rounds: without it the weights may be an ulp from those of the method.

@@ -38,6 +38,15 @@ class Average(NamedTuple):
     batch_stats: Any
 
 
+def split_in_order(batch: Batch, count: int) -> Batch:
+    """A batch in equal parts, one after another: arrays [n, …] -> [count, n / count, …].
+
+    >>> split_in_order({"label": jnp.arange(4)}, 2)["label"].tolist()
+    [[0, 1], [2, 3]]
+    """
+    return {name: x.reshape(count, -1, *x.shape[1:]) for name, x in batch.items()}
+
+
 def create_state(
     model: nn.Module,
     transform: optax.GradientTransformation,
@@ -79,6 +88,7 @@ def train_step(
     transform: optax.GradientTransformation,
     label_smoothing: float,
     accumulate: int = 1,
+    split: Callable[[Batch, int], Batch] = split_in_order,
     average_decay: float | None = None,
     average_since: int = 0,
 ) -> tuple[TrainState, Metrics]:
@@ -100,6 +110,7 @@ def train_step(
       transform: the optimizer.
       label_smoothing: mass spread evenly over all classes.
       accumulate: parts of the batch, a divisor of n.
+      split: `(batch, count) -> parts`, the batch with a new first axis.
       average_decay: a, in [0, 1); None where the state has no averages.
       average_since: the step at which the averages began, and from which t is counted.
 
@@ -126,7 +137,8 @@ def train_step(
     if accumulate == 1:
         stats, (grads, metrics) = gradient(state.batch_stats, batch)
     else:
-        stats, (grads, metrics) = _mean_over_parts(gradient, state.batch_stats, batch, accumulate)
+        parts = split(batch, accumulate)
+        stats, (grads, metrics) = _mean_over_parts(gradient, state.batch_stats, parts, accumulate)
     updates, opt_state = transform.update(mean(grads), state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics, stats = mean(metrics), mean(stats)
@@ -138,14 +150,14 @@ def train_step(
 
 
 def _mean_over_parts(
-    function: Callable[[Any, Batch], tuple[Any, Any]], carry: Any, batch: Batch, parts: int
+    function: Callable[[Any, Batch], tuple[Any, Any]], carry: Any, parts: Batch, count: int
 ) -> tuple[Any, Any]:
-    """Runs `(carry, part) -> (carry, tree)` over equal parts: the last carry, the mean tree.
+    """Runs `(carry, part) -> (carry, tree)` over a first axis: the last carry, the mean tree.
 
     A loop whose memory is that of one part and one tree.
     """
-    cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), dict(batch))
-    shapes = jax.eval_shape(function, carry, jax.tree.map(lambda x: x[0], cut))[1]
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(function, carry, first)[1]
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     def add(carried: tuple[Any, Any], part: Batch) -> tuple[tuple[Any, Any], None]:
@@ -153,8 +165,8 @@ def _mean_over_parts(
         carry, tree = function(carry, part)
         return (carry, jax.tree.map(jnp.add, total, tree)), None
 
-    (carry, total), _ = jax.lax.scan(add, (carry, nothing), cut)
-    return carry, jax.tree.map(lambda leaf: leaf / parts, total)
+    (carry, total), _ = jax.lax.scan(add, (carry, nothing), parts)
+    return carry, jax.tree.map(lambda leaf: leaf / count, total)
 
 
 def averaged(state: TrainState, mask: Callable[[Any], Any] | None) -> TrainState:
