@@ -25,11 +25,12 @@ ENGINES = {
     "jit over 2": ParallelConfig("jit", fsdp=2),
     "jit over 8": ParallelConfig("jit", fsdp=8),
 }
+REST = ENGINES.keys() - {"pmap", "jit over 2"}
 TARGET = PruneConfig(target_sparsity=0.75)
 
 
 @pytest.fixture(autouse=True)
-def _everything_is_divided(monkeypatch):
+def _everything_is_divided(monkeypatch, compile_once):
     # The tiny model's arrays too.
     monkeypatch.setattr("lats_optax.training.parallel._DIVIDED_FROM", 16)
 
@@ -53,11 +54,14 @@ def assert_agree_at_the_end(result, expected):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x == 0, y == 0), a.params, b.params)
 
 
-def test_all_engines_train_as_one_device(tmp_path):
-    changes = {"prune": TARGET, "average_decay": 0.9, "recalibrate": 2, "epochs": 2}
+@pytest.mark.parametrize(
+    "engine",
+    ["pmap", "jit over 2", *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(REST))],
+)
+def test_an_engine_trains_as_one_device(tmp_path, engine):
+    changes = {"prune": TARGET, "recalibrate": 2, "epochs": 2}
     expected = run(tmp_path / "one", "pmap", jax.devices()[:1], **changes)
-    for engine in ENGINES:
-        assert_agree(run(tmp_path / engine, engine, **changes), expected)
+    assert_agree(run(tmp_path / engine, engine, **changes), expected)
 
 
 @pytest.mark.slow
@@ -78,7 +82,10 @@ def test_the_parts_of_a_batch_are_the_same_too(tmp_path):
     assert_agree(run(tmp_path / "jit", "jit over 8", **changes), expected)
 
 
-@pytest.mark.parametrize(("before", "after"), [("pmap", "jit over 8"), ("jit over 2", "pmap")])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("jit over 2", "pmap"), pytest.param("pmap", "jit over 8", marks=pytest.mark.slow)],
+)
 def test_a_checkpoint_goes_on_in_another_engine(tmp_path, before, after):
     expected = run(tmp_path / "whole", "pmap", prune=TARGET)
     with pytest.MonkeyPatch.context() as patch:

@@ -290,58 +290,15 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("devices", "batch", "parts", "words"),
     [
-        (lambda: DataConfig(batch_size=0), ["data.batch_size", "0", "1 or more"]),
-        (lambda: OptimizerConfig(learning_rate=0.0), ["optimizer.learning_rate", "above 0"]),
-        (lambda: OptimizerConfig(learning_rate=float("nan")), ["optimizer.learning_rate", "nan"]),
-        (lambda: OptimizerConfig(momentum=1.0), ["optimizer.momentum", "1.0", "< 1"]),
-        (lambda: OptimizerConfig(weight_decay=-1.0), ["optimizer.weight_decay", "-1.0"]),
-        (lambda: OptimizerConfig(warmup_epochs=-1), ["optimizer.warmup_epochs", "-1"]),
-        (lambda: OptimizerConfig(accumulate=0), ["optimizer.accumulate", "0", "1 or more"]),
-        (lambda: TrainConfig(average_decay=1.0), ["average_decay", "1.0", "< 1"]),
-        (lambda: TrainConfig(average_decay=float("nan")), ["average_decay", "nan"]),
-        (lambda: PruneConfig(target_sparsity=1.0), ["prune.target_sparsity", "1.0", "< 1"]),
-        (lambda: PruneConfig(target_sparsity=-0.1), ["prune.target_sparsity", "-0.1"]),
-        (lambda: PruneConfig(0.9, 0.1), ["prune.target_sparsity", "prune.final_threshold", "one"]),
-        (lambda: PruneConfig(0.9, schedule="constant"), ["prune.schedule", "target_sparsity"]),
-        (lambda: PruneConfig(0.9, schedule="pgh"), ["prune.beta", "None", "above 0"]),
-        (lambda: PruneConfig(0.9, beta=0.5), ["prune.beta", "0.5", "pgh"]),
-        (lambda: PruneConfig(beta=0.5, schedule="pgh"), ["prune.beta", "0.5", "sparse run"]),
-        (lambda: PruneConfig(0.9, update_every=0), ["prune.update_every", "0", "1 or more"]),
-        (lambda: PruneConfig(update_every=2), ["prune.update_every", "2", "target_sparsity"]),
-        (lambda: PruneConfig(final_threshold=-1.0), ["prune.final_threshold", "-1.0"]),
-        (lambda: PruneConfig(final_threshold=1.0, schedule="pgh"), ["prune.beta", "None"]),
-        (lambda: PruneConfig(final_threshold=1.0, schedule="pgh", beta=0.0), ["prune.beta", "0.0"]),
-        (lambda: PruneConfig(final_threshold=1.0, beta=0.5), ["prune.beta", "0.5", "pgh"]),
-        (lambda: PruneConfig(include=("Dense",)), ["prune.include", "Dense"]),
-        (lambda: PruneConfig(exclude=("Dense",)), ["prune.exclude", "Dense"]),
-        (lambda: PruneConfig(structure="filters"), ["prune.structure", "filters", "none without"]),
-        (lambda: PruneConfig(0.9, block=(4, 4)), ["prune.block", "(4, 4)", "structure blocks"]),
-        (lambda: PruneConfig(0.9, structure="blocks"), ["prune.block", "None", "two numbers"]),
-        (
-            lambda: PruneConfig(0.9, structure="blocks", block=(4, 0)),
-            ["prune.block", "(4, 0)", "1 or more"],
-        ),
-        (lambda: TrainConfig(label_smoothing=1.0), ["label_smoothing", "1.0"]),
-        (lambda: TrainConfig(epochs=0), ["epochs", "0", "1 or more"]),
-        (lambda: TrainConfig(log_every=0), ["log_every", "0"]),
-        (lambda: TrainConfig(keep_checkpoints=0), ["keep_checkpoints", "0"]),
-        (lambda: TrainConfig(seed=-1), ["seed", "-1"]),
-        (lambda: TrainConfig(resume=True, overwrite=True), ["resume", "overwrite", "one"]),
-        (
-            lambda: TrainConfig(optimizer=OptimizerConfig(warmup_epochs=5), epochs=5),
-            ["optimizer.warmup_epochs", "5", "epochs"],
-        ),
-        (lambda: PmapEngine(jax.devices()[:8]).host_batch_size(12), ["batch_size", "12", "8"]),
-        (
-            lambda: PmapEngine(jax.devices()[:2]).host_batch_size(8, accumulate=3),
-            ["batch_size", "8", "2 devices", "optimizer.accumulate 3", "multiple of 6"],
-        ),
+        (8, 12, 1, ["batch_size", "12", "8"]),
+        (2, 8, 3, ["batch_size", "8", "2 devices", "optimizer.accumulate 3", "multiple of 6"]),
     ],
 )
-def test_a_value_that_is_not_allowed_is_named(make, words):
-    tiny.assert_refused(make, words)
+def test_a_batch_that_does_not_divide_is_refused(devices, batch, parts, words):
+    engine = PmapEngine(jax.devices()[:devices])
+    tiny.assert_refused(lambda: engine.host_batch_size(batch, parts), words)
 
 
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):
