@@ -118,13 +118,13 @@ def report_cells(
 
 
 def tuning_cells(tasks: Sequence[Task], methods: Sequence[Method]) -> list[Cell]:
-    """The cells of the validation split: all rates of a task at its middle sparsity."""
+    """The cells of the validation split: all rates of a task at one sparsity of a method."""
     cells: list[Cell] = []
     firsts: dict[tuple[str, str, float], Cell] = {}
     for seed in TUNING_SEEDS:
         for task in tasks:
             for method in methods:
-                (target,) = targets(method, (task.middle_sparsity,))
+                (target,) = targets(method, (method.tuned_at or task.middle_sparsity,))
                 for rate in task.learning_rates:
                     group = (task.name, method.name, rate)
                     first = firsts.get(group)
