@@ -14,11 +14,25 @@ import tyro
 from lats_optax import data
 from lats_optax.training import demo as demonstration
 from lats_optax.training import loop, pictures
+from lats_optax.training.checkpoint import CheckpointError
 from lats_optax.training.demo import DemoConfig, DemoResult
 from lats_optax.training.experiment import Experiment, build
+from lats_optax.training.interruption import PreemptedError
+from lats_optax.training.parallel import PrimaryError
 from lats_optax.training.presets import PRESETS
+from lats_optax.training.workdir import WorkdirInUseError
 
 Ready = TypeVar("Ready")
+
+_FAILURES = (
+    OSError,  # a full disk, a place that is read-only
+    loop.NonFiniteError,
+    data.CorruptRecordError,
+    CheckpointError,
+    WorkdirInUseError,
+    PrimaryError,
+)
+_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
 
 
 def train(args: Sequence[str] | None = None) -> int:
@@ -29,7 +43,7 @@ def train(args: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit code: 0; 1 for a run that failed; 2 for arguments that are not allowed; 130 for one
-      that was interrupted.
+      that was interrupted; 75 for one of several processes that was, and is to be started again.
     """
 
     def prepare() -> Experiment:
@@ -163,24 +177,28 @@ def _run(program: str, prepare: Callable[[], Ready], execute: Callable[[Ready], 
         print(f"{program}: error: {error}", file=sys.stderr)
         return code
 
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _one_line(program)
+    with warnings.catch_warnings():
+        warnings.showwarning = _one_line(program)
+        try:
             ready = prepare()
-    except (ValueError, OSError) as error:
-        return fail(error, 2)
-    except data.PrepareError as error:
-        return fail(error, 1)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    try:
-        execute(ready)
-    except FileExistsError as error:
-        return fail(error, 2)
-    except (loop.NonFiniteError, data.CorruptRecordError) as error:
-        return fail(error, 1)
-    except KeyboardInterrupt as error:
-        return fail(str(error) or "interrupted", 130)
+        except PermissionError as error:
+            return fail(error, 1)
+        except (ValueError, OSError) as error:
+            return fail(error, 2)
+        except (data.PrepareError, CheckpointError) as error:
+            return fail(error, 1)
+        except KeyboardInterrupt:
+            return fail("interrupted", 130)
+        try:
+            execute(ready)
+        except FileExistsError as error:
+            return fail(error, 2)
+        except _FAILURES as error:
+            return fail(error, 1)
+        except PreemptedError as error:
+            return fail(error, _PREEMPTED)
+        except KeyboardInterrupt as error:
+            return fail(str(error) or "interrupted", 130)
     return 0
 
 

@@ -499,7 +499,8 @@ def test_replicas_see_their_own_part_of_the_batch():
 
 def test_metrics_go_on_after_a_broken_line(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    file.write_text('{"split": "test", "step": 1}\n{"split": "test", "step": 2}\n{"split": "te')
+    records = [{"split": "test", "step": step, "epoch": step} for step in (1, 2)]
+    file.write_text("".join(json.dumps(r) + "\n" for r in records) + '{"split": "te')
     with MetricsLog(tmp_path, step=1, total_steps=3) as log:
         log.write({"split": "test", "step": 2, "epoch": 1.0, "loss": 0.5, "accuracy": 0.25})
     assert [r["step"] for r in read_metrics(file)] == [1, 2]

@@ -5,12 +5,14 @@ without a data set, and a data set without a model.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 
 import lats_optax
@@ -97,7 +99,12 @@ class Experiment:
 
 
 def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Experiment:
-    """Finds and checks everything that a config names; writes nothing in the work directory."""
+    """Finds and checks everything that a config names; writes nothing in the work directory.
+
+    Raises:
+      ValueError, OSError: what is wrong with the config, or not there.
+      CheckpointError: the run resumes, and no checkpoint has a whole manifest.
+    """
     workdir.check(config)
     if config.distributed:
         join_processes(config.coordinator, config.process_count, config.process_index)
@@ -113,7 +120,7 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
     model = make_model(config, dataset.num_classes)
     optimizer = make_optimizer(config, steps_per_epoch)
     _check_effects(config, optimizer, variables_of(model, dataset.image_shape))
-    resumes = _check_resumable(config)
+    resumes = _check_resumable(config, parallel)
     initial = None
     if config.initial is not None:
         # A run that goes on needs nothing but its work directory.
@@ -164,12 +171,11 @@ def _check_effects(config: TrainConfig, optimizer: Optimizer, variables: Mapping
         )
 
 
-def _check_resumable(config: TrainConfig) -> bool:
+def _check_resumable(config: TrainConfig, parallel: DataParallel) -> bool:
     """Whether there is a checkpoint to go on from, after a look at whether it is of this run."""
-    if not config.resume or not (config.workdir / workdir.CHECKPOINTS).is_dir():
+    if not config.resume:
         return False
-    with Checkpoints(config.workdir) as checkpoints:
-        saved = checkpoints.config()
+    saved = Checkpoints(config.workdir, parallel).config()
     if saved is not None:
         configs.check_resumable(saved, config)
     return saved is not None
@@ -301,3 +307,40 @@ def fix_support(experiment: Experiment, state: TrainState) -> TrainState:
     params = lats_optax.restrict(first.params, lats_optax.support(state.params, optimizer.mask))
     average = first.average._replace(params=jax.tree.map(jnp.copy, params)) if first.average else ()
     return first._replace(step=state.step, params=params, opt_state=opt_state, average=average)
+
+
+def state_like(experiment: Experiment, initial: TrainState, step: int) -> TrainState:
+    """A state of the tree, shapes and dtypes that a run has when `step` steps are done.
+
+    Args:
+      experiment: the run.
+      initial: of `initial_state`.
+      step: 0 or more; at the last of a search, the support is not yet fixed.
+    """
+    search_steps = experiment.optimizer.search_steps
+    searched = search_steps is not None and step > search_steps
+    return fix_support(experiment, initial) if searched else initial
+
+
+def check_state(experiment: Experiment, state: TrainState) -> None:
+    """Checks that sparse weights are those of the state: ``w = P_d(theta)``.
+
+    After a search and in fine-tuning, where no latent weights are left: that what the support
+    leaves out is zero. A dense run has nothing to check.
+
+    Raises:
+      ValueError: they are not; the message names the layers.
+    """
+    config, optimizer = experiment.config, experiment.optimizer
+    search_steps = optimizer.search_steps
+    if config.prune.has_threshold and (search_steps is None or int(state.step) <= search_steps):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the run is not over yet
+            lats_optax.finalize(state.params, state.opt_state, operator=optimizer.operator)
+    elif config.prune.enabled:
+        kept = optax.tree.get(state.opt_state, "support")
+        names = masks.paths(state.params)
+        restricted = lats_optax.restrict(state.params, kept)
+        same = jax.tree.map(jnp.array_equal, state.params, restricted)
+        if wrong := [n for n, ok in zip(jax.tree.leaves(names), jax.tree.leaves(same)) if not ok]:
+            raise ValueError(f"params: {', '.join(wrong)} are not zero where the support is")

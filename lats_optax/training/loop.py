@@ -9,6 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,14 @@ from lats_optax.training import config as configs
 from lats_optax.training import statistics, verdict, workdir
 from lats_optax.training.checkpoint import Checkpoints
 from lats_optax.training.config import TrainConfig
-from lats_optax.training.experiment import Experiment, build, fix_support, initial_state
+from lats_optax.training.experiment import (
+    Experiment,
+    build,
+    check_state,
+    fix_support,
+    initial_state,
+    state_like,
+)
 from lats_optax.training.export import ModelFile, save_model
 from lats_optax.training.interruption import Interruption
 from lats_optax.training.logging import MetricsLog, Record
@@ -86,7 +94,8 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> R
       ValueError: the config does not fit the data, the model or the devices.
       FileExistsError: there is a run in the work directory.
       NonFiniteError: training diverged.
-      KeyboardInterrupt: on Ctrl-C or SIGTERM, after a last checkpoint.
+      KeyboardInterrupt: on Ctrl-C, SIGTERM or SIGHUP, after a last checkpoint.
+      Others: as `fit`.
     """
     return fit(build(config, devices))
 
@@ -94,22 +103,33 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> R
 def fit(experiment: Experiment) -> RunResult:
     """Trains: `train` after `build`.
 
-    Ctrl-C and SIGTERM are answered when the step is over and a checkpoint of it is written.
+    Ctrl-C, SIGTERM and SIGHUP are answered when the step is over and a checkpoint of it is written.
+    In a run of several processes SIGTERM alone is, by all of them after the same step.
+
+    Warns:
+      DamagedCheckpointWarning: the run goes on from a checkpoint that is not the last.
 
     Raises:
       FileExistsError: since `build`, another run has begun in the work directory.
+      WorkdirInUseError: another run is writing there.
+      CheckpointError: no checkpoint to go on from is whole, or one cannot be written.
+      OSError: another file cannot be written.
       NonFiniteError: training diverged.
       CorruptRecordError: a record cannot be read, without `config.data.skip_corrupt`.
       KeyboardInterrupt: after the checkpoint; after the last step, when all files are written.
+      PreemptedError: likewise, in a run of several processes.
     """
+    with workdir.prepared(experiment.config, experiment.parallel):
+        return _fit(experiment)
+
+
+def _fit(experiment: Experiment) -> RunResult:
+    """`fit`, in a work directory that is the run's own."""
     started = time.perf_counter()
     config, parallel = experiment.config, experiment.parallel
-    parallel.barrier("all have looked into the work directory")
-    if parallel.is_primary:
-        workdir.prepare(config)
-        if (initial := experiment.initial) is not None:
-            save_model(config.workdir / workdir.INITIAL, *initial)
-    parallel.barrier("the work directory is ready")
+    if (initial := experiment.initial) is not None:
+        path = config.workdir / workdir.INITIAL
+        parallel.on_primary(lambda: save_model(path, *initial))
 
     batches = experiment.train_batches()
     state, step, skipped_before = initial_state(experiment), 0, 0
@@ -117,15 +137,12 @@ def fit(experiment: Experiment) -> RunResult:
     # Of the weights at the last evaluation; before the first, of the initial ones.
     support = [] if mask is None else statistics.support_bits(state.params, mask)
 
-    with (
-        Interruption(enabled=parallel.process_count == 1) as interruption,
-        Checkpoints(config.workdir, config.keep_checkpoints) as checkpoints,
-    ):
+    checkpoints = Checkpoints(config.workdir, parallel, config.keep_checkpoints)
+    with Interruption(enabled=parallel.process_count == 1) as interruption:
         search_steps = experiment.optimizer.search_steps
-        if config.resume and (latest := checkpoints.latest_step) is not None:
-            if search_steps is not None and latest > search_steps:
-                state = fix_support(experiment, state)
-            saved = checkpoints.restore(like=state, support=support)
+        like = partial(state_like, experiment, state)
+        check = partial(check_state, experiment)
+        if config.resume and (saved := checkpoints.restore(like, support, check)) is not None:
             state, step, support = saved.state, int(saved.state.step), saved.support
             batches.set_state(saved.data_state)
             skipped_before = saved.data_state["skipped"]
@@ -150,7 +167,7 @@ def fit(experiment: Experiment) -> RunResult:
                 log.advance()
 
                 evaluation_due = _due(experiment, step, config.eval_every)
-                interrupted = interruption.requested
+                interrupted = interruption.requested or parallel.preempted(step)
                 checkpoint_due = interrupted or _due(experiment, step, config.checkpoint_every)
                 if step % config.log_every == 0 or evaluation_due or checkpoint_due:
                     means = _means(window, step, config, checkpoints)
@@ -177,7 +194,7 @@ def fit(experiment: Experiment) -> RunResult:
                         position = sent.position | {"skipped": skipped}
                         checkpoints.save(state, position, configs.to_json(config), support)
                     if interrupted and step < experiment.total_steps:
-                        raise KeyboardInterrupt(
+                        raise interruption.error(
                             f"interrupted after step {step}; --resume goes on from there"
                         )
                     window, window_started = [], time.perf_counter()
@@ -199,7 +216,7 @@ def fit(experiment: Experiment) -> RunResult:
         state.params, experiment.optimizer.mask, groups=experiment.optimizer.groups
     )
     wanted = verdict.wanted_zeros(config, state.params, experiment.optimizer)
-    trained = [record["accuracy"] for record in log.records if record["split"] == "train"]
+    trained = [r["accuracy"] for r in log.records if r["split"] == "train" and "accuracy" in r]
     return RunResult(
         config=config,
         test_accuracy=test["test"]["accuracy"],
