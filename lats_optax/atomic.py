@@ -55,6 +55,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         with unfinished.open("r+b") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
+    except OSError as error:
+        set_filename(error, path)
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
     sync_directory(path.parent)
@@ -67,6 +70,18 @@ def unfinished_name(path: Path) -> Path:
     True
     """
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.unfinished")
+
+
+def set_filename(error: OSError, path: str | os.PathLike[str]) -> None:
+    """Lets an error say which file it is about; one of writing to an open file does not.
+
+    >>> error = OSError(28, "No space left on device")
+    >>> set_filename(error, "notes.txt")
+    >>> print(error)
+    [Errno 28] No space left on device: 'notes.txt'
+    """
+    if error.filename is None:
+        error.filename = os.fspath(path)
 
 
 def sync_directory(directory: Path) -> None:

@@ -11,12 +11,15 @@ to the one before, with a warning. The damaged one is kept as `checkpoints/STEP.
 run may write its step again. Where none is whole, the run ends, and nothing is changed.
 """
 
+import contextlib
 import logging
 import os
 import re
 import shutil
+import sys
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -33,8 +36,12 @@ from lats_optax.training.statistics import Support
 from lats_optax.training.step import TrainState
 from lats_optax.training.workdir import CHECKPOINTS, UNFINISHED_CHECKPOINT, checkpoint_path
 
-# Orbax tells every file that it writes; a run says where its checkpoints are.
-logging.getLogger("absl").setLevel(logging.WARNING)
+# Orbax logs every file that it writes, and every error that it raises, with pages of traceback:
+# itself, and by asyncio for writes that an error of another one has left behind.
+for _logger in ("absl", "asyncio"):
+    logging.getLogger(_logger).addFilter(
+        lambda record: "orbax" not in record.pathname + record.getMessage()
+    )
 
 _ARRAYS = "arrays"
 
@@ -171,7 +178,7 @@ class Checkpoints:
                 "whole, and --resume goes on from the last of them"
             ) from error
         finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            _remove_for_good(unfinished)
 
     def _remove_old(self) -> None:
         old = [] if self._keep is None else sorted(_steps(self._workdir))[: -self._keep]
@@ -369,6 +376,15 @@ def _check_alike(written: Mapping[str, str], wanted: Mapping[str, str]) -> None:
             raise DamagedError(f"array {name} is {was}, and {wants} in the run")
 
 
+def _remove_for_good(path: Path) -> None:
+    """Removes a directory that threads of TensorStore may still be writing to, for seconds."""
+    for _ in range(100):
+        if not path.exists():
+            return
+        shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.1)
+
+
 def _set_aside(damaged: list[tuple[Path, str]]) -> None:
     """Makes room for what the run will write at the steps of damaged checkpoints."""
     for path, problem in damaged:
@@ -385,12 +401,24 @@ def _warn(path: Path, problem: str, consequence: str) -> None:
     warnings.warn(message, DamagedCheckpointWarning, stacklevel=4)
 
 
-def _orbax() -> ocp.Checkpointer:
+@contextlib.contextmanager
+def _orbax() -> Iterator[ocp.Checkpointer]:
     """Orbax in this process alone, which waits for no other."""
     index = jax.process_index()
     options = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
-    return ocp.Checkpointer(handler, multiprocessing_options=options)
+    before = sys.unraisablehook
+
+    def hook(raised: Any) -> None:
+        if str(raised.exc_value) != "Event loop is closed":
+            before(raised)
+
+    sys.unraisablehook = hook
+    with ocp.Checkpointer(handler, multiprocessing_options=options) as orbax:
+        yield orbax
+    # Not after an error: other threads of TensorStore then go on writing, and one that is done
+    # finds nobody to tell, which Python would print.
+    sys.unraisablehook = before
 
 
 def _reason(error: BaseException) -> str:
@@ -399,7 +427,7 @@ def _reason(error: BaseException) -> str:
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
-        if found := re.search(r"OS error (\d+)", str(cause)):
+        if found := re.search(r"os_error_code='(\d+)'", str(cause)):
             return os.strerror(int(found[1]))
         cause = cause.__cause__ or cause.__context__
     words = " ".join(str(error).split())

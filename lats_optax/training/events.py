@@ -4,16 +4,22 @@ tensorboardX's own writer does so in a thread. Where that fails, it prints a tra
 added then waits for it forever.
 """
 
+import contextlib
+import itertools
+import os
+import socket
 import time
 from pathlib import Path
 
 from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
 from lats_optax.training.statistics import Histogram
+from lats_optax.training.workdir import EVENTS
 
+_COUNT = itertools.count()
 _FLUSH_SECONDS = 120
 
 
@@ -26,8 +32,9 @@ class EventFile:
     """
 
     def __init__(self, directory: Path, first_step: int):
-        self._writer = EventsWriter(str(directory / "events"))
+        self._writer = RecordWriter(str(directory / _file_name()))
         self._flushed = time.monotonic()
+        self._write(Event(file_version="brain.Event:2"), 0)
         start = SessionLog(status=SessionLog.SessionStatus.Value("START"))
         self._write(Event(session_log=start), first_step)
 
@@ -54,7 +61,8 @@ class EventFile:
 
     def close(self) -> None:
         """Brings all of it to the disk."""
-        self._writer.close()
+        with contextlib.closing(self._writer):
+            self._writer.flush()
 
     def _add(self, found: Summary, step: int) -> None:
         self._write(Event(summary=found), step)
@@ -64,4 +72,9 @@ class EventFile:
 
     def _write(self, event: Event, step: int) -> None:
         event.wall_time, event.step = time.time(), step
-        self._writer.write_event(event)
+        self._writer.write(event.SerializeToString())
+
+
+def _file_name() -> str:
+    """A name that no file has, by which TensorBoard knows it and sorts it behind older ones."""
+    return f"{EVENTS}{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{next(_COUNT)}"

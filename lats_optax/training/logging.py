@@ -1,15 +1,16 @@
 """What a run tells while it runs: metrics.jsonl, TensorBoard events, a progress bar."""
 
+import contextlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import tqdm
 
-from lats_optax.atomic import replacing
+from lats_optax.atomic import replacing, set_filename
 from lats_optax.training import statistics
 from lats_optax.training.events import EventFile
 from lats_optax.training.statistics import LayerStatistics
@@ -53,10 +54,13 @@ class MetricsLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._bar.close()
-        if self._enabled:
-            self._file.close()
-            self._events.close()
+        # In turn, and all of them: on a disk that is full, closing a file may fail too.
+        with contextlib.ExitStack() as stack:
+            if self._enabled:
+                stack.enter_context(self._writing())
+                stack.callback(self._file.close)
+                stack.callback(self._events.close)
+            stack.callback(self._bar.close)
 
     def advance(self) -> None:
         """Counts a step."""
@@ -67,8 +71,9 @@ class MetricsLog:
         self._append(record)
         if not self._enabled:
             return
-        for name in record.keys() - {"split", "step"}:
-            self._events.add_scalar(f"{record['split']}/{name}", record[name], record["step"])
+        with self._writing():
+            for name in record.keys() - {"split", "step"}:
+                self._events.add_scalar(f"{record['split']}/{name}", record[name], record["step"])
         if record["split"] == "train":
             self._bar.set_postfix(loss=record["loss"], accuracy=record["accuracy"], refresh=False)
         else:
@@ -80,22 +85,33 @@ class MetricsLog:
         self._append(record)
         if not self._enabled:
             return
-        for name in ("pruned", "revived"):
-            self._events.add_scalar(f"weights/{name}", record[name], step)
-            for path, counts in record["layers"].items():
-                self._events.add_scalar(f"{name}/{path}", counts[name], step)
-        for path, layer in layers.items():
-            self._events.add_scalar(f"sparsity/{path}", layer.zeros / max(layer.size, 1), step)
-            self._events.add_histogram(f"sparse/{path}", layer.weights, step)
-            if layer.latent is not None:
-                self._events.add_histogram(f"latent/{path}", layer.latent, step)
+        with self._writing():
+            for name in ("pruned", "revived"):
+                self._events.add_scalar(f"weights/{name}", record[name], step)
+                for path, counts in record["layers"].items():
+                    self._events.add_scalar(f"{name}/{path}", counts[name], step)
+            for path, layer in layers.items():
+                self._events.add_scalar(f"sparsity/{path}", layer.zeros / max(layer.size, 1), step)
+                self._events.add_histogram(f"sparse/{path}", layer.weights, step)
+                if layer.latent is not None:
+                    self._events.add_histogram(f"latent/{path}", layer.latent, step)
         pruned, revived = record["pruned"], record["revived"]
         self._bar.write(f"epoch {epoch:7.2f}  weights pruned {pruned:,}  revived {revived:,}")
 
     def _append(self, record: Record) -> None:
         self.records.append(record)
         if self._enabled:
-            self._file.write(json.dumps(record) + "\n")
+            with self._writing():
+                self._file.write(json.dumps(record) + "\n")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Errors in it name the file."""
+        try:
+            yield
+        except OSError as error:
+            set_filename(error, self._file.name)
+            raise
 
     def _rewrite(self, path: Path) -> None:
         with replacing(path) as kept:

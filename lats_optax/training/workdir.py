@@ -22,7 +22,8 @@ MODEL = "model.safetensors"
 AVERAGED = "model_averaged.safetensors"
 REPORT, WEIGHTS = "report.png", "weights.png"
 LOCK = ".lock"
-_EVENTS = "events.out.tfevents.*"
+EVENTS = "events.out.tfevents."
+"""What the names of TensorBoard's files begin with."""
 _FILES = (METRICS, INITIAL, MODEL, AVERAGED, REPORT, WEIGHTS)
 
 
@@ -106,8 +107,9 @@ def _lock(workdir: Path) -> Iterator[None]:
                 raise
             message = f"workdir {workdir}: its file system has no locks; start no second run there"
             warnings.warn(message, UserWarning, stacklevel=2)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        with contextlib.suppress(OSError):  # a full disk: what fails next can say where
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
         os.ftruncate(descriptor, 0)
     finally:
@@ -122,5 +124,5 @@ def _remove_run(workdir: Path) -> None:
         unfinished = unfinished_name(checkpoints)
         os.rename(checkpoints, unfinished)
         remove(unfinished)
-    for file in [*(workdir / name for name in _FILES), *workdir.glob(_EVENTS)]:
+    for file in [*(workdir / name for name in _FILES), *workdir.glob(f"{EVENTS}*")]:
         file.unlink(missing_ok=True)
