@@ -14,12 +14,12 @@ import tyro
 from lats_optax import data
 from lats_optax.training import demo as demonstration
 from lats_optax.training import loop, pictures
-from lats_optax.training.checkpoint import CheckpointError
 from lats_optax.training.demo import DemoConfig, DemoResult
 from lats_optax.training.experiment import Experiment, build
 from lats_optax.training.interruption import PreemptedError
 from lats_optax.training.parallel import PrimaryError
 from lats_optax.training.presets import PRESETS
+from lats_optax.training.recovery import CheckpointError
 from lats_optax.training.workdir import WorkdirInUseError
 
 Ready = TypeVar("Ready")

@@ -12,15 +12,10 @@ import pytest
 
 from lats_optax import cli
 from lats_optax.training import manifest, pictures
-from lats_optax.training.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    DamagedCheckpointWarning,
-    load_state,
-    load_variables,
-)
+from lats_optax.training.checkpoint import Checkpoints, load_state, load_variables
 from lats_optax.training.config import TrainConfig, to_json
 from lats_optax.training.parallel import DataParallel
+from lats_optax.training.recovery import CheckpointError, DamagedCheckpointWarning
 from lats_optax.training.step import TrainState
 from tests import tiny
 
@@ -280,7 +275,7 @@ def command(monkeypatch, compile_once, tmp_path, capsys):
     return call
 
 
-@pytest.mark.filterwarnings("default::lats_optax.training.checkpoint.DamagedCheckpointWarning")
+@pytest.mark.filterwarnings("default::lats_optax.training.recovery.DamagedCheckpointWarning")
 def test_a_run_goes_on_from_the_checkpoint_before(command, tmp_path):
     assert command()[0] == 0
     checkpoints = tmp_path / "run" / "checkpoints"

@@ -18,10 +18,9 @@ import re
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -32,6 +31,7 @@ from lats_optax.training import manifest, step
 from lats_optax.training.manifest import DamagedError
 from lats_optax.training.optimizer import pruned_mask
 from lats_optax.training.parallel import DataParallel
+from lats_optax.training.recovery import CheckpointError, newest_whole, set_aside, steps, warn
 from lats_optax.training.statistics import Support
 from lats_optax.training.step import TrainState
 from lats_optax.training.workdir import CHECKPOINTS, UNFINISHED_CHECKPOINT, checkpoint_path
@@ -44,16 +44,6 @@ for _logger in ("absl", "asyncio"):
     )
 
 _ARRAYS = "arrays"
-
-Value = TypeVar("Value")
-
-
-class CheckpointError(RuntimeError):
-    """No checkpoint is whole, or one cannot be written."""
-
-
-class DamagedCheckpointWarning(UserWarning):
-    """A checkpoint is damaged, and the one before it is taken."""
 
 
 class Checkpoint(NamedTuple):
@@ -81,7 +71,7 @@ class Checkpoints:
     @property
     def latest_step(self) -> int | None:
         """Step of the last complete checkpoint."""
-        return max(_steps(self._workdir), default=None)
+        return max(steps(self._workdir), default=None)
 
     def save(
         self,
@@ -124,7 +114,7 @@ class Checkpoints:
             config: dict[str, Any] = _read_manifest(path)["config"]
             return config
 
-        return _newest_whole(self._workdir, read, self._parallel)[0]
+        return newest_whole(self._workdir, read, self._parallel)[0]
 
     def restore(
         self,
@@ -155,8 +145,8 @@ class Checkpoints:
             check(state)
             return Checkpoint(state, content["data_state"], tree["support"])
 
-        found, damaged = _newest_whole(self._workdir, read, self._parallel)
-        self._parallel.on_primary(lambda: _set_aside(damaged))
+        found, damaged = newest_whole(self._workdir, read, self._parallel)
+        self._parallel.on_primary(lambda: set_aside(damaged))
         return found
 
     def _write(self, tree: dict[str, Any], content: dict[str, Any]) -> None:
@@ -181,7 +171,7 @@ class Checkpoints:
             _remove_for_good(unfinished)
 
     def _remove_old(self) -> None:
-        old = [] if self._keep is None else sorted(_steps(self._workdir))[: -self._keep]
+        old = [] if self._keep is None else sorted(steps(self._workdir))[: -self._keep]
         for number in old:
             path = checkpoint_path(self._workdir, number)
             # Renamed first: one that is half removed must not look damaged.
@@ -246,70 +236,16 @@ def load_variables(workdir: Path | str, averaged: bool = False) -> dict[str, Any
 
 def _load(workdir: Path | str) -> tuple[TrainState, dict[str, Any]]:
     """The state and the config in a run's last whole checkpoint."""
-    found, damaged = _newest_whole(Path(workdir), _read)
+    found, damaged = newest_whole(Path(workdir), _read)
     if found is None:
         raise FileNotFoundError(f"there is no checkpoint in {Path(workdir) / CHECKPOINTS}.")
     for path, problem in damaged:
-        _warn(path, problem, "the one before it is taken")
+        warn(path, problem, "the one before it is taken")
     tree, content = found
     state = TrainState(**tree["state"])
     if state.average:
         state = state._replace(average=step.Average(**state.average))
     return state, content["config"]
-
-
-def _steps(workdir: Path) -> list[int]:
-    """Steps of which there is a checkpoint, whole or damaged."""
-    try:
-        names = os.listdir(workdir / CHECKPOINTS)
-    except FileNotFoundError:
-        return []
-    return [int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)]
-
-
-def _newest_whole(
-    workdir: Path, read: Callable[[Path], Value], parallel: DataParallel | None = None
-) -> tuple[Value | None, list[tuple[Path, str]]]:
-    """What can be read of the newest checkpoint of which it can be.
-
-    Args:
-      workdir: directory of the run.
-      read: raises a ValueError, such as a DamagedError, where it cannot.
-      parallel: processes that all have to be able to read it; None: this one alone.
-
-    Returns:
-      What was read, None where there is no checkpoint; and the newer checkpoints, each with what is
-      wrong.
-
-    Raises:
-      CheckpointError: there are checkpoints, and none can be read.
-    """
-    damaged: list[tuple[Path, str]] = []
-    before: float = float("inf")
-    while True:
-        # No step is -1. Where several processes share the directory, one of them names it.
-        newest = max((number for number in _steps(workdir) if number < before), default=-1)
-        before = newest if parallel is None else parallel.from_primary(newest)
-        if before < 0:
-            break
-        path, value, problem = checkpoint_path(workdir, int(before)), None, ""
-        try:
-            value = read(path)
-        except ValueError as error:
-            problem = str(error)
-        failures = int(bool(problem))
-        if not (failures if parallel is None else parallel.total(failures)):
-            return value, damaged
-        damaged.append((path, problem or "another process cannot read it"))
-    if not damaged:
-        return None, []
-    problems = [f"{path.name}: {problem}" for path, problem in damaged[:3]]
-    if (more := len(damaged) - 3) > 0:
-        problems.append(f"and {more} more")
-    raise CheckpointError(
-        f"no checkpoint in {workdir / CHECKPOINTS} is whole ({'; '.join(problems)}). Put a copy of "
-        "one of them in its place, or begin the run again with --overwrite"
-    )
 
 
 def _read(path: Path, like: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -383,22 +319,6 @@ def _remove_for_good(path: Path) -> None:
             return
         shutil.rmtree(path, ignore_errors=True)
         time.sleep(0.1)
-
-
-def _set_aside(damaged: list[tuple[Path, str]]) -> None:
-    """Makes room for what the run will write at the steps of damaged checkpoints."""
-    for path, problem in damaged:
-        kept, count = path.with_name(f"{path.name}.damaged"), 1
-        while os.path.lexists(kept):
-            count += 1
-            kept = path.with_name(f"{path.name}.damaged-{count}")
-        os.rename(path, kept)
-        _warn(path, problem, f"the run goes on from the one before it; this one is now {kept}")
-
-
-def _warn(path: Path, problem: str, consequence: str) -> None:
-    message = f"checkpoint {path} is damaged ({problem}): {consequence}"
-    warnings.warn(message, DamagedCheckpointWarning, stacklevel=4)
 
 
 @contextlib.contextmanager
