@@ -80,7 +80,7 @@ def set_filename(error: OSError, path: str | os.PathLike[str]) -> None:
     >>> print(error)
     [Errno 28] No space left on device: 'notes.txt'
     """
-    if error.filename is None:
+    if error.errno is not None and error.filename is None:
         error.filename = os.fspath(path)
 
 

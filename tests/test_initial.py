@@ -16,6 +16,7 @@ from lats_optax.training.checkpoint import load_state, load_variables
 from lats_optax.training.config import PruneConfig, TrainConfig, check_resumable, to_json
 from lats_optax.training.export import load_model, save_model
 from lats_optax.training.optimizer import make_optimizer
+from lats_optax.training.parallel import DataParallel
 from tests import tiny
 from tests.test_checkpoint import assert_equal_runs, at_step
 from tests.test_training_phases import BEFORE, EARLY, plain_steps
@@ -108,8 +109,9 @@ def test_a_run_ends_in_files_of_its_weights(tmp_path, prune):
 def test_overwrite_removes_the_files_of_a_run(tmp_path):
     for name in ("model", "model_averaged", "initial", "mine"):
         (tmp_path / f"{name}.safetensors").touch()
-    workdir.prepare(tiny.config(tmp_path, overwrite=True))
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.safetensors"]
+    with workdir.prepared(tiny.config(tmp_path, overwrite=True), DataParallel()):
+        names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"mine.safetensors", workdir.LOCK}
 
 
 # What a run begins from
