@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all, whatever interrupts their writing."""
+"""Files and directories that appear whole or not at all, whatever interrupts their writing."""
 
 import contextlib
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,8 +46,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except UnicodeEncodeError as error:
         allowed = "names that the file system can encode"
         raise ValueError(f"path: {str(path)!a} is not allowed; allowed are {allowed}") from error
-    _remove_stale(path)
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.unfinished")
+    sweep(path, _STALE)
+    unfinished = unfinished_name(path)
     # With O_EXCL a link that stands there is an error. tempfile's would be for the owner alone.
     os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
@@ -54,17 +55,53 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         with unfinished.open("r+b") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
+    except OSError as error:
+        set_filename(error, path)
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):  # where the new name can be brought to the disk too
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+    sync_directory(path.parent)
 
 
-def _remove_stale(path: Path) -> None:
+def unfinished_name(path: Path) -> Path:
+    """A name beside a path, which nobody can guess and which `sweep` knows.
+
+    >>> unfinished_name(Path("runs/notes.txt")).match("runs/.notes.txt.*.unfinished")
+    True
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.unfinished")
+
+
+def set_filename(error: OSError, path: str | os.PathLike[str]) -> None:
+    """Lets an error say which file it is about; one of writing to an open file does not.
+
+    >>> error = OSError(28, "No space left on device")
+    >>> set_filename(error, "notes.txt")
+    >>> print(error)
+    [Errno 28] No space left on device: 'notes.txt'
+    """
+    if error.errno is not None and error.filename is None:
+        error.filename = os.fspath(path)
+
+
+def sync_directory(directory: Path) -> None:
+    """Brings the names in a directory to the disk, where the system can do so."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(path: Path, age: float = 0) -> None:
+    """Removes what killed processes have left of a path: unfinished files and directories.
+
+    Args:
+      path: that was to be written.
+      age: seconds that must have passed since the last write. 0 where nobody else writes to it.
+    """
     left = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{16}\.unfinished")
     try:
         names = os.listdir(path.parent)
@@ -72,6 +109,14 @@ def _remove_stale(path: Path) -> None:
         return
     for name in filter(left.fullmatch, names):
         with contextlib.suppress(OSError):  # not ours to remove, or already removed
-            file = path.with_name(name)
-            if time.time() - file.lstat().st_mtime > _STALE:
-                file.unlink()
+            found = path.with_name(name)
+            if not age or time.time() - found.lstat().st_mtime > age:
+                remove(found)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a directory with what is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

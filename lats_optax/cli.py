@@ -18,14 +18,28 @@ from lats_optax.training import experiment as experiments
 from lats_optax.training import loop, pictures
 from lats_optax.training.demo import DemoConfig, DemoResult
 from lats_optax.training.experiment import Experiment
+from lats_optax.training.interruption import PreemptedError
+from lats_optax.training.parallel import PrimaryError
 from lats_optax.training.presets import PRESETS
+from lats_optax.training.recovery import CheckpointError
 from lats_optax.training.result import RunResult
+from lats_optax.training.workdir import WorkdirInUseError
 
 Ready = TypeVar("Ready")
 
 _DEBUG = "--debug"
 # Characters of an error that nobody foresaw; a library may write pages.
 _LONGEST = 500
+
+_FAILURES = (
+    OSError,  # a full disk, a place that is read-only
+    loop.NonFiniteError,
+    data.CorruptRecordError,
+    CheckpointError,
+    WorkdirInUseError,
+    PrimaryError,
+)
+_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
 
 
 def train(args: Sequence[str] | None = None) -> int:
@@ -36,7 +50,7 @@ def train(args: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit code: 0; 1 for a run that failed; 2 for arguments that are not allowed; 130 for one
-      that was interrupted.
+      that was interrupted; 75 for one of several processes that was, and is to be started again.
     """
 
     def prepare(args: Sequence[str]) -> Experiment:
@@ -186,28 +200,32 @@ def _run(
         what = " ".join(f"{type(error).__name__}: {error}".split())
         return fail(what[:_LONGEST] + hint, 1)
 
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _one_line(program)
+    with warnings.catch_warnings():
+        warnings.showwarning = _one_line(program)
+        try:
             ready = prepare([arg for arg in args if arg != _DEBUG])
-    except (ValueError, OSError) as error:
-        return fail(error, 2)
-    except data.PrepareError as error:
-        return fail(error, 1)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    except Exception as error:
-        return fail_unforeseen(error)
-    try:
-        execute(ready)
-    except FileExistsError as error:
-        return fail(error, 2)
-    except (loop.NonFiniteError, data.CorruptRecordError) as error:
-        return fail(error, 1)
-    except KeyboardInterrupt as error:
-        return fail(str(error) or "interrupted", 130)
-    except Exception as error:
-        return fail_unforeseen(error)
+        except PermissionError as error:
+            return fail(error, 1)
+        except (ValueError, OSError) as error:
+            return fail(error, 2)
+        except (data.PrepareError, CheckpointError) as error:
+            return fail(error, 1)
+        except KeyboardInterrupt:
+            return fail("interrupted", 130)
+        except Exception as error:
+            return fail_unforeseen(error)
+        try:
+            execute(ready)
+        except FileExistsError as error:
+            return fail(error, 2)
+        except _FAILURES as error:
+            return fail(error, 1)
+        except PreemptedError as error:
+            return fail(error, _PREEMPTED)
+        except KeyboardInterrupt as error:
+            return fail(str(error) or "interrupted", 130)
+        except Exception as error:
+            return fail_unforeseen(error)
     return 0
 
 

@@ -45,7 +45,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, monkeypatch):
     assert read_metrics(config.workdir / "metrics.jsonl") == resumed.metrics
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_answered_with_a_checkpoint(tmp_path, monkeypatch, number):
     config = tiny.config(tmp_path / "run", prune=SPARSE)
     before = signal.getsignal(number)
@@ -93,14 +93,18 @@ def test_the_last_checkpoints_are_kept(tmp_path):
     assert sorted(p.name for p in result.checkpoint.parent.iterdir()) == ["12", "18"]
 
 
-def test_a_checkpoint_that_was_not_finished_is_not_read(tmp_path, monkeypatch):
+def test_what_a_killed_run_left_unfinished_is_removed(tmp_path):
     config = tiny.config(tmp_path / "run", prune=SPARSE)
     straight = loop.train(config)
-    # As if the run had been killed while it wrote its last checkpoint.
-    for done in straight.checkpoint.rglob("commit_success.txt"):
-        done.unlink()
+    # As if the run had been killed while it wrote its last checkpoint, and other files.
+    checkpoints = straight.checkpoint.parent
+    straight.checkpoint.rename(checkpoints / f".step.{'0f' * 8}.unfinished")
+    for name in (".checkpoints", ".metrics.jsonl", ".model.safetensors"):
+        (config.workdir / f"{name}.{'0f' * 8}.unfinished").touch()
     resumed = loop.train(dataclasses.replace(config, resume=True))
     assert_equal_runs(straight, resumed)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["12", "18"]
+    assert not list(config.workdir.glob("*.unfinished"))
 
 
 def test_the_weights_can_be_loaded(tmp_path):

@@ -402,7 +402,7 @@ def made(tmp_path_factory, digits):
     np.save(made / "pickle.npy", np.array([{}], object), allow_pickle=True)
     np.save(made / "cut.npy", X)
     (made / "cut.npy").write_bytes((made / "cut.npy").read_bytes()[:200])
-    write_run(made / "dense", [{"split": "train", "step": 1}])
+    write_run(made / "dense", [{"split": "train", "step": 1, "epoch": 1}])
     write_run(made / "broken", [{"step": 1}])
     for picture in ("schedule.png", "model.png"):
         (made / picture).write_text("old")

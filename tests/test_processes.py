@@ -1,8 +1,10 @@
 """Two processes of two devices each train as one process of four does."""
 
+import contextlib
 import hashlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +18,20 @@ from lats_optax.training.config import PruneConfig
 from lats_optax.training.export import load_model, save_model
 from lats_optax.training.logging import read_metrics
 from tests import tiny
+
+COMMAND = """
+import sys
+import pytest
+from lats_optax import cli
+from lats_optax.training import pictures
+from tests import tiny
+_, port, index, *arguments = sys.argv
+with pytest.MonkeyPatch.context() as patch:
+    tiny.install(patch)
+    patch.setattr(pictures, "write", lambda result: [])
+    join = f"--distributed --coordinator 127.0.0.1:{port} --process-count 2 --process-index {index}"
+    sys.exit(cli.train(["digits", "--data.batch-size", "8", *join.split(), *arguments]))
+"""
 
 PROGRAM = """
 import sys
@@ -60,11 +76,9 @@ def digest(state):
     return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", RUNS)
-def test_two_processes_train_as_one(tmp_path, monkeypatch, mode):
-    tiny.add_to_zoo(monkeypatch)
-    save_model(tmp_path / "initial.safetensors", tiny.Model(), tiny.variables(), tiny.SHAPE)
+@contextlib.contextmanager
+def two(program, *arguments):
+    """Two processes of two devices each."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -72,22 +86,45 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch, mode):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
     }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(port), str(index), str(tmp_path / "two"), mode],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for index in range(2):
+            process = subprocess.Popen(
+                [sys.executable, "-c", program, str(port), str(index), *arguments],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            processes.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        yield processes
+
+
+def outputs_of(processes, code=0):
+    """What they write until both end with a code."""
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [code, code], "\n".join(outputs)
+    return outputs
+
+
+def read_until(process, word):
+    """The next line of a process with a word in it."""
+    lines = []
+    for line in iter(process.stdout.readline, ""):
+        lines.append(line)
+        if word in line:
+            return line
+    pytest.fail("".join(lines))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", RUNS)
+def test_two_processes_train_as_one(tmp_path, monkeypatch, mode):
+    tiny.add_to_zoo(monkeypatch)
+    save_model(tmp_path / "initial.safetensors", tiny.Model(), tiny.variables(), tiny.SHAPE)
+    with two(PROGRAM, str(tmp_path / "two"), mode) as processes:
+        outputs = outputs_of(processes)
     assert "epoch" in outputs[0]
     ends = [re.search("ended with (.*)\\.", output)[1] for output in outputs]
     assert ends[0] == ends[1]
@@ -112,3 +149,46 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch, mode):
         assert a["accuracy"] == pytest.approx(b["accuracy"])
         assert a.get("sparsity") == b.get("sparsity")
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_and_go_on_at_one_step(tmp_path):
+    run = tmp_path / "run"
+    arguments = ("--workdir", str(run), "--checkpoint-every", "1", "--epochs")
+    with two(COMMAND, *arguments, "2000") as processes:
+        # Both train; the one that does not write the checkpoints is told to stop.
+        read_until(processes[0], "epoch ")
+        processes[1].send_signal(signal.SIGTERM)
+        outputs = outputs_of(processes, code=75)
+    says = r"lats-train: error: interrupted after step (\d+); --resume goes on from there"
+    steps = [int(re.search(says, output)[1]) for output in outputs]
+    assert steps[0] == steps[1]
+    *_, before, newest = sorted(int(p.name) for p in (run / "checkpoints").glob("[0-9]*"))
+    assert newest == steps[0]
+
+    # Both go back to the one before.
+    (run / "checkpoints" / str(newest) / "MANIFEST").unlink()
+    with two(COMMAND, *arguments, "2000", "--resume") as processes:
+        warning = read_until(processes[0], "warning: ")
+        read_until(processes[0], "epoch ")
+        processes[0].send_signal(signal.SIGTERM)
+        outputs = outputs_of(processes, code=75)
+    assert f"{newest} is damaged (MANIFEST is missing): the run goes on from the one" in warning
+    assert "damaged" not in outputs[1]
+    records = read_metrics(run / "metrics.jsonl")
+    trained = [r["step"] for r in records if r["split"] == "train"]
+    assert trained == sorted(set(trained))
+    assert before < newest <= trained[-1]
+
+    # And where process 0 alone fails, both end.
+    for path in (run / "checkpoints").glob("[0-9]*"):
+        (path / "MANIFEST").write_bytes(b"")
+    with two(COMMAND, *arguments, "2000", "--resume") as processes:
+        for output in outputs_of(processes, code=1):
+            assert "lats-train: error: no checkpoint in " in output
+    (run / ".lock").unlink()
+    (run / ".lock").mkdir()
+    with two(COMMAND, *arguments, "2000", "--overwrite") as processes:
+        outputs = outputs_of(processes, code=1)
+    assert "lats-train: error: [Errno 21] Is a directory" in outputs[0]
+    assert "lats-train: error: process 0 has failed" in outputs[1]

@@ -251,7 +251,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         with pytest.raises(loop.NonFiniteError, match=r"at step \d+; ") as error:
             tiny.train(config)
         messages.append(str(error.value).split(";")[0])
-        assert not any((config.workdir / "checkpoints").glob("*/commit_success.txt"))
+        assert not any((config.workdir / "checkpoints").glob("*"))
         for record in read_metrics(config.workdir / "metrics.jsonl"):
             assert np.isfinite(record["loss"])
     assert messages[0] == messages[1]
@@ -283,7 +283,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     )
     with pytest.raises(loop.NonFiniteError, match="after step 1; no checkpoint"):
         tiny.train(config)
-    assert not any((config.workdir / "checkpoints").glob("*/commit_success.txt"))
+    assert not any((config.workdir / "checkpoints").glob("*"))
 
 
 # What it refuses
@@ -454,9 +454,41 @@ def test_replicas_see_their_own_part_of_the_batch():
 
 def test_metrics_go_on_after_a_broken_line(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    file.write_text('{"split": "test", "step": 1}\n{"split": "test", "step": 2}\n{"split": "te')
+    records = [{"split": "test", "step": step, "epoch": step} for step in (1, 2)]
+    file.write_text("".join(json.dumps(r) + "\n" for r in records) + '{"split": "te')
     with MetricsLog(tmp_path, step=1, total_steps=3) as log:
         log.write({"split": "test", "step": 2, "epoch": 1.0, "loss": 0.5, "accuracy": 0.25})
     assert [r["step"] for r in read_metrics(file)] == [1, 2]
     assert read_metrics(file)[1]["accuracy"] == 0.25
     assert any(tmp_path.glob("events.out.tfevents.*"))
+
+
+LINE = b'{"split": "test", "step": 2, "epoch": 1.0, "accuracy": 0.5}\n'
+UNREADABLE = {
+    "no JSON": b'{"split": "test", "step" 2, "epoch": 1.0}\n',
+    "no object": b"[1, 2]\n",
+    "no UTF-8": b'{"split": "te\xf3t", "step": 2, "epoch": 1.0}\n',
+    "no step": b'{"split": "test", "stap": 2, "epoch": 1.0}\n',
+    "a step that is none": b'{"split": "test", "step": "2", "epoch": 1.0}\n',
+    "an epoch that is none": b'{"split": "test", "step": 2, "epoch": null}\n',
+    "a split that is none": b'{"split": 1, "step": 2, "epoch": 1.0}\n',
+    "no layers": b'{"split": "weights", "step": 2, "epoch": 1.0, "zeros": 1, "pruned": 1, '
+    b'"revived": 1}\n',
+    "no counts": b'{"split": "weights", "step": 2, "epoch": 1.0, "layers": {}}\n',
+    "deep": b"[" * 100_000 + b"\n",
+    "empty": b"\n",
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_an_unreadable_line_of_metrics_is_lost_alone(tmp_path, case):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(LINE + UNREADABLE[case] + LINE)
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: no record can be read in line 2,"):
+        assert read_metrics(file) == [json.loads(LINE)] * 2
+    with (
+        pytest.warns(UserWarning, match="line 2"),
+        MetricsLog(tmp_path, step=2, total_steps=3) as log,
+    ):
+        assert len(log.records) == 2
+    assert file.read_bytes() == LINE * 2

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from lats_optax.inspection.schedule import Curve
 from lats_optax.schedules import ScalarOrSchedule, tabulate
 from lats_optax.training import optimizer
 from lats_optax.training.config import PruneConfig, TrainConfig
-from lats_optax.training.logging import read_metrics
+from lats_optax.training.logging import scan_metrics
 from lats_optax.training.workdir import METRICS
 
 # Thresholds that others let rise in other ways, over x = t/T, as fractions of the final one.
@@ -176,9 +177,15 @@ def _recorded(label: str, path: Path) -> Curve:
     """The threshold of a run of lats-train, under the learning rate that it had."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
+    metrics, lost = scan_metrics(path)
+    if lost and not metrics:
+        raise ValueError(
+            f"{path} is not a metrics file of lats-train: no line has split, step and epoch"
+        )
+    if lost:
+        warnings.warn(f"{path}: {len(lost)} lines are no records", UserWarning, stacklevel=2)
+    records = [r for r in metrics if r["split"] == "train" and "threshold" in r]
     try:
-        metrics = read_metrics(path)
-        records = [r for r in metrics if r["split"] == "train" and "threshold" in r]
         steps, thresholds, sums = (
             np.array([r[name] for r in records], np.float64)
             for name in ("step", "threshold", "learning_rate_sum")

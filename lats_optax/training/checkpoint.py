@@ -1,27 +1,50 @@
-"""Checkpoints: the one file that names Orbax.
+"""Checkpoints that can be trusted: the one file that names Orbax.
 
-A checkpoint holds the training state, where the data iterator is, the config, and the support that
-the log compares the next one with. Orbax marks one as complete when all of it is written; others,
-of a run that was killed, are never read.
+A checkpoint is a directory, `checkpoints/STEP`: in `arrays`, written by Orbax, the training state
+and the support that the log compares the next one with; in `MANIFEST`, written last, the config,
+where the data iterator is, and what there has to be: size and SHA-256 of each file, dtype, shape
+and CRC-32 of each array. Process 0 writes it under another name, brings all of it to the disk and
+then renames it: what has a step for a name is complete. It is never changed again, so whatever
+differs from the manifest is damage; every process checks all of it before it goes on from it, and
+that sparse weights are those of their latent ones. From a damaged checkpoint all processes go back
+to the one before, with a warning. The damaged one is kept as `checkpoints/STEP.damaged`, and the
+run may write its step again. Where none is whole, the run ends, and nothing is changed.
 """
 
+import contextlib
 import logging
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from lats_optax.atomic import sync_directory, unfinished_name
 from lats_optax.training import config as configs
-from lats_optax.training import step
+from lats_optax.training import manifest, step
+from lats_optax.training.manifest import DamagedError
 from lats_optax.training.optimizer import pruned_mask
+from lats_optax.training.parallel import Engine
+from lats_optax.training.recovery import CheckpointError, newest_whole, set_aside, steps, warn
 from lats_optax.training.statistics import Support
 from lats_optax.training.step import TrainState
-from lats_optax.training.workdir import CHECKPOINTS
+from lats_optax.training.workdir import CHECKPOINTS, UNFINISHED_CHECKPOINT, checkpoint_path
 
-# Orbax tells every file that it writes; a run says where its checkpoints are.
-logging.getLogger("absl").setLevel(logging.WARNING)
+# Orbax logs every file that it writes, and every error that it raises, with pages of traceback:
+# itself, and by asyncio for writes that an error of another one has left behind.
+for _logger in ("absl", "asyncio"):
+    logging.getLogger(_logger).addFilter(
+        lambda record: "orbax" not in record.pathname + record.getMessage()
+    )
+
+_ARRAYS = "arrays"
 
 
 class Checkpoint(NamedTuple):
@@ -35,32 +58,21 @@ class Checkpoint(NamedTuple):
 class Checkpoints:
     """The last checkpoints of a run; an older one is removed once a newer one is complete.
 
+    Each method is for all processes of a run at once.
+
     Args:
       workdir: directory of the run.
+      parallel: the processes.
       keep: how many there are at most once a save is done; None: all.
     """
 
-    def __init__(self, workdir: Path, keep: int | None = None):
-        # Saving in the background could read buffers that the next step, to which they are
-        # donated, is already writing.
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager((workdir / CHECKPOINTS).absolute(), options=options)
-
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._manager.close()
+    def __init__(self, workdir: Path, parallel: Engine, keep: int | None = None):
+        self._workdir, self._parallel, self._keep = workdir, parallel, keep
 
     @property
     def latest_step(self) -> int | None:
         """Step of the last complete checkpoint."""
-        return self._manager.latest_step()
+        return max(steps(self._workdir), default=None)
 
     def save(
         self,
@@ -69,7 +81,7 @@ class Checkpoints:
         config: dict[str, Any],
         support: Support,
     ) -> None:
-        """Writes a checkpoint of `state.step`, and returns when it is complete.
+        """Writes a checkpoint of `state.step`, and returns when it is complete and on the disk.
 
         Args:
           state: equal in every process.
@@ -77,38 +89,97 @@ class Checkpoints:
           config: what `config.to_json` gives.
           support: that of the last evaluation, which need not be that of the state; empty in a
             dense run.
+
+        Raises:
+          CheckpointError: it cannot be written. Those before it are as they were.
         """
-        # As host arrays: they are the same for any number of devices that reads them.
-        host, support = jax.device_get((state, support))
-        items = {
-            "state": ocp.args.StandardSave(host),
-            "run": ocp.args.JsonSave({"config": config, "data_state": data_state}),
-        }
-        if support:  # Orbax refuses to write nothing
-            items["support"] = ocp.args.StandardSave(support)
-        self._manager.save(int(host.step), args=ocp.args.Composite(**items))
+
+        def write() -> None:
+            # As host arrays: they are the same for any number of devices that reads them. And not
+            # in the background: that could read buffers that the next step, to which they are
+            # donated, is already writing.
+            tree = jax.device_get({"state": state, "support": support})
+            self._write(tree, {"config": config, "data_state": data_state})
+            self._remove_old()
+
+        self._parallel.on_primary(write)
 
     def config(self) -> dict[str, Any] | None:
-        """The config in the last checkpoint; None where there is no checkpoint."""
-        if self.latest_step is None:
-            return None
-        items = ocp.args.Composite(run=ocp.args.JsonRestore())
-        config: dict[str, Any] = self._manager.restore(self.latest_step, args=items).run["config"]
-        return config
+        """The config in the last checkpoint; None where there is no checkpoint.
 
-    def restore(self, like: TrainState, support: Support) -> Checkpoint:
-        """The last checkpoint, of which there is one.
+        Raises:
+          CheckpointError: there are some, and none has a whole manifest.
+        """
+
+        def read(path: Path) -> dict[str, Any]:
+            config: dict[str, Any] = _read_manifest(path)["config"]
+            return config
+
+        return newest_whole(self._workdir, read, self._parallel)[0]
+
+    def restore(
+        self,
+        like: Callable[[int], TrainState],
+        support: Support,
+        check: Callable[[TrainState], None],
+    ) -> Checkpoint | None:
+        """The last checkpoint that is whole, the same in every process; None where there is none.
 
         Args:
-          like: a state of its tree, shapes and dtypes.
+          like: gives a state of the tree, shapes and dtypes that it has at a step.
           support: a support of its shapes.
+          check: raises a ValueError for a state that is none of this run.
+
+        Warns:
+          DamagedCheckpointWarning: a later one is damaged, and was renamed.
+
+        Raises:
+          CheckpointError: there are some, and none is whole.
         """
-        like, support = jax.device_get((like, support))
-        items = {"state": ocp.args.StandardRestore(like), "run": ocp.args.JsonRestore()}
-        if support:
-            items["support"] = ocp.args.StandardRestore(support)
-        restored = self._manager.restore(self.latest_step, args=ocp.args.Composite(**items))
-        return Checkpoint(restored.state, restored.run["data_state"], restored.get("support", []))
+
+        def read(path: Path) -> Checkpoint:
+            shapes = {"state": like(int(path.name)), "support": support}
+            wanted = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+            tree, content = _read(path, wanted)
+            state = tree["state"]
+            if int(state.step) != int(path.name):
+                raise DamagedError(f"array state/step is {int(state.step)}")
+            check(state)
+            return Checkpoint(state, content["data_state"], tree["support"])
+
+        found, damaged = newest_whole(self._workdir, read, self._parallel)
+        self._parallel.on_primary(lambda: set_aside(damaged))
+        return found
+
+    def _write(self, tree: dict[str, Any], content: dict[str, Any]) -> None:
+        number = int(tree["state"].step)
+        path = checkpoint_path(self._workdir, number)
+        unfinished = unfinished_name(path.with_name(UNFINISHED_CHECKPOINT))
+        try:
+            path.parent.mkdir(exist_ok=True)
+            unfinished.mkdir()
+            with _orbax() as orbax:
+                orbax.save(unfinished / _ARRAYS, args=ocp.args.StandardSave(tree))
+            content = {"step": number, **content, "arrays": manifest.checksums(tree)}
+            manifest.write(unfinished, content)
+            os.rename(unfinished, path)
+            sync_directory(path.parent)
+        except Exception as error:  # Orbax and TensorStore raise all kinds
+            raise CheckpointError(
+                f"checkpoint {path} cannot be written: {_reason(error)}. Those before it are "
+                "whole, and --resume goes on from the last of them"
+            ) from error
+        finally:
+            _remove_for_good(unfinished)
+
+    def _remove_old(self) -> None:
+        old = [] if self._keep is None else sorted(steps(self._workdir))[: -self._keep]
+        for number in old:
+            path = checkpoint_path(self._workdir, number)
+            # Renamed first: one that is half removed must not look damaged.
+            unfinished = unfinished_name(path.with_name(UNFINISHED_CHECKPOINT))
+            os.rename(path, unfinished)
+            shutil.rmtree(unfinished)
 
 
 def load_state(workdir: Path | str) -> TrainState:
@@ -123,8 +194,12 @@ def load_state(workdir: Path | str) -> TrainState:
     Returns:
       The state, that of the optimizer in dicts and lists.
 
+    Warns:
+      DamagedCheckpointWarning: the last one is damaged, and the one before it is taken.
+
     Raises:
       FileNotFoundError: there is no checkpoint.
+      CheckpointError: there are some, and none is whole.
     """
     return _load(workdir)[0]
 
@@ -140,8 +215,12 @@ def load_variables(workdir: Path | str, averaged: bool = False) -> dict[str, Any
     Returns:
       `params` and `batch_stats`.
 
+    Warns:
+      DamagedCheckpointWarning: the last one is damaged, and the one before it is taken.
+
     Raises:
       FileNotFoundError: there is no checkpoint.
+      CheckpointError: there are some, and none is whole.
       ValueError: averaged weights are asked for, and the run has kept none.
     """
     state, config = _load(workdir)
@@ -158,16 +237,120 @@ def load_variables(workdir: Path | str, averaged: bool = False) -> dict[str, Any
 
 
 def _load(workdir: Path | str) -> tuple[TrainState, dict[str, Any]]:
-    """The state and the config in a run's last checkpoint."""
-    directory = Path(workdir) / CHECKPOINTS
-    if not directory.is_dir():
-        raise FileNotFoundError(f"there is no checkpoint in {directory}.")
-    with Checkpoints(Path(workdir)) as checkpoints:
-        if checkpoints.latest_step is None:
-            raise FileNotFoundError(f"there is no checkpoint in {directory}.")
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(), run=ocp.args.JsonRestore())
-        restored = checkpoints._manager.restore(checkpoints.latest_step, args=items)
-    state = TrainState(**restored.state)
+    """The state and the config in a run's last whole checkpoint."""
+    found, damaged = newest_whole(Path(workdir), _read)
+    if found is None:
+        raise FileNotFoundError(f"there is no checkpoint in {Path(workdir) / CHECKPOINTS}.")
+    for path, problem in damaged:
+        warn(path, problem, "the one before it is taken")
+    tree, content = found
+    state = TrainState(**tree["state"])
     if state.average:
         state = state._replace(average=step.Average(**state.average))
-    return state, restored.run["config"]
+    return state, content["config"]
+
+
+def _read(path: Path, like: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays and the manifest of a checkpoint, all of it checked.
+
+    Args:
+      path: of the checkpoint.
+      like: the tree of its arrays; None: in dicts and lists.
+
+    Raises:
+      DamagedError: it is not what was written, or its arrays are not those of `like`.
+    """
+    content = _read_manifest(path)
+    manifest.check_files(path, content["files"])
+    if like is not None:
+        _check_alike(content["arrays"], manifest.checksums(like))
+    try:
+        with _orbax() as orbax:
+            restore = ocp.args.StandardRestore(like)
+            tree: dict[str, Any] = orbax.restore(path / _ARRAYS, args=restore)
+    except Exception as error:  # Orbax and TensorStore raise all kinds
+        raise DamagedError(f"{_ARRAYS} cannot be read: {_reason(error)}") from error
+    manifest.check_arrays(content["arrays"], tree)
+    return tree, content
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, with all that a run takes from it.
+
+    Raises:
+      DamagedError: it is not what was written, or a value in it is missing or not allowed.
+    """
+    content = manifest.read(path)
+
+    def require(name: str, value: Any, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise DamagedError(f"{name} in {manifest.MANIFEST} is {value!r}; allowed: {allowed}")
+
+    for name in ("files", "arrays", "config", "data_state"):
+        require(name, content.get(name), isinstance(content.get(name), dict), "an object")
+    number = content.get("step")
+    require("step", number, number == int(path.name), path.name)
+    config, position = content["config"], content["data_state"]
+    for name, default in configs.to_json(configs.TrainConfig()).items():
+        if isinstance(default, dict):
+            section = config.get(name)
+            require(f"config.{name}", section, isinstance(section, dict), "an object")
+    # A step takes one batch.
+    index, skipped = position.get("next_index"), position.get("skipped")
+    require("data_state.next_index", index, index == number, f"the step, {number}")
+    counts = isinstance(skipped, int) and skipped >= 0
+    require("data_state.skipped", skipped, counts, "0 or more")
+    return content
+
+
+def _check_alike(written: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+    """Checks that a program's arrays are called, shaped and typed as those of a checkpoint."""
+    for name in sorted(written.keys() | wanted.keys()):
+        # Without their values' checksums.
+        was, wants = (
+            names[name].split()[0] if name in names else "missing" for names in (written, wanted)
+        )
+        if was != wants:
+            raise DamagedError(f"array {name} is {was}, and {wants} in the run")
+
+
+def _remove_for_good(path: Path) -> None:
+    """Removes a directory that threads of TensorStore may still be writing to, for seconds."""
+    for _ in range(100):
+        if not path.exists():
+            return
+        shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def _orbax() -> Iterator[ocp.Checkpointer]:
+    """Orbax in this process alone, which waits for no other."""
+    index = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
+    before = sys.unraisablehook
+
+    def hook(raised: Any) -> None:
+        if str(raised.exc_value) != "Event loop is closed":
+            before(raised)
+
+    sys.unraisablehook = hook
+    with ocp.Checkpointer(handler, multiprocessing_options=options) as orbax:
+        yield orbax
+    # Not after an error: other threads of TensorStore then go on writing, and one that is done
+    # finds nobody to tell, which Python would print.
+    sys.unraisablehook = before
+
+
+def _reason(error: BaseException) -> str:
+    """What is behind an error, in a few words: Orbax's and TensorStore's are pages."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        if found := re.search(r"os_error_code='(\d+)'", str(cause)):
+            return os.strerror(int(found[1]))
+        cause = cause.__cause__ or cause.__context__
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words[:200]}"

@@ -6,12 +6,14 @@ without a data set, and a data set without a model.
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 
 import lats_optax
@@ -135,6 +137,40 @@ class Experiment:
             average=average,
         )
 
+    def state_like(self, initial: TrainState, step: int) -> TrainState:
+        """A state of the tree, shapes and dtypes that the run has when some steps are done.
+
+        Args:
+          initial: of `initial_state`.
+          step: 0 or more; at the last of a search, the support is not yet fixed.
+        """
+        for phase in self.optimizer.phases[1:]:
+            if step > phase.start:
+                initial = self.begin(phase, initial)
+        return initial
+
+    def check_state(self, state: TrainState) -> None:
+        """Checks that sparse weights are those of the state: ``w = P_d(theta)``.
+
+        After a search and in fine-tuning, where no latent weights are left: that what the support
+        leaves out is zero. A dense run has nothing to check.
+
+        Raises:
+          ValueError: they are not; the message names the layers.
+        """
+        if optax.tree.get(state.opt_state, "latent") is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that the run is not over yet
+                operator = self.optimizer.operator
+                lats_optax.finalize(state.params, state.opt_state, operator=operator)
+        elif self.config.prune.enabled:
+            kept = optax.tree.get(state.opt_state, "support")
+            names = masks.paths(state.params)
+            restricted = lats_optax.restrict(state.params, kept)
+            same = jax.tree.leaves(jax.tree.map(jnp.array_equal, state.params, restricted))
+            if wrong := [name for name, ok in zip(jax.tree.leaves(names), same) if not ok]:
+                raise ValueError(f"params: {', '.join(wrong)} are not zero where the support is")
+
 
 def build(
     config: TrainConfig,
@@ -151,6 +187,10 @@ def build(
       dataset: what to train on, in the place of the one that the config names.
       model: what to train, in the place of the one that the config names: called as those of
         `models.create`. Its batch statistics are averaged over the engine's `axis_name`.
+
+    Raises:
+      ValueError, OSError: what is wrong with the config, or not there.
+      CheckpointError: the run resumes, and no checkpoint has a whole manifest.
     """
     workdir.check(config)
     lifeline = None
@@ -177,7 +217,7 @@ def build(
     limits.check_memory(shapes, parallel.local_devices[0], config.parallel.fsdp)
     optimizer = make_optimizer(config, steps_per_epoch)
     _check_effects(config, optimizer, shapes)
-    resumes = _check_resumable(config)
+    resumes = _check_resumable(config, parallel)
     initial = None
     if config.initial is not None:
         # A run that goes on needs nothing but its work directory.
@@ -212,12 +252,11 @@ def _check_effects(config: TrainConfig, optimizer: Optimizer, variables: Mapping
         )
 
 
-def _check_resumable(config: TrainConfig) -> bool:
+def _check_resumable(config: TrainConfig, parallel: Engine) -> bool:
     """Whether there is a checkpoint to go on from, after a look at whether it is of this run."""
-    if not config.resume or not (config.workdir / workdir.CHECKPOINTS).is_dir():
+    if not config.resume:
         return False
-    with Checkpoints(config.workdir) as checkpoints:
-        saved = checkpoints.config()
+    saved = Checkpoints(config.workdir, parallel).config()
     if saved is not None:
         configs.check_resumable(saved, config)
     return saved is not None

@@ -22,9 +22,11 @@ from types import TracebackType
 LOST = 1
 """Exit code of a process that has lost another one."""
 
-_BYE, _GO = "bye", "go"
+_GO, _BYE, _FAILED, _GONE = "go", "bye", "failed", "gone"
 # Seconds between two attempts to connect, and in which the news of a lost process is here.
 _PAUSE, _GRACE = 0.2, 2.0
+# Seconds that a process gets to end by itself when another one has failed.
+_PATIENCE = 10.0
 
 
 def meet(coordinator: str, count: int, index: int, timeout: float) -> "Lifeline":
@@ -92,16 +94,15 @@ class Lifeline:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Says goodbye; after an error, only if it is not that another process is lost."""
+        """Says goodbye, or that this process has failed."""
         if isinstance(error, Exception):
             # A collective that fails because a process is gone may be ahead of the news that it is.
             self._lost.wait(_GRACE)
         self._left.set()
         self._thread.join(_GRACE)
-        if error is None:
-            for connection in self._connections.values():
-                with contextlib.suppress(OSError):
-                    _send(connection, _BYE)
+        for connection in self._connections.values():
+            with contextlib.suppress(OSError):
+                _send(connection, _BYE if error is None else _FAILED)
         self.close()
 
     def close(self) -> None:
@@ -117,20 +118,26 @@ class Lifeline:
             while selector.get_map() and not self._left.is_set():
                 for key, _ in selector.select(timeout=_PAUSE):
                     connection = self._connections[key.data]
-                    word = _receive(connection)
+                    word = _receive(connection) or ""
                     if word == _BYE:
                         selector.unregister(connection)
                     elif not self._left.is_set():
-                        return self._lose(key.data if word is None else int(word))
+                        failed, _, other = word.partition(" ")
+                        return self._lose(int(other or key.data), failed == _FAILED)
 
-    def _lose(self, index: int) -> None:
+    def _lose(self, index: int, failed: bool) -> None:
+        """Ends this process, and tells the others to."""
         for other, connection in self._connections.items():
             if other != index:
                 with contextlib.suppress(OSError):
-                    _send(connection, str(index))
+                    _send(connection, f"{_FAILED if failed else _GONE} {index}")
         self._lost.set()
-        # At once: JAX is about to abort where it is process 0 that is gone.
-        self._end(f"process {index} of the run is gone{self._resume}")
+        # What one has failed of is often about to end all, with a better message. One that is gone
+        # ends them at once: JAX is about to abort where it is process 0.
+        if failed and self._left.wait(_PATIENCE):
+            return
+        what = "has failed; its last line says why" if failed else "is gone"
+        self._end(f"process {index} of the run {what}{self._resume}")
 
 
 def _gather(coordinator: str, port: int, count: int, deadline: float) -> dict[int, socket.socket]:

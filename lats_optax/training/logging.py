@@ -1,17 +1,19 @@
 """What a run tells while it runs: metrics.jsonl, TensorBoard events, a progress bar."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import tensorboardX
 import tqdm
 
-from lats_optax.atomic import replacing
+from lats_optax.atomic import replacing, set_filename
 from lats_optax.training import statistics
-from lats_optax.training.statistics import Histogram, LayerStatistics
+from lats_optax.training.events import EventFile
+from lats_optax.training.statistics import LayerStatistics
 from lats_optax.training.workdir import METRICS
 
 Record = dict[str, Any]
@@ -41,7 +43,7 @@ class MetricsLog:
             self.records = [r for r in read_metrics(path) if r["step"] <= step]
             self._rewrite(path)
             self._file = path.open("a", buffering=1, encoding="utf-8")
-            self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1)
+            self._events = EventFile(workdir, first_step=step + 1)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -52,10 +54,13 @@ class MetricsLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._bar.close()
-        if self._enabled:
-            self._file.close()
-            self._events.close()
+        # In turn, and all of them: on a disk that is full, closing a file may fail too.
+        with contextlib.ExitStack() as stack:
+            if self._enabled:
+                stack.enter_context(self._writing())
+                stack.callback(self._file.close)
+                stack.callback(self._events.close)
+            stack.callback(self._bar.close)
 
     def advance(self) -> None:
         """Counts a step."""
@@ -66,8 +71,9 @@ class MetricsLog:
         self._append(record)
         if not self._enabled:
             return
-        for name in record.keys() - {"split", "step"}:
-            self._events.add_scalar(f"{record['split']}/{name}", record[name], record["step"])
+        with self._writing():
+            for name in record.keys() - {"split", "step"}:
+                self._events.add_scalar(f"{record['split']}/{name}", record[name], record["step"])
         if record["split"] == "train":
             self._bar.set_postfix(loss=record["loss"], accuracy=record["accuracy"], refresh=False)
         else:
@@ -79,38 +85,33 @@ class MetricsLog:
         self._append(record)
         if not self._enabled:
             return
-        for name in ("pruned", "revived"):
-            self._events.add_scalar(f"weights/{name}", record[name], step)
-            for path, counts in record["layers"].items():
-                self._events.add_scalar(f"{name}/{path}", counts[name], step)
-        for path, layer in layers.items():
-            self._events.add_scalar(f"sparsity/{path}", layer.zeros / max(layer.size, 1), step)
-            self._add_histogram(f"sparse/{path}", layer.weights, step)
-            if layer.latent is not None:
-                self._add_histogram(f"latent/{path}", layer.latent, step)
+        with self._writing():
+            for name in ("pruned", "revived"):
+                self._events.add_scalar(f"weights/{name}", record[name], step)
+                for path, counts in record["layers"].items():
+                    self._events.add_scalar(f"{name}/{path}", counts[name], step)
+            for path, layer in layers.items():
+                self._events.add_scalar(f"sparsity/{path}", layer.zeros / max(layer.size, 1), step)
+                self._events.add_histogram(f"sparse/{path}", layer.weights, step)
+                if layer.latent is not None:
+                    self._events.add_histogram(f"latent/{path}", layer.latent, step)
         pruned, revived = record["pruned"], record["revived"]
         self._bar.write(f"epoch {epoch:7.2f}  weights pruned {pruned:,}  revived {revived:,}")
-
-    def _add_histogram(self, tag: str, histogram: Histogram, step: int) -> None:
-        counts, edges = histogram.counts, histogram.edges
-        middles = (edges[1:] + edges[:-1]) / 2
-        self._events.add_histogram_raw(
-            tag,
-            min=-histogram.limit,
-            max=histogram.limit,
-            num=int(counts.sum()),
-            # To the width of a bin, as TensorBoard shows the numbers themselves.
-            sum=float(counts @ middles),
-            sum_squares=float(counts @ middles**2),
-            bucket_limits=edges[1:].tolist(),
-            bucket_counts=counts.tolist(),
-            global_step=step,
-        )
 
     def _append(self, record: Record) -> None:
         self.records.append(record)
         if self._enabled:
-            self._file.write(json.dumps(record) + "\n")
+            with self._writing():
+                self._file.write(json.dumps(record) + "\n")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Errors in it name the file."""
+        try:
+            yield
+        except OSError as error:
+            set_filename(error, self._file.name)
+            raise
 
     def _rewrite(self, path: Path) -> None:
         with replacing(path) as kept:
@@ -121,11 +122,40 @@ def read_metrics(path: Path) -> list[Record]:
     """The records of a metrics file; none where there is no file.
 
     A last line without its end, by a run that was killed while it wrote, is left out.
+
+    Warns:
+      UserWarning: other lines are no records; they are left out.
     """
+    records, lost = scan_metrics(path)
+    if lost:
+        some = ", ".join(map(str, lost[:5])) + (f" and {len(lost) - 5} more" if lost[5:] else "")
+        message = f"{path}: no record can be read in line {some}, which is left out"
+        warnings.warn(message, UserWarning, stacklevel=2)
+    return records
+
+
+def scan_metrics(path: Path) -> tuple[list[Record], list[int]]:
+    """As `read_metrics`, and the numbers of the lines that are no records instead of a warning."""
     if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+        return [], []
+    lines = path.read_bytes().splitlines(keepends=True)
+    found = {n: _record(line) for n, line in enumerate(lines, 1) if line.endswith(b"\n")}
+    records = [record for record in found.values() if record is not None]
+    return records, [number for number, record in found.items() if record is None]
+
+
+def _record(line: bytes) -> Record | None:
+    """The record of a line; None where it has not what all records have."""
+    try:
+        record: Record = json.loads(line)
+        step, numbers = record["step"], [record["epoch"]]
+        if record["split"] == "weights":
+            for counts in (record, *record["layers"].values()):
+                numbers += [counts[name] for name in statistics.COUNTS]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    usable = isinstance(record["split"], str) and isinstance(step, int)
+    return record if usable and all(isinstance(n, int | float) for n in numbers) else None
 
 
 def _line(record: Record) -> str:

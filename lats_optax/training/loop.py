@@ -8,6 +8,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -57,7 +58,8 @@ def train(
       ValueError: the config does not fit the data, the model or the devices.
       FileExistsError: there is a run in the work directory.
       NonFiniteError: training diverged.
-      KeyboardInterrupt: on Ctrl-C or SIGTERM, after a last checkpoint.
+      KeyboardInterrupt: on Ctrl-C, SIGTERM or SIGHUP, after a last checkpoint.
+      Others: as `fit`.
     """
     return fit(experiments.build(config, devices, dataset=dataset, model=model))
 
@@ -65,22 +67,41 @@ def train(
 def fit(experiment: Experiment) -> RunResult:
     """Trains: `train` after `build`.
 
-    Ctrl-C and SIGTERM are answered when the step is over and a checkpoint of it is written.
+    Ctrl-C, SIGTERM and SIGHUP are answered when the step is over and a checkpoint of it is written.
+    In a run of several processes SIGTERM alone is, by all of them after the same step.
+
+    Warns:
+      DamagedCheckpointWarning: the run goes on from a checkpoint that is not the last.
 
     Raises:
       FileExistsError: since `build`, another run has begun in the work directory.
+      WorkdirInUseError: another run is writing there.
+      CheckpointError: no checkpoint to go on from is whole, or one cannot be written.
+      OSError: another file cannot be written.
       NonFiniteError: training diverged.
       CorruptRecordError: a record cannot be read, without `config.data.skip_corrupt`.
       KeyboardInterrupt: after the checkpoint; after the last step, when all files are written.
+      PreemptedError: likewise, in a run of several processes.
     """
+    parallel = experiment.parallel
+    with (
+        parallel.watching("; the same command with --resume goes on"),
+        workdir.prepared(experiment.config, parallel),
+    ):
+        return _fit(experiment)
+
+
+def _fit(experiment: Experiment) -> RunResult:
+    """`fit`, in a work directory that is the run's own."""
     started = time.perf_counter()
     config, parallel, total = experiment.config, experiment.parallel, experiment.total_steps
-    _prepare(experiment)
+    if (initial := experiment.initial) is not None:
+        path = config.workdir / workdir.INITIAL
+        parallel.on_primary(lambda: save_model(path, *initial))
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(parallel.watching("; the same command with --resume goes on"))
         interruption = stack.enter_context(Interruption(enabled=parallel.process_count == 1))
-        checkpoints = stack.enter_context(Checkpoints(config.workdir, config.keep_checkpoints))
+        checkpoints = Checkpoints(config.workdir, parallel, config.keep_checkpoints)
         batches = stack.enter_context(contextlib.closing(experiment.train_batches()))
         state, step, support, skipped = _begin(experiment, checkpoints, batches)
         log = stack.enter_context(MetricsLog(config.workdir, step, total, parallel.is_primary))
@@ -99,7 +120,7 @@ def fit(experiment: Experiment) -> RunResult:
                 window.metrics.append(metrics)
                 log.advance()
 
-                interrupted = interruption.requested
+                interrupted = interruption.requested or parallel.preempted(step)
                 evaluates = _due(experiment, step, config.eval_every)
                 saves = interrupted or _due(experiment, step, config.checkpoint_every)
                 if not (step % config.log_every == 0 or evaluates or saves):
@@ -112,7 +133,7 @@ def fit(experiment: Experiment) -> RunResult:
                 if saves:
                     _save(run, state, step, position, evaluation.support)
                 if interrupted and step < total:
-                    raise KeyboardInterrupt(
+                    raise interruption.error(
                         f"interrupted after step {step}; --resume goes on from there"
                     )
                 window = _Window([], time.perf_counter())
@@ -202,17 +223,6 @@ def _send(batches: data.Batches, parallel: Engine) -> Iterator[_Sent]:
         yield _Sent(parallel.shard(batch), batches.get_state(), batches.skipped)
 
 
-def _prepare(experiment: Experiment) -> None:
-    """Makes the work directory, with a copy of what the run begins from."""
-    config, parallel = experiment.config, experiment.parallel
-    parallel.barrier("all have looked into the work directory")
-    if parallel.is_primary:
-        workdir.prepare(config)
-        if (initial := experiment.initial) is not None:
-            save_model(config.workdir / workdir.INITIAL, *initial)
-    parallel.barrier("the work directory is ready")
-
-
 def _begin(
     experiment: Experiment, checkpoints: Checkpoints, batches: data.Batches
 ) -> tuple[TrainState, int, Support, int]:
@@ -220,14 +230,13 @@ def _begin(
     state, step, skipped = experiment.initial_state(), 0, 0
     mask = experiment.pruned
     support = [] if mask is None else statistics.support_bits(state.params, mask)
-    if experiment.config.resume and (latest := checkpoints.latest_step) is not None:
-        for phase in experiment.optimizer.phases[1:]:
-            if latest > phase.start:
-                state = experiment.begin(phase, state)
-        saved = checkpoints.restore(like=state, support=support)
-        state, step, support = saved.state, int(saved.state.step), saved.support
-        batches.set_state(saved.data_state)
-        skipped = saved.data_state["skipped"]
+    if experiment.config.resume:
+        like = partial(experiment.state_like, state)
+        saved = checkpoints.restore(like, support, experiment.check_state)
+        if saved is not None:
+            state, step, support = saved.state, int(saved.state.step), saved.support
+            batches.set_state(saved.data_state)
+            skipped = saved.data_state["skipped"]
     state, support = experiment.parallel.place((state, support))
     return state, step, support, skipped
 

@@ -111,6 +111,10 @@ def ahead(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
     yield from waiting
 
 
+class PrimaryError(RuntimeError):
+    """What every process waited for has failed in process 0."""
+
+
 class Engine(abc.ABC):
     """Runs step functions on all devices at once.
 
@@ -231,6 +235,35 @@ class Engine(abc.ABC):
         """Waits until every process is here."""
         if self.process_count > 1:
             multihost_utils.sync_global_devices(name)
+
+    def from_primary(self, value: int) -> int:
+        """The value that the primary process has; all of them have to ask for it."""
+        if self.process_count == 1:
+            return value
+        return int(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+    def on_primary(self, act: Callable[[], None]) -> None:
+        """Does something in the primary process, for which the others wait.
+
+        Raises:
+          PrimaryError: it failed there; in the primary process, what it failed with.
+        """
+        failure: Exception | None = None
+        if self.is_primary:
+            try:
+                act()
+            except Exception as error:
+                failure = error
+        # Without this, the others would wait for a process that has ended.
+        if self.total(int(failure is not None)):
+            raise failure or PrimaryError("process 0 has failed; its last line says why")
+
+    def preempted(self, step: int) -> bool:
+        """Whether every process stops after this step, as one of them was sent SIGTERM.
+
+        All of them have to ask, at every step. JAX agrees on a step that none of them has passed.
+        """
+        return self.process_count > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
 class PmapEngine(Engine):

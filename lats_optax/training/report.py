@@ -109,7 +109,7 @@ def implied_l1(metrics: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.nda
       Edges of the intervals in epochs, (n,), and μ, (n − 1,), NaN where the learning rate was zero;
       both empty for a run that has no threshold, or fewer than two records of it.
     """
-    records = _records(metrics, "train", "threshold")
+    records = _records(metrics, "train", "threshold", "learning_rate_sum")
     if len(records) < 2:
         return np.zeros(0), np.zeros(0)
     rise = np.diff([r["threshold"] for r in records])
@@ -235,9 +235,10 @@ def _draw_metric(
 
 
 def _records(
-    metrics: Sequence[Mapping[str, Any]], split: str, name: str
+    metrics: Sequence[Mapping[str, Any]], split: str, *names: str
 ) -> list[Mapping[str, Any]]:
-    return [record for record in metrics if record["split"] == split and name in record]
+    """The records of a split that have all of these."""
+    return [r for r in metrics if r["split"] == split and all(name in r for name in names)]
 
 
 def _prunable_layers(runs: Sequence[Run]) -> dict[str, list[LayerSparsity | None]]:

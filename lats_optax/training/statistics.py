@@ -17,6 +17,9 @@ from lats_optax.masks import MaskOrFunction
 BINS = 64
 """Bins of a histogram, an even number: zero is an edge."""
 
+COUNTS = ("zeros", "pruned", "revived")
+"""What a record has of each layer and of all of them."""
+
 Support = list[jax.Array]
 """Where the pruned weights are not zero, a bit a weight: uint8 [⌈size / 8⌉] for each layer."""
 
@@ -141,9 +144,8 @@ def counts(layers: Mapping[str, LayerStatistics]) -> dict[str, Any]:
     Returns:
       `zeros`, `pruned` and `revived`, and `layers`: by path, a dict of the same three.
     """
-    names = ("zeros", "pruned", "revived")
-    each = {path: {name: getattr(layer, name) for name in names} for path, layer in layers.items()}
-    totals = {name: sum(layer[name] for layer in each.values()) for name in names}
+    each = {path: {name: getattr(layer, name) for name in COUNTS} for path, layer in layers.items()}
+    totals = {name: sum(layer[name] for layer in each.values()) for name in COUNTS}
     return {**totals, "layers": each}
 
 

@@ -44,7 +44,12 @@ def write_picture(
     """
     if not layers:
         raise ValueError("layers is empty; it must hold at least one layer")
-    records = [record for record in metrics if record["split"] == "weights"]
+    # A damaged file of metrics may have a record of other layers.
+    records = [
+        record
+        for record in metrics
+        if record["split"] == "weights" and layers.keys() <= record["layers"].keys()
+    ]
     with drawing.figure(path, (14, 11)) as figure:
         above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[2, 3])[:, 0]
         _draw_changes(above, records, layers)
