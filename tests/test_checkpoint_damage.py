@@ -14,7 +14,7 @@ from lats_optax import cli
 from lats_optax.training import manifest, pictures
 from lats_optax.training.checkpoint import Checkpoints, load_state, load_variables
 from lats_optax.training.config import TrainConfig, to_json
-from lats_optax.training.parallel import DataParallel
+from lats_optax.training.parallel import PmapEngine
 from lats_optax.training.recovery import CheckpointError, DamagedCheckpointWarning
 from lats_optax.training.step import TrainState
 from tests import tiny
@@ -42,11 +42,11 @@ def save(workdir, state, step=None, keep=None):
     step = int(state.step) if step is None else step
     position = {"next_index": step, "skipped": 0}
     config = to_json(TrainConfig())
-    Checkpoints(workdir, DataParallel(), keep).save(state, position, config, SUPPORT)
+    Checkpoints(workdir, PmapEngine(), keep).save(state, position, config, SUPPORT)
 
 
 def restore(workdir, check=lambda state: None):
-    checkpoints = Checkpoints(workdir, DataParallel())
+    checkpoints = Checkpoints(workdir, PmapEngine())
     return checkpoints.restore(lambda step: state_at(step), SUPPORT, check)
 
 
@@ -210,7 +210,7 @@ def test_without_a_whole_checkpoint_there_is_one_error(run):
     before = files(run)
     for step in (6, 12):
         (run / "checkpoints" / str(step) / manifest.MANIFEST).write_bytes(b"")
-    for act in (restore, load_state, lambda run: Checkpoints(run, DataParallel()).config()):
+    for act in (restore, load_state, lambda run: Checkpoints(run, PmapEngine()).config()):
         with pytest.raises(CheckpointError, match=r"is whole \(12: .*; 6: .*--overwrite") as error:
             act(run)
         assert "\n" not in str(error.value)
@@ -294,7 +294,7 @@ def test_a_run_goes_on_from_the_checkpoint_before(command, tmp_path):
     spoilt = {**resumed.params, "Conv_0": {"kernel": np.where(kernel == 0, 1, kernel)}}
     content = manifest.read(checkpoints / "6")
     support = [np.zeros(9, np.uint8), np.zeros(48, np.uint8)]
-    parallel, position = DataParallel(), {"next_index": 12, "skipped": 0}
+    parallel, position = PmapEngine(), {"next_index": 12, "skipped": 0}
     state = resumed._replace(params=spoilt)
     Checkpoints(tmp_path / "run", parallel).save(state, position, content["config"], support)
     code, (warning, *_) = command("--resume")

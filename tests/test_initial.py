@@ -16,7 +16,7 @@ from lats_optax.training.checkpoint import load_state, load_variables
 from lats_optax.training.config import PruneConfig, TrainConfig, check_resumable, to_json
 from lats_optax.training.export import load_model, save_model
 from lats_optax.training.optimizer import make_optimizer
-from lats_optax.training.parallel import DataParallel
+from lats_optax.training.parallel import PmapEngine
 from tests import tiny
 from tests.runs import BEFORE, EARLY, assert_equal_runs, at_step, plain_steps
 from tests.tiny import variables
@@ -92,7 +92,7 @@ def test_a_run_ends_in_files_of_its_weights(tmp_path, prune):
 def test_overwrite_removes_the_files_of_a_run(tmp_path):
     for name in ("model", "model_averaged", "initial", "mine"):
         (tmp_path / f"{name}.safetensors").touch()
-    with workdir.prepared(tiny.config(tmp_path, overwrite=True), DataParallel()):
+    with workdir.prepared(tiny.config(tmp_path, overwrite=True), PmapEngine()):
         names = {path.name for path in tmp_path.iterdir()}
     assert names == {"mine.safetensors", workdir.LOCK}
 

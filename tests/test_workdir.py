@@ -17,14 +17,14 @@ import pytest
 from lats_optax import cli
 from lats_optax.training import loop, pictures, workdir
 from lats_optax.training.checkpoint import load_state
-from lats_optax.training.parallel import DataParallel, PrimaryError
+from lats_optax.training.parallel import PmapEngine, PrimaryError
 from tests import tiny
 
 ARGUMENTS = ["digits", "--data.batch-size", "8", "--checkpoint-every", "1", "--epochs"]
 
 
 def prepared(directory, **changes):
-    return workdir.prepared(tiny.config(directory, **changes), DataParallel())
+    return workdir.prepared(tiny.config(directory, **changes), PmapEngine())
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
 
 
 def test_one_process_of_a_run_locks(tmp_path):
-    others = DataParallel()
+    others = PmapEngine()
     others.process_index = 1
     config = tiny.config(tmp_path)
     with prepared(tmp_path), workdir.prepared(config, others):
@@ -109,7 +109,7 @@ def test_one_process_of_a_run_locks(tmp_path):
 
 
 def test_what_fails_in_process_0_fails_in_all(monkeypatch):
-    parallel = DataParallel()
+    parallel = PmapEngine()
     parallel.process_index = 1
     monkeypatch.setattr(parallel, "total", lambda count: count + 1)
     with pytest.raises(PrimaryError, match="process 0"):
