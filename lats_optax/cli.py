@@ -18,10 +18,12 @@ from lats_optax.training import experiment as experiments
 from lats_optax.training import loop, pictures
 from lats_optax.training.demo import DemoConfig, DemoResult
 from lats_optax.training.experiment import Experiment
+from lats_optax.training.finite import NonFiniteError
 from lats_optax.training.interruption import PreemptedError
 from lats_optax.training.parallel import PrimaryError
 from lats_optax.training.presets import PRESETS
 from lats_optax.training.recovery import CheckpointError
+from lats_optax.training.replicas import ReplicaError
 from lats_optax.training.result import RunResult
 from lats_optax.training.workdir import WorkdirInUseError
 
@@ -33,11 +35,12 @@ _LONGEST = 500
 
 _FAILURES = (
     OSError,  # a full disk, a place that is read-only
-    loop.NonFiniteError,
+    NonFiniteError,
     data.CorruptRecordError,
     CheckpointError,
     WorkdirInUseError,
     PrimaryError,
+    ReplicaError,
 )
 _PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
 

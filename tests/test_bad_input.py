@@ -105,6 +105,11 @@ digits --optimizer.warmup-epochs 20 => less than epochs, 20
 digits --optimizer.accumulate 0 => 1 or more
 digits --data.batch-size 64 --optimizer.accumulate 3 => a multiple of 24
 digits --data.batch-size 64 --optimizer.accumulate 9999999 => a multiple of 79999992
+digits --optimizer.name adam => Expected one of
+digits --optimizer.beta2 0.9 => the default, but for adamw
+digits --optimizer.name adamw --optimizer.beta2 1 => 0 < beta2 < 1
+digits --optimizer.clip-norm 0 => {FLOAT32}
+digits --optimizer.clip-norm nan => {FLOAT32}
 digits --optimizer.decay never => Expected one of
 """
 

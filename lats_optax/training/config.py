@@ -106,14 +106,21 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Stochastic gradient descent: linear warm-up, then a cosine."""
+    """What moves the weights: linear warm-up, then a cosine."""
 
+    name: Literal["sgd", "adamw"] = "sgd"
+    """`sgd`, or `adamw`, whose learning rates are a hundred times smaller."""
     learning_rate: float = 0.3
     """Learning rate at its peak."""
     momentum: float = 0.9
-    """Momentum of SGD; 0 for none."""
+    """Momentum of SGD, 0 for none; beta_1 of AdamW."""
+    beta2: float = 0.999
+    """beta_2 of AdamW."""
     weight_decay: float = 0.0
-    """Coefficient of the L2 penalty on the parameters."""
+    """Coefficient of the L2 penalty on the parameters; AdamW decays them by it, times its rate."""
+    clip_norm: float | None = None
+    """Largest global norm of the gradients, which are scaled down to it; None: any. Where channels
+    die before a batch normalization, their gradients alone exceed it."""
     decay_norm: bool = True
     """Whether the penalty is also on batch normalization and biases: all but `prunable` ones."""
     nesterov: bool = False
@@ -131,7 +138,12 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _check_float32("optimizer.learning_rate", self.learning_rate, positive=True)
         _check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "0 <= momentum < 1")
+        _check(0 < self.beta2 < 1, "optimizer.beta2", self.beta2, "0 < beta2 < 1")
+        used = self.name == "adamw" or self.beta2 == type(self).beta2
+        _check(used, "optimizer.beta2", self.beta2, "the default, but for adamw")
         _check_float32("optimizer.weight_decay", self.weight_decay)
+        if self.clip_norm is not None:
+            _check_float32("optimizer.clip_norm", self.clip_norm, positive=True)
         nesterov = not self.nesterov or self.momentum > 0
         _check(nesterov, "optimizer.nesterov", self.nesterov, "False without momentum")
         penalized = self.decay_norm or self.weight_decay > 0
@@ -345,6 +357,9 @@ class TrainConfig:
     parallel: ParallelConfig = ParallelConfig()
     initial: Path | None = None
     """Model file of another run to begin from; options of `model` that are None are its own."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradients that are not finite: `stop` the run, or `skip` what is learnt from these
+    images. A target sparsity is met all the same."""
     label_smoothing: float = 0.0
     """Mass that the training loss's target spreads evenly over all classes."""
     average_decay: float | None = None

@@ -304,6 +304,7 @@ def bind_step(
         split=split,
         average_decay=config.average_decay,
         average_since=phase.start if phase.from_scratch else 0,
+        skip_non_finite=config.non_finite == "skip",
     )
 
 

@@ -9,10 +9,9 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
@@ -26,6 +25,7 @@ from lats_optax.training.checkpoint import Checkpoints
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.experiment import Experiment
 from lats_optax.training.export import save_model
+from lats_optax.training.finite import NonFiniteError, means, non_finite_paths
 from lats_optax.training.interruption import Interruption
 from lats_optax.training.logging import MetricsLog
 from lats_optax.training.parallel import Engine, ahead
@@ -33,10 +33,6 @@ from lats_optax.training.recalibration import recalibrated
 from lats_optax.training.result import RunResult, result_of, write_models
 from lats_optax.training.statistics import LayerStatistics, Support
 from lats_optax.training.step import Batch, Metrics, TrainState, averaged
-
-
-class NonFiniteError(RuntimeError):
-    """Training has left the numbers: a loss or a parameter is infinite or not a number."""
 
 
 def train(
@@ -251,12 +247,15 @@ def _log(
 ) -> dict[str, float]:
     """Writes the record of the steps up to this one; returns where the run is."""
     config = run.experiment.config
-    means = _means(run, window.metrics, step)
+    try:
+        measured = means(window.metrics, step, skips=config.non_finite == "skip")
+    except NonFiniteError as error:
+        raise _diverged(run, state, str(error)) from error
     seconds = time.perf_counter() - window.started
     rates = {"images_per_second": len(window.metrics) * config.data.batch_size / seconds}
     progress = _progress(run.experiment, state, step)
     counted = {"skipped": skipped} if config.data.skip_corrupt else {}
-    run.log.write({"split": "train"} | progress | means | counted | rates)
+    run.log.write({"split": "train"} | progress | measured | counted | rates)
     return progress
 
 
@@ -289,37 +288,26 @@ def _save(
     run: _Run, state: TrainState, step: int, position: dict[str, int], support: Support
 ) -> None:
     """Writes a checkpoint of a state that is finite."""
-    # A gradient may overflow where the loss does not: the state itself is looked at too.
-    if not _all_finite(state):
-        raise _diverged(run, f"the training state is not finite after step {step}")
     experiment = run.experiment
+    if non_finite_paths(state):
+        raise _diverged(run, state, f"the training state is not finite after step {step}")
+    experiment.parallel.check_replicas(state, step)
     host, support = experiment.parallel.to_host((state, support))
     run.checkpoints.save(host, position, configs.to_json(experiment.config), support)
 
 
-def _means(run: _Run, window: list[Metrics], step: int) -> dict[str, float]:
-    """Means of the metrics of the steps up to `step`; raises if a loss is not finite."""
-    steps = jax.device_get(window)
-    for offset, metrics in enumerate(steps):
-        if not np.isfinite(metrics["loss"]):
-            at = step - len(steps) + 1 + offset
-            raise _diverged(run, f"the loss is {metrics['loss']} at step {at}")
-    return {name: float(np.mean([m[name] for m in steps])) for name in steps[0]}
-
-
-@jax.jit
-def _all_finite(tree: Any) -> jax.Array:
-    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(finite))
-
-
-def _diverged(run: _Run, problem: str) -> NonFiniteError:
+def _diverged(run: _Run, state: TrainState, problem: str) -> NonFiniteError:
+    """What ends a run, with the arrays of its state that are not finite."""
     config, latest = run.experiment.config, run.checkpoints.latest_step
     kept = "no checkpoint was written before"
     if latest is not None:
         kept = f"the last good checkpoint is {workdir.checkpoint_path(config.workdir, latest)}"
+    paths = non_finite_paths({"params": state.params, "batch_stats": state.batch_stats})
+    where = f" ({paths})" if paths else ""
     rate = config.optimizer.learning_rate
-    return NonFiniteError(f"{problem}; {kept}. Try an optimizer.learning_rate below {rate:g}.")
+    return NonFiniteError(
+        f"{problem}{where}; {kept}. Try an optimizer.learning_rate below {rate:g}."
+    )
 
 
 def _progress(experiment: Experiment, state: TrainState, step: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""From a config to an optax transform: SGD, its learning rate, and soft threshold pruning."""
+"""From a config to an optax transform: the optimizer, its learning rate, and its pruning."""
 
 import dataclasses
 import functools
@@ -77,7 +77,7 @@ class Optimizer:
 
 
 def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> Optimizer:
-    """SGD as `config.optimizer` says, with soft threshold pruning where `config.prune` asks for it.
+    """What `config.optimizer` says, with soft threshold pruning where `config.prune` asks for it.
 
     Args:
       config: the run.
@@ -91,19 +91,22 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> Optimizer:
     rate, total = cosine(config, steps_per_epoch), config.total_epochs * steps_per_epoch
     # Of the parameters that its init is given: the zeros of these stay.
     keep = lats_optax.keep_support(lambda params: lats_optax.support(params, mask))
-    kept = optax.chain(_sgd(config, rate), keep)
+    kept = optax.chain(_descent(config, rate), keep)
     if not prune.has_threshold:
-        transform = kept if prune.mode == "fine-tuning" else _sgd(config, rate)
+        transform = kept if prune.mode == "fine-tuning" else _descent(config, rate)
         return Optimizer((Phase(0, total, transform, rate),), mask)
     shrinkage = _shrinkage(prune, _operator_epochs(config) * steps_per_epoch)
     groups = group_operator(prune, shrinkage)
     operator = shrinkage if groups is None else groups
 
     def pruning(rate: optax.Schedule) -> optax.GradientTransformation:
-        threshold, sgd = _threshold(config, rate, steps_per_epoch), _sgd(config, rate)
+        threshold = _threshold(config, rate, steps_per_epoch)
+        descent = _descent(config, rate)
         if prune.weight_decay_on == "latent":
-            return lats_optax.soft_threshold(threshold, inner=sgd, mask=mask, operator=operator)
-        return optax.chain(sgd, lats_optax.soft_threshold(threshold, mask=mask, operator=operator))
+            return lats_optax.soft_threshold(threshold, inner=descent, mask=mask, operator=operator)
+        return optax.chain(
+            descent, lats_optax.soft_threshold(threshold, mask=mask, operator=operator)
+        )
 
     if prune.search_epochs is None:
         return Optimizer((Phase(0, total, pruning(rate), rate),), mask, operator, groups)
@@ -122,13 +125,30 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> Optimizer:
     return Optimizer(phases, mask, operator, groups)
 
 
-def _sgd(config: TrainConfig, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-    sgd = config.optimizer
+def _descent(config: TrainConfig, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    """The optimizer without pruning."""
+    chosen = config.optimizer
     # Not the mask of what is pruned: a layer that stays dense is penalized all the same.
-    penalized = None if sgd.decay_norm else lats_optax.prunable
+    penalized = None if chosen.decay_norm else lats_optax.prunable
+    clip = (
+        optax.identity()
+        if chosen.clip_norm is None
+        else optax.clip_by_global_norm(chosen.clip_norm)
+    )
+    if chosen.name == "adamw":
+        step = optax.adamw(
+            learning_rate,
+            b1=chosen.momentum,
+            b2=chosen.beta2,
+            weight_decay=chosen.weight_decay,
+            mask=penalized,
+            nesterov=chosen.nesterov,
+        )
+        return optax.chain(clip, step)
     return optax.chain(
-        optax.add_decayed_weights(sgd.weight_decay, penalized),
-        optax.sgd(learning_rate, momentum=sgd.momentum or None, nesterov=sgd.nesterov),
+        clip,
+        optax.add_decayed_weights(chosen.weight_decay, penalized),
+        optax.sgd(learning_rate, momentum=chosen.momentum or None, nesterov=chosen.nesterov),
     )
 
 

@@ -21,8 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lats_optax import masks
 from lats_optax.training.config import ParallelConfig
 from lats_optax.training.lifeline import Lifeline, meet
+from lats_optax.training.replicas import ReplicaError, differing, fingerprints
 from lats_optax.training.step import Batch, split_in_order
 
 Item = TypeVar("Item")
@@ -257,6 +259,30 @@ class Engine(abc.ABC):
         # Without this, the others would wait for a process that has ended.
         if self.total(int(failure is not None)):
             raise failure or PrimaryError("process 0 has failed; its last line says why")
+
+    def check_replicas(self, tree: Any, step: int) -> None:
+        """Compares the copies of every array on all devices; all processes have to.
+
+        Args:
+          tree: on the devices.
+          step: named in the error.
+
+        Raises:
+          ReplicaError: copies differ; names the arrays and the devices.
+        """
+        found = fingerprints(jax.tree.leaves(tree), self.local_devices)
+        devices = np.array([device.id for device in self.local_devices])
+        if self.process_count > 1:
+            found, devices = multihost_utils.process_allgather((found, devices), tiled=True)
+        odd = differing(found, jax.tree.leaves(masks.paths(tree)), devices)
+        if odd:
+            named = [f"{name} on device {which}" for name, which in odd.items()]
+            more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+            raise ReplicaError(
+                f"after step {step} copies of one array differ between devices: "
+                f"{'; '.join(named[:5])}{more}. --resume goes on from the last checkpoint; leave "
+                "the faulty device out"
+            )
 
     def preempted(self, step: int) -> bool:
         """Whether every process stops after this step, as one of them was sent SIGTERM.

@@ -4,6 +4,7 @@ How the batch lies on devices is not known here: the mean over replicas is an ar
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -91,6 +92,7 @@ def train_step(
     split: Callable[[Batch, int], Batch] = split_in_order,
     average_decay: float | None = None,
     average_since: int = 0,
+    skip_non_finite: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """A step of the optimizer on the mean gradient of all replicas.
 
@@ -112,10 +114,14 @@ def train_step(
       accumulate: parts of the batch, a divisor of n.
       split: `(batch, count) -> parts`, the batch with a new first axis.
       average_decay: a, in [0, 1); None where the state has no averages.
+      skip_non_finite: a step whose loss or gradients are not finite is taken with gradients of
+        zero, and without its batch statistics. The optimizer counts it, so that a schedule or a
+        named sparsity is where it would be.
       average_since: the step at which the averages began, and from which t is counted.
 
     Returns:
-      The state after the step, and the batch's mean `loss` and `accuracy` before it.
+      The state after the step; the batch's mean `loss` and `accuracy` before it, and the global
+      `gradient_norm`.
     """
 
     def loss_fn(params: Any, stats: Any, part: Batch) -> tuple[jax.Array, tuple[jax.Array, Any]]:
@@ -139,9 +145,14 @@ def train_step(
     else:
         parts = split(batch, accumulate)
         stats, (grads, metrics) = _mean_over_parts(gradient, state.batch_stats, parts, accumulate)
-    updates, opt_state = transform.update(mean(grads), state.opt_state, state.params)
+    grads, metrics, stats = mean(grads), mean(metrics), mean(stats)
+    metrics["gradient_norm"] = optax.tree.norm(grads)
+    if skip_non_finite:
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        grads = jax.tree.map(lambda leaf: jnp.where(good, leaf, 0), grads)
+        stats = jax.tree.map(partial(jnp.where, good), stats, state.batch_stats)
+    updates, opt_state = transform.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics, stats = mean(metrics), mean(stats)
     average = state.average
     if average_decay is not None:
         new_weight = jnp.maximum(1 - average_decay, 9 / (10 + state.step - average_since))
