@@ -1,6 +1,6 @@
 """What a state tells of how its run went: whether the target was met, and if not, why.
 
-Here belong the sentences that `finalize` warns with.
+Here belong the sentences that `finalize` warns with, and that `sparsity` shows.
 """
 
 from typing import Any
@@ -45,13 +45,7 @@ def misgivings(params: Any, opt_state: Any) -> list[str]:
       >>> misgivings(params, tx.init(params))[0]
       'opt_state: the run stopped at step 0 of 4: 0.00% zeros, of the 75.00% named. ...'
     """
-    states = find(opt_state)
-    zeros = dict(
-        zip(
-            jax.tree.leaves(masks.paths(params)),
-            (int((np.asarray(leaf) == 0).sum()) for leaf in jax.tree.leaves(params)),
-        )
-    )
+    states, zeros = find(opt_state), _zeros(params)
     found = [_progress(state, zeros, opt_state) for state in states]
     if not any(state.latents for state in states):
         found.append(
@@ -71,6 +65,36 @@ def misgivings(params: Any, opt_state: Any) -> list[str]:
             "other way. Chain the optimizer or give it as inner=, not both"
         )
     return [sentence for sentence in found if sentence]
+
+
+def summary(params: Any, opt_state: Any) -> tuple[str, ...]:
+    """What a person wants to know of a run: each target that is met, and all that went wrong.
+
+    Args:
+      params: the parameters after the last update.
+      opt_state: the state that came with them.
+
+    Raises:
+      ValueError: there is no state of ``soft_threshold``.
+    """
+    zeros = _zeros(params)
+    met = [
+        f"target met: {sum(state.zeros):,} of {_size(state):,} weights were to be zero, at step "
+        f"{state.count:,} of {state.steps:,}"
+        for state in find(opt_state)
+        if state.zeros is not None and state.latents and not _progress(state, zeros, opt_state)
+    ]
+    return (*met, *misgivings(params, opt_state))
+
+
+def _zeros(params: Any) -> dict[str, int]:
+    """Path of a parameter -> how many of its weights are zero."""
+    counts = (int((np.asarray(leaf) == 0).sum()) for leaf in jax.tree.leaves(params))
+    return dict(zip(jax.tree.leaves(masks.paths(params)), counts))
+
+
+def _size(state: State) -> int:
+    return sum(leaf.size for leaf in state.latents.values())
 
 
 def _progress(state: State, zeros: dict[str, int], opt_state: Any) -> str:

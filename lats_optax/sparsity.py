@@ -12,6 +12,7 @@ from lats_optax import masks
 from lats_optax.leaves import check_fits
 from lats_optax.masks import MaskOrFunction
 from lats_optax.operators import GroupOperator
+from lats_optax.progress import summary
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,11 @@ class SparsityReport:
 
     Attributes:
       layers: one entry for each parameter array, in the order of the tree.
+      progress: sentences on how the run went, where its state was given.
     """
 
     layers: tuple[LayerSparsity, ...]
+    progress: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -134,11 +137,16 @@ class SparsityReport:
         lines += _left_out(self.layers)
         if not self.size:
             lines.append("nothing was prunable")
+        lines += self.progress
         return "\n".join(lines)
 
 
 def sparsity(
-    params: Any, mask: MaskOrFunction = masks.prunable, *, groups: GroupOperator | None = None
+    params: Any,
+    mask: MaskOrFunction = masks.prunable,
+    *,
+    groups: GroupOperator | None = None,
+    opt_state: Any = None,
 ) -> SparsityReport:
     """Count the zeros of a model.
 
@@ -150,13 +158,16 @@ def sparsity(
         that makes one from them.
       groups: the operator of a structured run, one of :mod:`lats_optax.groups`: the table then has
         a column with how many of its groups of each prunable layer are wholly zero.
+      opt_state: the state that came with the parameters: the table then says whether the target of
+        :func:`lats_optax.target_sparsity` is met, at which of its steps, and if not, why.
 
     Returns:
       A :class:`SparsityReport`; ``str()`` of it is a table. It warns where nothing was prunable.
 
     Raises:
       ValueError: a leaf is no array; the mask is of another structure than the parameters, or
-        selects one that lacks the axes of a group; or ``groups`` does not operate on groups.
+        selects one that lacks the axes of a group; ``groups`` does not operate on groups; or
+        ``opt_state`` has no state of ``soft_threshold``.
 
     Example:
       >>> import jax.numpy as jnp, lats_optax
@@ -173,6 +184,11 @@ def sparsity(
       >>> columns = lats_optax.groups.output_channels()
       >>> sparsity(jnp.array([[0.0, 1.0], [0.0, 0.0]]), groups=columns).zero_groups
       1
+      >>> tx = lats_optax.soft_threshold(lats_optax.target_sparsity(0.5, 0.1, steps=4))
+      >>> weights = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> report = sparsity(weights, opt_state=tx.init(weights))
+      >>> print(report.progress[0])
+      opt_state: the run stopped at step 0 of 4: 0.00% zeros, of the 50.00% named. ...
     """
     masks.check_arrays("params", params)
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params)]
@@ -212,7 +228,8 @@ def sparsity(
             for name, leaf, size, zeros, masked, (total, dead), reason in zip(
                 names, leaves, sizes, counts, chosen, counted, reasons
             )
-        )
+        ),
+        () if opt_state is None else summary(params, opt_state),
     )
     if not report.size:
         warnings.warn(

@@ -90,6 +90,16 @@ def without_a_layer():
     return finalize(optax.apply_updates(params, updates), state)
 
 
+def table(steps):
+    """What `sparsity` prints of a run whose state it is given."""
+
+    def act():
+        params, state = trained(optax.chain(SGD, named(steps=steps)))
+        return str(sparsity(params, opt_state=state))
+
+    return act
+
+
 def averaged_around():
     tx = optax.lookahead(optax.chain(SGD, named()), 5, 0.5)
     params, state = trained(tx, params=optax.LookaheadParams.init_synced(start()))
@@ -122,6 +132,25 @@ CASES = [
             r"optax\.MultiSteps",
             lambda params: sparsity(params).sparsity < 0.9,
         ),
+    ),
+    Case(
+        "the table of a run that met its target",
+        table(STEPS),
+        gives(
+            lambda text: text.endswith(
+                "target met: 1,080 of 1,200 weights were to be zero, at step 40 of 40"
+            )
+        ),
+    ),
+    Case(
+        "the table of a run that stopped early",
+        table(10 * STEPS),
+        gives(lambda text: "the run stopped at step 40 of 400: " in text.splitlines()[-1]),
+    ),
+    Case(
+        "the table with a state of another transform",
+        lambda: sparsity(start(), opt_state=SGD.init(start())),
+        raises(ValueError, "opt_state: there is no state of soft_threshold in it"),
     ),
     Case(
         "ten times too many steps",
