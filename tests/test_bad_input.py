@@ -42,6 +42,7 @@ digits --eval-every 0 => 1 to 2147483647
 digits --checkpoint-every 0 => 1 to 2147483647
 digits --keep-checkpoints 0 => 1 to 2147483647
 digits --workdir /dev/null => a directory
+digits --workdir gs:/bucket/run => a directory of this machine, such as where a bucket is mounted
 digits --workdir ~nobody-of-this-name/run => a path of this machine
 digits {TINY} --initial /dev/null => a model file that is there
 digits {TINY} --initial no => a model file that is there

@@ -5,6 +5,7 @@ The command line is made from these classes: the line under a field is its `--he
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,11 @@ def _check_float32(field: str, value: float, *, positive: bool = False) -> None:
 def _expanded(field: str, path: Path) -> Path:
     """The path with ``~`` and ``~user`` as the home directories that they stand for."""
     _check("\0" not in str(path), field, str(path), "a path without null characters")
+    # `Path` has made one slash of two.
+    local = re.match(r"[a-z][a-z0-9+.-]+:/", str(path)) is None
+    _check(
+        local, field, str(path), "a directory of this machine, such as where a bucket is mounted"
+    )
     try:
         return path.expanduser()
     except RuntimeError as error:

@@ -39,6 +39,18 @@ def after_the_last_count():
     return state
 
 
+def given_as_an_array(make):
+    """Whether a threshold that the caller holds outlives the state that it went into."""
+    d = jnp.asarray(0.5)
+    tx = make(d)
+    for init in (tx.init, jax.jit(tx.init)):
+        params = {"kernel": jnp.asarray(NORMAL)}
+        state = init(params)
+        update = jax.jit(tx.update, donate_argnums=(0, 1))
+        _, state = update(jax.tree.map(jnp.zeros_like, params), state, params)
+    return not d.is_deleted() and float(d) == 0.5
+
+
 def conditionals_under_vmap(copies):
     """Whether the program selects within a conditional, and the zeros of each copy."""
     tx = closed(target=0.75, steps=8)
@@ -151,6 +163,14 @@ def halves():
 
 
 CASES = [
+    *(
+        Case(
+            f"a threshold given as an array, and donated, in {make.__name__}",
+            lambda make=make: given_as_an_array(make),
+            gives(bool),
+        )
+        for make in (soft_threshold, lats_optax.proximal_step)
+    ),
     Case(
         "all weights are equal, and one has to survive",
         lambda: pruned(jnp.ones((3, 4))),
