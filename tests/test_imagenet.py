@@ -39,6 +39,8 @@ def data_dir(tmp_path_factory):
 
 # Each compiles a network for eight devices; in `test_data_tfds` a tiny one goes the same way.
 @pytest.mark.slow
+# In four steps of narrow networks layers die; the run says so.
+@pytest.mark.filterwarnings("ignore:opt_state. every weight of")
 @pytest.mark.parametrize("name", IMAGENET)
 def test_a_preset_trains_resumes_and_is_evaluated(
     data_dir, tmp_path, monkeypatch, capsys, compile_once, name
