@@ -109,6 +109,24 @@ def test_all_others_hear_who_is_lost(address, lost):
         assert ends[index] == ([] if index == lost else told)
 
 
+@pytest.mark.parametrize("failed", [0, 1])
+def test_one_that_fails_is_named_unless_all_end_by_themselves(address, monkeypatch, failed):
+    monkeypatch.setattr(lifeline, "_GRACE", 0.1)
+    monkeypatch.setattr(lifeline, "_PATIENCE", 0.5)
+    lines = meet_all(address, [(3, 0), (3, 1), (3, 2)])
+    ends: dict[int, list[str]] = {index: [] for index in range(3)}
+    for index, line in enumerate(lines):
+        watched(line, ends[index]).__enter__()
+    lines[failed].__exit__(OSError, OSError("full"), None)
+    # One of the others hears of it otherwise, and ends by itself in time.
+    lines[2].__exit__(RuntimeError, RuntimeError("agreed"), None)
+    time.sleep(1.5)
+    waits = 1 - failed
+    told = f"process {failed} of the run has failed; its last line says why; --resume goes on"
+    assert ends == {failed: [], 2: [], waits: [told]}
+    lines[waits].close()
+
+
 def test_a_collective_that_fails_first_is_told_as_the_loss(address):
     lines, ends = meet_all(address, [(2, 0), (2, 1)]), []
 
