@@ -1,4 +1,4 @@
-"""Images per second of the training step: dense, sparse, and the same step in PyTorch.
+"""Images per second of the training step: dense, sparse, by both engines, and in PyTorch.
 
     python -m benchmarks.train_throughput                           ResNet-50, as for ImageNet
     python -m benchmarks.train_throughput --model resnet18 --batch-size 8 --image-size 128
@@ -46,7 +46,7 @@ from lats_optax.training.config import (
     TrainConfig,
 )
 from lats_optax.training.optimizer import make_optimizer
-from lats_optax.training.parallel import PmapEngine
+from lats_optax.training.parallel import Engine, JitEngine, PmapEngine
 
 CLASSES, STEPS_PER_EPOCH, EPOCHS = 1000, 5004, 100
 UPDATE_EVERY = default_update_every(EPOCHS * STEPS_PER_EPOCH)
@@ -56,7 +56,13 @@ OPTIMIZER = OptimizerConfig(
     learning_rate=0.256, momentum=0.875, weight_decay=2.0**-15, warmup_epochs=5, decay="epoch"
 )
 LABEL_SMOOTHING = 0.1
-PRUNE = {"dense": PruneConfig(), "sparse": PruneConfig(target_sparsity=TARGET)}
+DENSE, SPARSE = PruneConfig(), PruneConfig(target_sparsity=TARGET)
+STEPS: dict[str, tuple[type[Engine], PruneConfig]] = {
+    "dense": (PmapEngine, DENSE),
+    "sparse": (PmapEngine, SPARSE),
+    "dense, jit": (JitEngine, DENSE),
+    "sparse, jit": (JitEngine, SPARSE),
+}
 TORCH_MODELS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
 
@@ -95,13 +101,13 @@ def image_shape(options: argparse.Namespace) -> tuple[int, int, int]:
     return options.image_size, options.image_size, 1 if options.model.startswith("digits") else 3
 
 
-def jax_runner(options: argparse.Namespace, prune: PruneConfig) -> Runner:
+def jax_runner(options: argparse.Namespace, kind: type[Engine], prune: PruneConfig) -> Runner:
     """The trainer's step, compiled, on a batch that stays on the device."""
     config = config_of(options, prune)
-    model = experiment.make_model(config, CLASSES, PmapEngine.axis_name)
+    parallel = kind(jax.devices()[:1])
+    model = experiment.make_model(config, CLASSES, parallel.axis_name)
     phase = make_optimizer(config, STEPS_PER_EPOCH).phases[0]
-    parallel = PmapEngine(jax.devices()[:1])
-    step = parallel.compile_update(experiment.bind_step(config, model, phase))
+    step = parallel.compile_update(experiment.bind_step(config, model, phase, parallel.split))
     random = np.random.default_rng(0)
     images = random.standard_normal((options.batch_size, *image_shape(options)), np.float32)
     batch = parallel.shard(
@@ -110,8 +116,7 @@ def jax_runner(options: argparse.Namespace, prune: PruneConfig) -> Runner:
             "label": random.integers(CLASSES, size=options.batch_size, dtype=np.int32),
         }
     )
-    make_state = jax.jit(experiment.bind_state(config, model, phase, image_shape(options)))
-    state = parallel.place(make_state())
+    state = parallel.create(experiment.bind_state(config, model, phase, image_shape(options)))
     start = time.perf_counter()
     # Ahead of time, for its memory analysis: the device's own peak would be that of all programs.
     compiled = step.lower(state, batch).compile()
@@ -204,13 +209,13 @@ def measure(
 
 def print_table(runners: dict[str, Runner], results: dict[str, Result]) -> None:
     """Prints the table."""
-    print(f"{'step':<8} {'images/s':>9} {'ms/step':>8}  {'ratio to dense':<21} {'memory GB':>9}")
+    print(f"{'step':<11} {'images/s':>9} {'ms/step':>8}  {'ratio to dense':<21} {'memory GB':>9}")
     for name, row in results.items():
         peak = runners[name].peak_bytes()
         ratio = f"{row.ratio:.3f} [{row.low:.3f} … {row.high:.3f}]"
         memory = "" if peak is None else f"{peak / 1e9:9.2f}"
         print(
-            f"{name:<8} {row.images_per_second:9.1f} {row.milliseconds:8.2f}  {ratio:<21} {memory}"
+            f"{name:<11} {row.images_per_second:9.1f} {row.milliseconds:8.2f}  {ratio:<21} {memory}"
         )
 
 
@@ -242,7 +247,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.torch and not has_torch(options):
         parser.error("--torch: PyTorch is not installed here; allowed with a --torch-python")
     try:
-        config = config_of(options, PRUNE["dense"])
+        config = config_of(options, DENSE)
         model = experiment.make_model(config, CLASSES)
         phase = make_optimizer(config, STEPS_PER_EPOCH).phases[0]
         jax.eval_shape(experiment.bind_state(config, model, phase, image_shape(options)))
@@ -281,8 +286,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Result]:
         f"{options.image_size}, {options.dtype}; {options.rounds} rounds of {options.steps} steps"
     )
     runners = {}
-    for name, prune in PRUNE.items():
-        runners[name] = jax_runner(options, prune)
+    for name, (kind, prune) in STEPS.items():
+        runners[name] = jax_runner(options, kind, prune)
         print(f"{name}: {runners[name].note}", flush=True)
     if torch_is_wanted(options):
         runners["PyTorch"] = torch_runner(options)

@@ -229,7 +229,7 @@ def test_throughput_of_dense_and_sparse_steps(monkeypatch, capsys):
     tiny.add_to_zoo(monkeypatch)
     arguments = "--model tiny --image-size 4 --batch-size 4 --steps 1 --rounds 2"
     results = train_throughput.main(arguments.split())
-    assert list(results) == ["dense", "sparse"]
+    assert list(results) == ["dense", "sparse", "dense, jit", "sparse, jit"]
     for row in results.values():
         assert row.images_per_second * row.milliseconds == pytest.approx(4 * 1e3)
         assert row.low <= row.ratio <= row.high
