@@ -148,7 +148,7 @@ class Network(nn.Module, kw_only=True):
         """Checks the attributes."""
         check(self.num_classes >= 1, "num_classes", self.num_classes, "1 or more")
         least = 1 / self.narrowest
-        check(least <= self.width <= _WIDEST, "width", self.width, f"{least:.3g} to {_WIDEST}")
+        check(least <= self.width <= _WIDEST, "width", self.width, f"{least} to {_WIDEST}")
         if self.features is not None:
             known = isinstance(self.features, Mapping)
             check(known, "features", self.features, "channels of layers, by their paths")

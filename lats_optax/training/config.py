@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+RECALIBRATION_BATCHES = 50
+"""On which batch statistics are estimated where a config does not say; more than are needed."""
+
 _MOST_COUNTED = 2**31 - 1
 _MOST_WORKERS = 1024
 _FLOAT32 = np.finfo(np.float32)
@@ -460,7 +463,7 @@ class TrainConfig:
     def recalibration_batches(self) -> int:
         """Batches that batch statistics are estimated on before an evaluation."""
         if self.recalibrate is None:
-            return 50 if self.prune.enabled else 0
+            return RECALIBRATION_BATCHES if self.prune.enabled else 0
         return self.recalibrate
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from lats_optax.schedules import MOST_TABULATED
-from lats_optax.training.config import TrainConfig
+from lats_optax.training.config import RECALIBRATION_BATCHES, TrainConfig
 
 # Parameters, gradients, momentum and updates, all in float32.
 _COPIES = 4
@@ -34,16 +34,16 @@ def check_steps(config: TrainConfig, steps_per_epoch: int) -> None:
 
 
 def check_recalibration(config: TrainConfig, steps_per_epoch: int) -> None:
-    """Checks that batch statistics are not estimated on more batches than there are.
+    """Checks that batch statistics are not estimated on far more batches than there are.
 
     Raises:
-      ValueError: ``config.recalibrate`` asks for more than those of an epoch.
+      ValueError: ``config.recalibrate`` asks for more than those of an epoch, and than are usual.
     """
-    batches = config.recalibrate
-    if batches is not None and batches > steps_per_epoch:
+    batches, most = config.recalibrate, max(steps_per_epoch, RECALIBRATION_BATCHES)
+    if batches is not None and batches > most:
         raise ValueError(
-            f"recalibrate is {batches}; allowed: None, or at most {steps_per_epoch}, the batches "
-            "of an epoch."
+            f"recalibrate is {batches}; allowed: None, or at most {most}, which an epoch of "
+            f"{steps_per_epoch} batches is enough for."
         )
 
 
