@@ -16,9 +16,10 @@ from lats_optax import data, models
 from lats_optax.training import experiment, loop
 from lats_optax.training.config import DataConfig, OptimizerConfig, TrainConfig
 from lats_optax.training.experiment import Experiment
-from lats_optax.training.parallel import make_engine
+from lats_optax.training.parallel import JitEngine, PmapEngine
 from lats_optax.training.result import RunResult
 
+ENGINES = {"pmap": PmapEngine, "jit": JitEngine}
 TRAIN, TEST, CLASSES, SHAPE = 53, 23, 3, (4, 4, 1)
 
 _build = experiment.build
@@ -92,7 +93,7 @@ def build(
     """`experiment.build` with this data set and this model, unless others are given."""
     own = Model(
         dtype=jnp.dtype(config.model.dtype),
-        axis_name=make_engine(config.parallel, devices).axis_name,
+        axis_name=ENGINES[config.parallel.engine].axis_name,
     )
     return _build(config, devices, dataset=dataset or make_dataset(), model=model or own)
 
