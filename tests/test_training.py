@@ -249,9 +249,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         config = tiny.config(
             tmp_path / str(log_every), optimizer=rate, log_every=log_every, epochs=9
         )
-        with pytest.raises(NonFiniteError, match=r"at step \d+; ") as error:
+        with pytest.raises(NonFiniteError, match=r"at step \d+ \(.*params/Conv_0") as error:
             tiny.train(config)
-        messages.append(str(error.value).split(";")[0])
+        messages.append(str(error.value).split(" (")[0])
         assert not any((config.workdir / "checkpoints").glob("*"))
         for record in read_metrics(config.workdir / "metrics.jsonl"):
             assert np.isfinite(record["loss"])
@@ -269,7 +269,9 @@ def test_the_last_good_checkpoint_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(PmapEngine, "shard", spoilt)
     config = tiny.config(tmp_path / "run", log_every=50)
-    with pytest.raises(NonFiniteError, match=r"nan at step 9; the last good .*checkpoints/6\."):
+    with pytest.raises(
+        NonFiniteError, match=r"nan at step 9 \(.*\); the last good .*checkpoints/6\."
+    ):
         tiny.train(config)
     assert (config.workdir / "checkpoints" / "6").is_dir()
 
@@ -280,7 +282,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     config = tiny.config(
         tmp_path / "run", optimizer=rate, data=DataConfig(name="tiny", batch_size=48), epochs=1
     )
-    with pytest.raises(NonFiniteError, match="after step 1; no checkpoint"):
+    with pytest.raises(NonFiniteError, match=r"after step 1 \(.*\); no checkpoint"):
         tiny.train(config)
     assert not any((config.workdir / "checkpoints").glob("*"))
 
