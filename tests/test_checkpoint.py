@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,6 +24,16 @@ SPARSE = PruneConfig(target_sparsity=0.75)
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch, compile_once):
     tiny.install(monkeypatch)
+
+
+def test_a_work_directory_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tiny.config(Path("runs/here"), epochs=1)
+    loop.train(config)
+    assert (tmp_path / "runs/here/checkpoints/6/MANIFEST").is_file()
+    again = loop.train(dataclasses.replace(config, resume=True))
+    assert int(again.state.step) == 6
+    assert load_variables("runs/here")["params"].keys() == again.state.params.keys()
 
 
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, monkeypatch):

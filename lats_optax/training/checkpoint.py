@@ -159,7 +159,7 @@ class Checkpoints:
             path.parent.mkdir(exist_ok=True)
             unfinished.mkdir()
             with _orbax() as orbax:
-                orbax.save(unfinished / _ARRAYS, args=ocp.args.StandardSave(tree))
+                orbax.save((unfinished / _ARRAYS).absolute(), args=ocp.args.StandardSave(tree))
             content = {"step": number, **content, "arrays": manifest.checksums(tree)}
             manifest.write(unfinished, content)
             os.rename(unfinished, path)
@@ -267,7 +267,7 @@ def _read(path: Path, like: Any = None) -> tuple[dict[str, Any], dict[str, Any]]
     try:
         with _orbax() as orbax:
             restore = ocp.args.StandardRestore(like)
-            tree: dict[str, Any] = orbax.restore(path / _ARRAYS, args=restore)
+            tree: dict[str, Any] = orbax.restore((path / _ARRAYS).absolute(), args=restore)
     except Exception as error:  # Orbax and TensorStore raise all kinds
         raise DamagedError(f"{_ARRAYS} cannot be read: {_reason(error)}") from error
     manifest.check_arrays(content["arrays"], tree)
