@@ -59,12 +59,16 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_answered_with_a_checkpoint(tmp_path, monkeypatch, number):
     config = tiny.config(tmp_path / "run", prune=SPARSE)
-    before = signal.getsignal(number)
-    with monkeypatch.context() as context:
-        at_step(context, 10, lambda: signal.raise_signal(number))
-        with pytest.raises(KeyboardInterrupt, match="after step 10"):
-            loop.train(config)
-    assert signal.getsignal(number) is before
+    # A shell may have told this process to ignore it, and then it is ignored.
+    outside = signal.signal(number, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as context:
+            at_step(context, 10, lambda: signal.raise_signal(number))
+            with pytest.raises(KeyboardInterrupt, match="after step 10"):
+                loop.train(config)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, outside)
     assert (config.workdir / "checkpoints" / "10").is_dir()
     resumed = loop.train(dataclasses.replace(config, resume=True))
     straight = loop.train(tiny.config(tmp_path / "straight", prune=SPARSE))
