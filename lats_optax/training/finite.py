@@ -12,9 +12,6 @@ import numpy as np
 
 from lats_optax import masks
 
-# Paths that a message names.
-_NAMED = 5
-
 
 class NonFiniteError(RuntimeError):
     """Training has left the numbers: a loss or a parameter is infinite or not a number."""
@@ -56,12 +53,10 @@ def means(window: Sequence[Mapping[str, Any]], step: int, skips: bool = False) -
     return found | ({"skipped_steps": float(len(steps) - len(good))} if skips else {})
 
 
-def non_finite_paths(tree: Any) -> str:
-    """The paths of arrays with values that are not finite, a few of them; empty: there are none."""
+def non_finite_paths(tree: Any) -> list[str]:
+    """The paths of arrays with values that are not finite."""
     leaves = _finite(jax.tree.leaves(tree))
-    names = [name for name, finite in zip(jax.tree.leaves(masks.paths(tree)), leaves) if not finite]
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+    return [name for name, finite in zip(jax.tree.leaves(masks.paths(tree)), leaves) if not finite]
 
 
 @jax.jit

@@ -54,7 +54,7 @@ def meet(coordinator: str, count: int, index: int, timeout: float) -> "Lifeline"
         connections = {0: _join(coordinator, host, int(port), count, index, deadline)}
     for connection in connections.values():
         _keep_alive(connection, timeout)
-    return Lifeline(index, connections)
+    return Lifeline(connections)
 
 
 def end_process(message: str) -> None:
@@ -69,9 +69,9 @@ class Lifeline:
     Entered, a thread watches them. A process that ends without leaving the context is lost.
     """
 
-    def __init__(self, index: int, connections: Mapping[int, socket.socket]):
+    def __init__(self, connections: Mapping[int, socket.socket]):
         """Takes connections that `meet` has made."""
-        self._index, self._connections = index, dict(connections)
+        self._connections = dict(connections)
         self._lost = threading.Event()
         self._left = threading.Event()
         self._end: Callable[[str], None] = end_process

@@ -17,7 +17,7 @@ import optax
 from flax import linen as nn
 
 import lats_optax
-from lats_optax import data
+from lats_optax import data, masks
 from lats_optax.training import config as configs
 from lats_optax.training import experiment as experiments
 from lats_optax.training import statistics, workdir
@@ -303,7 +303,7 @@ def _diverged(run: _Run, state: TrainState, problem: str) -> NonFiniteError:
     if latest is not None:
         kept = f"the last good checkpoint is {workdir.checkpoint_path(config.workdir, latest)}"
     paths = non_finite_paths({"params": state.params, "batch_stats": state.batch_stats})
-    where = f" ({paths})" if paths else ""
+    where = f" ({masks.some(paths)})" if paths else ""
     rate = config.optimizer.learning_rate
     return NonFiniteError(
         f"{problem}{where}; {kept}. Try an optimizer.learning_rate below {rate:g}."

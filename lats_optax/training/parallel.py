@@ -277,10 +277,9 @@ class Engine(abc.ABC):
         odd = differing(found, jax.tree.leaves(masks.paths(tree)), devices)
         if odd:
             named = [f"{name} on device {which}" for name, which in odd.items()]
-            more = f" and {len(named) - 5} more" if len(named) > 5 else ""
             raise ReplicaError(
                 f"after step {step} copies of one array differ between devices: "
-                f"{'; '.join(named[:5])}{more}. --resume goes on from the last checkpoint; leave "
+                f"{masks.some(named)}. --resume goes on from the last checkpoint; leave "
                 "the faulty device out"
             )
 
