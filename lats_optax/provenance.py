@@ -146,7 +146,7 @@ def largest(inputs: Sequence[Value]) -> Weight | None:
 
 
 def combine(inputs: Sequence[Value]) -> Value:
-    """What comes of several values, whatever is done with them."""
+    """What comes of several values by any operation."""
     if ACTIVATION in inputs:
         return ACTIVATION
     weight = largest(inputs)
@@ -154,7 +154,7 @@ def combine(inputs: Sequence[Value]) -> Value:
 
 
 def anywhere(value: Value) -> Value:
-    """A part of a value, of which it is not known which one."""
+    """An unknown part of a value."""
     if isinstance(value, Weight):
         return value.anywhere()
     return UNKNOWN if isinstance(value, Constant) else value

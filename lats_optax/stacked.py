@@ -32,7 +32,7 @@ def check_stacked_axes(value: Any) -> int:
 
 
 def stacked_axes(params: Any) -> dict[str, int]:
-    """The number of leading axes that stack layers, for each weight of which the tree shows it.
+    """The number of leading axes that stack layers, where the tree shows it.
 
     Biases and scales show it, by their names as :func:`lats_optax.prunable` takes them. Below a
     node of which every array begins with the same axes, these stack layers if a bias or a scale has
@@ -42,7 +42,7 @@ def stacked_axes(params: Any) -> dict[str, int]:
       params: a pytree of arrays.
 
     Returns:
-      Path -> number. A kernel of which nothing is known is left out.
+      Path -> number. A kernel that nothing is known about is left out.
 
     Example:
       >>> import jax.numpy as jnp

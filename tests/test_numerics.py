@@ -76,7 +76,7 @@ def test_the_same_seed_gives_the_same_run_twice(tmp_path, compile_once, engine):
 
 
 def flipped(array, device, bit=1):
-    """The array, of which one device has a copy with a flipped bit."""
+    """The array, with a flipped bit in the copy of one device."""
     copies = []
     for shard in array.addressable_shards:
         data = np.array(shard.data)

@@ -62,7 +62,7 @@ METHODS = (
     Method("one-shot", "magnitude at half the run, then fine-tuning", one_shot.make),
     Method("gradual-magnitude", "Zhu and Gupta, 2017", family.gradual_magnitude),
     Method("dpf", "Lin et al., ICLR 2020", family.ste_magnitude),
-    # At 95 % it ends at 10 % accuracy before batch normalization, whatever the rate.
+    # At 95 % it ends at 10 % accuracy before batch normalization, at every rate tried.
     Method("st3", "Vanderschueren and De Vleeschouwer, WACV 2023", family.st3, tuned_at=0.9),
     Method("feather", "Glentis Georgoulakis et al., BMVC 2023", family.feather),
     Method("rigl", "Evci et al., ICML 2020", rigl.make),

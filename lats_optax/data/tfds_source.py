@@ -211,7 +211,7 @@ def open_builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
         )
     try:
         builder = tfds.builder_from_directory(path)
-    # TFDS and protobuf raise whatever they meet in a file that is damaged.
+    # TFDS and protobuf raise errors of all kinds for a damaged file.
     except Exception as error:
         problem = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(

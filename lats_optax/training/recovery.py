@@ -25,7 +25,7 @@ class DamagedCheckpointWarning(UserWarning):
 
 
 def steps(workdir: Path) -> list[int]:
-    """Steps of which there is a checkpoint, whole or damaged."""
+    """Steps that have a checkpoint, whole or damaged."""
     try:
         names = os.listdir(workdir / CHECKPOINTS)
     except FileNotFoundError:
@@ -36,7 +36,7 @@ def steps(workdir: Path) -> list[int]:
 def newest_whole(
     workdir: Path, read: Callable[[Path], Value], parallel: Engine | None = None
 ) -> tuple[Value | None, list[tuple[Path, str]]]:
-    """What can be read of the newest checkpoint of which it can be.
+    """The content of the newest checkpoint that can be read.
 
     Args:
       workdir: directory of the run.
