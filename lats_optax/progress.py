@@ -64,6 +64,12 @@ def misgivings(params: Any, opt_state: Any) -> list[str]:
             "has as inner= took the updates of the one before it for gradients, and moves the "
             "other way. Chain the optimizer or give it as inner=, not both"
         )
+    elif _plain_sgd_before(opt_state):
+        found.append(
+            "opt_state: what is chained before soft_threshold(inner=…) has the state of optax.sgd. "
+            "If it is an optimizer, the one in soft_threshold takes its updates for gradients, and "
+            "the weights go up the loss. Chain the optimizer or give it as inner=, not both"
+        )
     return [sentence for sentence in found if sentence]
 
 
@@ -175,3 +181,33 @@ def _moved_twice(states: list[State], opt_state: Any) -> list[str]:
         for name in jax.tree.leaves(masks.paths(moments))
     }
     return sorted(within & before)
+
+
+def _plain_sgd_before(node: Any) -> bool:
+    """Whether `optax.sgd` without momentum is chained before an optimizer in `soft_threshold`.
+
+    It keeps nothing for any parameter, so the place of its state in a chain tells it.
+    """
+    if is_state(node):
+        return False
+    children = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
+    first = next((place for place, child in enumerate(children) if _has_inner(child)), None)
+    if first is None:
+        return False
+    chained = type(node) is tuple and any(_has_plain_sgd(child) for child in children[:first])
+    return chained or any(_plain_sgd_before(child) for child in children)
+
+
+def _has_inner(node: Any) -> bool:
+    within = [child for child in jax.tree.leaves(node, is_leaf=is_state) if is_state(child)]
+    return bool(within) and any(state.has_inner for state in find(within))
+
+
+def _has_plain_sgd(node: Any) -> bool:
+    """Whether there is a scale by a schedule in it, or a chain of two states that hold nothing."""
+
+    def is_plain_sgd(child: Any) -> bool:
+        empty = type(child) is tuple and len(child) == 2 and not jax.tree.leaves(child)
+        return empty or isinstance(child, optax.ScaleByScheduleState)
+
+    return any(is_plain_sgd(child) for child in jax.tree.leaves(node, is_leaf=is_plain_sgd))

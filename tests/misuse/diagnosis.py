@@ -17,6 +17,11 @@ from tests.misuse import Case, gives, raises, warns
 STEPS, RATE = 40, 0.05
 SGD = optax.sgd(RATE, momentum=0.9)
 ADAM = optax.adam(RATE)
+PLAIN_SGD = {
+    "plain sgd": optax.sgd(RATE),
+    "sgd with a schedule": optax.sgd(optax.cosine_decay_schedule(RATE, STEPS)),
+    "sgd with injected hyperparameters": optax.inject_hyperparams(optax.sgd)(RATE),
+}
 DENSE = {"a": False, "b": False, "c": False}
 
 
@@ -256,6 +261,26 @@ CASES = [
         "an optimizer before it and another one within",
         finalized(optax.chain(ADAM, named(inner=SGD))),
         warns(r"^opt_state: a, c went through two optimizers.*not both"),
+    ),
+    *(
+        Case(
+            f"{name} before it and the same within",
+            finalized(optax.chain(sgd, named(inner=sgd))),
+            warns(r"^opt_state: what is chained before soft_threshold\(inner=…\).* not both"),
+        )
+        for name, sgd in PLAIN_SGD.items()
+    ),
+    Case(
+        "transforms of gradients before an optimizer within",
+        finalized(
+            optax.chain(
+                optax.clip(1.0),
+                optax.clip_by_global_norm(1.0),
+                optax.add_decayed_weights(1e-4),
+                named(inner=optax.sgd(RATE)),
+            )
+        ),
+        gives(has_zeros(0.9)),
     ),
     Case(
         "an optimizer for each part, and one within",
