@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from lats_optax import masks
-from lats_optax.leaves import check_fits
 from lats_optax.masks import MaskOrFunction, is_dense
 from lats_optax.operators import Operator
+from lats_optax.parts import check_fits
 from lats_optax.stacked import warn_of_stacked_layers
 
 

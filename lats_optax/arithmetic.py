@@ -31,8 +31,7 @@ def first_latent(w: Any, d: jax.Array, operator: Operator, dtype: Any) -> Any:
 
     if not isinstance(w, jax.ShapeDtypeStruct):
         return preimage(w, d)
-    shape = jax.eval_shape(preimage, w, d)
-    return w.update(dtype=shape.dtype)  # type: ignore[no-untyped-call]
+    return w.update(dtype=jnp.dtype(dtype))  # type: ignore[no-untyped-call]
 
 
 def move(theta: jax.Array, update: Any, frozen: jax.Array | None) -> jax.Array:

@@ -14,6 +14,7 @@ import optax
 
 from lats_optax.numbers import check_threshold
 from lats_optax.operators import Operator
+from lats_optax.parts import by_path, parts_of
 from lats_optax.prox import prox_l1
 from lats_optax.pruned import STRAIGHT_THROUGH, PrunedUpdate
 from lats_optax.schedules import ScalarOrSchedule, is_distribution
@@ -155,12 +156,16 @@ def _warn_of_a_fall(schedule: Callable[[Any], jax.Array], late: int) -> None:
 
 def _warn_of_nothing_left(constant: Any, latent: Any, operator: Operator) -> None:
     """Warns of a constant threshold that no weight reaches: it may be meant as a sparsity."""
-    leaves = [leaf for leaf in jax.tree.leaves(latent) if leaf.size]
+    weights = {name: leaf for name, leaf in by_path(latent).items() if leaf.size}
+    leaves = weights.values()
     known = not any(isinstance(node, jax.core.Tracer) for node in [constant, *leaves])
     if constant is None or not known or not all(isinstance(leaf, jax.Array) for leaf in leaves):
         return
     try:
-        magnitudes = [float(jnp.max(operator.magnitude(leaf))) for leaf in leaves]
+        magnitudes = [
+            float(jnp.max(part.operator.magnitude(part.gather(weights))))
+            for part in parts_of(operator, weights)
+        ]
     except ValueError:  # that of a plain function is not known
         return
     largest = max(magnitudes, default=0.0)

@@ -1,7 +1,7 @@
 """The end of training: exactly sparse weights out of a state, and a check that they are its own."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from lats_optax import masks
 from lats_optax.leaves import compute_dtype
 from lats_optax.operators import Operator, as_operator
+from lats_optax.parts import parts_of
 from lats_optax.progress import misgivings
-from lats_optax.states import latents
+from lats_optax.states import Latent, latents
 
 
 def finalize(
@@ -67,36 +68,40 @@ def finalize(
       ValueError: params: their zeros are not those of the state: params: 1 of 2 weights differ
       (0 zero in params alone, 1 in the state alone). ...
     """
-    operators = _operators(operator, params)
     names: list[str] = jax.tree.leaves(masks.paths(params))
     structure: Any = jax.tree.structure(params)
     masks.check_arrays("params", params)
     _check_finite("params", names, jax.tree.leaves(params))
     known = latents(opt_state)
+    given = dict(zip(names, jax.tree.leaves(params)))
     if unknown := sorted(known.keys() - set(names)):
         raise ValueError(
             f"opt_state: its latent weights have {', '.join(unknown)}; params has no such path, "
             f"but {', '.join(names)}"
         )
+    for name, latent in known.items():
+        if jnp.shape(latent.theta) != jnp.shape(given[name]):
+            raise ValueError(
+                f"opt_state: the latent weights {name} have shape {jnp.shape(latent.theta)}; "
+                f"allowed is that of params, {jnp.shape(given[name])}"
+            )
+    found = {
+        name: exact
+        for own, latents_of_it in _by_operator(_operators(operator, params), known)
+        for name, exact in _exact(own, latents_of_it, given).items()
+    }
     weights, alive, differing, unequal = [], [], [], []
-    for name, w, own in zip(names, jax.tree.leaves(params), operators):
+    for name, w in given.items():
         if name not in known:
             weights.append(w)
             alive.append(jnp.asarray(True))
             continue
-        theta, d, default, step = known[name]
-        if jnp.shape(theta) != jnp.shape(w):
-            raise ValueError(
-                f"opt_state: the latent weights {name} have shape {jnp.shape(theta)}; allowed is "
-                f"that of params, {jnp.shape(w)}"
-            )
-        exact, only_params, only_state = _exact(
-            w, theta, d, (default if own is None else as_operator(own)).at(step)
-        )
+        exact, only_params, only_state = found[name]
         weights.append(exact)
         alive.append(exact != 0)
-        if only_params + only_state:
-            differing.append(_difference(name, jnp.size(w), only_params, only_state))
+        counts = int(only_params.sum()), int(only_state.sum())
+        if any(counts):
+            differing.append(_difference(name, jnp.size(w), *counts))
         elif not _is_close(w, exact):
             unequal.append(name)
     if differing:
@@ -116,9 +121,9 @@ def finalize(
         warnings.warn(misgiving, stacklevel=2)
     if average is None:
         return jax.tree.unflatten(structure, weights)
-    given: Any = jax.tree.structure(average)
-    if given != structure:
-        raise ValueError(f"average: its structure {given} is not that of params, {structure}")
+    other: Any = jax.tree.structure(average)
+    if other != structure:
+        raise ValueError(f"average: its structure {other} is not that of params, {structure}")
     for name, a, w in zip(names, jax.tree.leaves(average), weights):
         if jnp.shape(a) != jnp.shape(w):
             raise ValueError(
@@ -130,27 +135,54 @@ def finalize(
     return masks.restrict(average, jax.tree.unflatten(structure, alive))
 
 
-def _operators(operator: Operator | Any, params: Any) -> list[Operator | None]:
-    """The operator of each parameter; None: the default of its state."""
+def _operators(operator: Operator | Any, params: Any) -> Mapping[str, Operator | None]:
+    """The operator of each parameter, by path; None: the default of its state."""
+    names = jax.tree.leaves(masks.paths(params))
     if operator is None or callable(operator):
-        return [operator] * len(jax.tree.leaves(params))
-    return jax.tree.leaves(masks.spread("operator", operator, params))
+        return dict.fromkeys(names, operator)
+    return dict(zip(names, jax.tree.leaves(masks.spread("operator", operator, params))))
 
 
-def _exact(w: Any, theta: Any, d: Any, operator: Operator) -> tuple[jax.Array, int, int]:
-    """S_d(theta) with the zeros of w, and how many zeros w alone has and how many theirs alone."""
-    dtype = compute_dtype(jnp.asarray(theta).dtype)
-    wide, d = jnp.asarray(theta, dtype), jnp.asarray(d, dtype)
-    # Compiled elsewhere, the norm of a group may round otherwise: that near to the threshold a
-    # weight is what the parameters say.
-    ulps = 32 * jnp.finfo(dtype).eps  # type: ignore[no-untyped-call]
-    z, fewer, more = (
-        jnp.asarray(operator(wide, at), jnp.asarray(w).dtype)
-        for at in (d, d * (1 - ulps), d * (1 + ulps))
-    )
-    only_params, only_state = (w == 0) & (more != 0), (w != 0) & (fewer == 0)
-    exact = jnp.where(w == 0, jnp.zeros_like(z), jnp.where(z == 0, w, z))
-    return exact, int(only_params.sum()), int(only_state.sum())
+def _by_operator(
+    given: Mapping[str, Operator | None], known: Mapping[str, Latent]
+) -> list[tuple[Operator, dict[str, Latent]]]:
+    """The operators, as they are at their steps, and the latent weights of each.
+
+    Groups may span leaves, so those of one operator and one state are taken together.
+    """
+    found: dict[Any, tuple[Operator, dict[str, Latent]]] = {}
+    for name, latent in known.items():
+        own = given[name]
+        key = latent.state, id(own)
+        if key not in found:
+            operator = latent.operator if own is None else as_operator(own)
+            found[key] = operator.at(latent.step), {}
+        found[key][1][name] = latent
+    return list(found.values())
+
+
+def _exact(
+    operator: Operator, latents_of_it: Mapping[str, Latent], params: Mapping[str, Any]
+) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
+    """By path: P_d(theta) with the zeros of w, where w alone is zero, and where it alone is not."""
+    thetas = {name: jnp.asarray(latent.theta) for name, latent in latents_of_it.items()}
+    found = {}
+    for part in parts_of(operator, thetas):
+        theta = part.gather(thetas)
+        dtype = compute_dtype(theta.dtype)
+        theta, d = theta.astype(dtype), jnp.asarray(latents_of_it[part.names[0]].threshold, dtype)
+        # Compiled elsewhere, the norm of a group may round otherwise: that near to the threshold a
+        # weight is what the parameters say.
+        ulps = 32 * jnp.finfo(dtype).eps  # type: ignore[no-untyped-call]
+        values = (
+            part.split(part.operator(theta, at)) for at in (d, d * (1 - ulps), d * (1 + ulps))
+        )
+        for name, *each in zip(part.names, *values):
+            w = jnp.asarray(params[name])
+            z, fewer, more = (value.astype(w.dtype) for value in each)
+            exact = jnp.where(w == 0, jnp.zeros_like(z), jnp.where(z == 0, w, z))
+            found[name] = exact, (w == 0) & (more != 0), (w != 0) & (fewer == 0)
+    return found
 
 
 def _is_close(w: Any, exact: jax.Array) -> bool:

@@ -1,6 +1,7 @@
 """Structured pruning: groups of weights that live and die together, in the terms of a layer.
 
-Here belong the operators that `soft_threshold` takes for whole channels, filters and blocks.
+Here belong the operators that `soft_threshold` takes for whole channels, filters and blocks; that
+of n weights of every m is in `n_of_m.py`.
 Layouts are Flax's: the last axis of a kernel counts outputs, the one before it inputs, and those
 before that, of a convolution, are its kernel positions. Where one array holds several layers, as
 `flax.linen.scan` and `jax.vmap` stack them, the first axes count layers (`stacked_axes`).
@@ -16,10 +17,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
+from lats_optax.n_of_m import n_of_m
 from lats_optax.numbers import check_steps
 from lats_optax.operators import Elementwise, GroupOperator
 from lats_optax.prox import prox_l1
 from lats_optax.stacked import check_stacked_axes
+
+__all__ = ["Tiles", "blocks", "filters", "input_channels", "n_of_m", "output_channels"]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Operators of one array over the leaves of pytrees, and the float types that they compute in."""
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -84,48 +83,3 @@ def check_not_negative(name: str, value: Any) -> None:
         raise ValueError(f"{name}: {value!r} is not allowed; allowed are numbers >= 0")
     if np.any(array < 0):
         raise ValueError(f"{name}: {value} is negative; allowed are numbers >= 0")
-
-
-def check_fits(
-    argument: str, operator: Callable[[Any, Any], Any], arrays: Mapping[str, Any]
-) -> None:
-    """Refuses arrays that an operator has no value for, such as ones that lack an axis of its.
-
-    Args:
-      argument: what errors call the operator.
-      operator: it is asked for shapes alone.
-      arrays: by path.
-
-    Raises:
-      ValueError: names the paths and shapes, and how to leave them out.
-    """
-    reasons: dict[Any, ValueError] = {}
-    unfit: dict[str, ValueError] = {}
-    what = f"{argument}: {operator!r} is not a function (x, strength) -> z"
-    asked = set()
-    for path, array in arrays.items():
-        kind = (jnp.shape(array), jnp.result_type(array))
-        if kind not in asked:
-            asked.add(kind)
-            try:
-                value = jax.eval_shape(operator, jax.ShapeDtypeStruct(*kind), 0.0)  # type: ignore[no-untyped-call]
-            except ValueError as error:
-                reasons[kind] = error
-            except TypeError as error:
-                raise ValueError(f"{what}: for {path} there is a TypeError: {error}") from error
-            else:
-                if getattr(value, "shape", None) != kind[0]:
-                    raise ValueError(
-                        f"{what}: for {path}, of shape {kind[0]}, its value is {value!r}; allowed "
-                        "are values of the shape of x"
-                    )
-        if kind in reasons:
-            unfit[path] = reasons[kind]
-    if unfit:
-        shapes = [f"{path} of shape {jnp.shape(arrays[path])}" for path in unfit]
-        exclude = [f"^{re.escape(path)}$" for path in unfit]
-        first = next(iter(unfit.values()))
-        raise ValueError(
-            f"{argument}: it does not fit {', '.join(shapes)}: {first}. Leave what it does not fit "
-            f"out of the mask, as mask=lats_optax.select(exclude={exclude}) does"
-        ) from first

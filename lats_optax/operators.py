@@ -79,6 +79,17 @@ class Operator(Protocol):
         """
 
 
+class Groups(Operator, Protocol):
+    """An operator of groups, or of a pattern within groups, which a report counts."""
+
+    @property
+    def counted(self) -> str:
+        """Which groups are counted, for the title of a column."""
+
+    def count(self, w: jax.Array, /) -> tuple[int, jax.Array]:
+        """The number of groups of an array, and how many of them are as the title says, int32."""
+
+
 class Elementwise(abc.ABC):
     """The base of operators that act on each weight by itself.
 
@@ -187,6 +198,11 @@ class GroupOperator(abc.ABC):
     def at(self, count: Any) -> "GroupOperator":
         """The same groups, with the shrinkage after so many steps."""
         return dataclasses.replace(self, shrinkage=self.shrinkage.at(count))
+
+    @property
+    def counted(self) -> str:
+        """Those that are wholly zero."""
+        return "zero groups"
 
     def count(self, w: jax.Array) -> tuple[int, jax.Array]:
         """The number of groups of an array, and how many of them are wholly zero, int32."""

@@ -80,8 +80,13 @@ def kth_smallest_of_each(
       >>> kth_smallest_of_each([[jnp.array([3.0, -1.0])], [jnp.array([[2.0]])]], [2, 1])
       Array([3., 2.], dtype=float32)
     """
-    _check_ranks(lists, ranks)
-    rows = [[_measured(array, operator) for array in arrays] for arrays in lists]
+    rows = [[Measured.of(array, operator) for array in arrays] for arrays in lists]
+    return select(rows, ranks, dtype=dtype)
+
+
+def select(rows: "Rows", ranks: Any, *, dtype: Any) -> jax.Array:
+    """As :func:`kth_smallest_of_each`, of arrays that have an operator each."""
+    _check_ranks(rows, ranks)
     pattern = _pattern_of(dtype)
     bits = pattern.itemsize * 8 - 1  # all but the sign
     passes = -(-bits // _DIGIT_BITS)
@@ -106,15 +111,12 @@ def kth_smallest_of_each(
     return lax.bitcast_convert_type(found, dtype)
 
 
-def below_the_largest(
-    lists: Sequence[Sequence[jax.Array]], found: jax.Array, operator: Operator = prox_l1
-) -> jax.Array:
+def below_the_largest(rows: "Rows", found: jax.Array) -> jax.Array:
     """The quantiles as thresholds that leave something: finite, and below the largest magnitude.
 
     Args:
-      lists: real arrays.
-      found: a magnitude for each list, as :func:`kth_smallest_of_each` finds it.
-      operator: as in :func:`kth_smallest`.
+      rows: lists of measured arrays.
+      found: a magnitude for each list, as :func:`select` finds it.
 
     Returns:
       ``found``; where it is not finite, or no magnitude is larger, the largest finite magnitude
@@ -122,8 +124,8 @@ def below_the_largest(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> lists = [[jnp.array([1.0, 2.0, 2.0])], [jnp.array([2.0, 2.0])], [jnp.array([2.0, 3.0])]]
-      >>> below_the_largest(lists, jnp.full(3, 2.0))
+      >>> arrays = jnp.array([1.0, 2.0, 2.0]), jnp.array([2.0, 2.0]), jnp.array([2.0, 3.0])
+      >>> below_the_largest([[Measured.of(each, prox_l1)] for each in arrays], jnp.full(3, 2.0))
       Array([1., 0., 2.], dtype=float32)
     """
     dtype = found.dtype
@@ -131,9 +133,9 @@ def below_the_largest(
     infinity = lax.bitcast_convert_type(jnp.asarray(jnp.inf, dtype), patterns.dtype)
     zero = np.zeros((), patterns.dtype)
 
-    def one(arrays: Sequence[jax.Array], q: jax.Array) -> jax.Array:
+    def one(row: "Sequence[Measured]", q: jax.Array) -> jax.Array:
         largest, lower = jnp.asarray(zero), jnp.asarray(zero)
-        for array, magnitude, _ in (_measured(array, operator) for array in arrays):
+        for array, magnitude, _ in row:
             each = _patterns(magnitude(array), dtype)
             top, below = lax.reduce(
                 [each, jnp.where(each < jnp.minimum(q, infinity), each, zero)],
@@ -144,13 +146,13 @@ def below_the_largest(
             largest, lower = jnp.maximum(largest, top), jnp.maximum(lower, below)
         return jnp.where((q < largest) & (q < infinity), q, lower)
 
-    kept = jnp.stack([one(arrays, q) for arrays, q in zip(lists, patterns)])
+    kept = jnp.stack([one(row, q) for row, q in zip(rows, patterns)])
     return lax.bitcast_convert_type(kept, dtype)
 
 
-def _check_ranks(lists: Sequence[Sequence[jax.Array]], ranks: Any) -> None:
-    for index, arrays in enumerate(lists):
-        size = sum(array.size for array in arrays)
+def _check_ranks(rows: "Rows", ranks: Any) -> None:
+    for index, row in enumerate(rows):
+        size = sum(each.weights for each in row)
         if size >= 2**32:
             raise ValueError(f"arrays: {size} entries are too many to count in 32 bits")
         rank = ranks[index]
@@ -158,23 +160,32 @@ def _check_ranks(lists: Sequence[Sequence[jax.Array]], ranks: Any) -> None:
             raise ValueError(f"rank: {rank} is not allowed; allowed are 0 … {size}")
 
 
-class _Measured(NamedTuple):
+class Measured(NamedTuple):
     """An array, the map from it to magnitudes, and the number of weights behind each of them."""
 
     array: jax.Array
     magnitude: Callable[[jax.Array], jax.Array]
     sizes: np.ndarray
 
+    @classmethod
+    def of(cls, array: jax.Array, operator: Operator) -> "Measured":
+        """An array under an operator."""
+        sizes = operator.group_sizes(array.shape)
+        if np.any(sizes != 1):
+            # The magnitudes of groups are few: they are computed once, and not in every pass.
+            return cls(operator.magnitude(array), jnp.abs, sizes)
+        return cls(array, operator.magnitude, sizes)
 
-def _measured(array: jax.Array, operator: Operator) -> _Measured:
-    sizes = operator.group_sizes(array.shape)
-    if np.any(sizes != 1):
-        # The magnitudes of groups are few: they are computed once, and not in every pass.
-        return _Measured(operator.magnitude(array), jnp.abs, sizes)
-    return _Measured(array, operator.magnitude, sizes)
+    @property
+    def weights(self) -> int:
+        """The number of weights."""
+        return int(self.sizes.sum(dtype=np.int64)) * self.array.size // max(self.sizes.size, 1)
 
 
-def _count_below(measured: Sequence[_Measured], pivots: jax.Array, dtype: Any) -> jax.Array:
+Rows = Sequence[Sequence[Measured]]
+
+
+def _count_below(measured: Sequence[Measured], pivots: jax.Array, dtype: Any) -> jax.Array:
     """For each pivot the number of bit patterns below it, in one pass over the arrays."""
     total = jnp.zeros(pivots.shape, jnp.uint32)
     for array, magnitude, sizes in measured:

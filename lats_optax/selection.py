@@ -7,7 +7,7 @@ derivative, and a refusal of weights that differ between the devices of a `shard
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,15 +16,16 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from lats_optax.operators import Operator
-from lats_optax.quantile import below_the_largest, kth_smallest_of_each
+from lats_optax.parts import parts_of
+from lats_optax.quantile import Measured, Rows, below_the_largest, select
 
-Lists = Sequence[Sequence[jax.Array]]
+Weights = Mapping[str, jax.Array]
 
 
 def quantiles(
-    due: jax.Array, previous: jax.Array, lists: Lists, ranks: jax.Array, operator: Operator
+    due: jax.Array, previous: jax.Array, weights: Weights, ranks: jax.Array, operator: Operator
 ) -> jax.Array:
-    """The ``ranks[i]``-th smallest magnitude over each list of arrays, where it is due.
+    """The ``ranks[i]``-th smallest magnitude, where it is due: of all weights, or of each leaf.
 
     Where a quantile is not finite, or no magnitude is larger, it is the largest finite magnitude
     that is smaller, and 0 where there is none: a threshold that leaves something. Its derivative is
@@ -32,25 +33,25 @@ def quantiles(
 
     Args:
       due: bool scalar, whether to select.
-      previous: float [lists], the result where it is not due.
-      lists: real arrays, in lists of fewer than 2**32 entries each.
-      ranks: integers [lists].
+      previous: float [n], the result where it is not due.
+      weights: real arrays by path, of fewer than 2**32 entries together, or each.
+      ranks: integers [n]: one for all together, or one for each of the arrays.
       operator: the operator under which magnitudes are taken.
 
     Returns:
-      Float [lists], of the type of ``previous``.
+      Float [n], of the type of ``previous``.
 
     Raises:
       ValueError: within a `shard_map` the arrays differ between devices.
 
     Example:
-      >>> weights = [jnp.array([3.0, -1.0, 2.0, 0.5])]
+      >>> weights = {"kernel": jnp.array([3.0, -1.0, 2.0, 0.5])}
       >>> from lats_optax.prox import prox_l1
-      >>> quantiles(jnp.array(True), jnp.zeros(1), [weights], jnp.array([3]), prox_l1)
+      >>> quantiles(jnp.array(True), jnp.zeros(1), weights, jnp.array([3]), prox_l1)
       Array([2.], dtype=float32)
     """
-    _check_equal_on_devices(lists)
-    return _jitted(due, previous, lists, ranks, _Identity(operator))
+    _check_equal_on_devices(weights)
+    return _jitted(due, previous, weights, ranks, _Identity(operator))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,40 +70,48 @@ class _Identity:
 # Without jit here, a call outside of one would trace and compile the loop at every step.
 @functools.partial(jax.jit, static_argnums=4, inline=True)
 def _jitted(
-    due: jax.Array, previous: jax.Array, lists: Lists, ranks: jax.Array, static: _Identity
+    due: jax.Array, previous: jax.Array, weights: Weights, ranks: jax.Array, static: _Identity
 ) -> jax.Array:
-    return _selected(static.operator, due, previous, lists, ranks)
+    return _selected(static.operator, due, previous, weights, ranks)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _selected(
-    operator: Operator, due: jax.Array, previous: jax.Array, lists: Lists, ranks: jax.Array
+    operator: Operator, due: jax.Array, previous: jax.Array, weights: Weights, ranks: jax.Array
 ) -> jax.Array:
-    def select(lists: Lists, ranks: jax.Array) -> jax.Array:
-        found = kth_smallest_of_each(lists, ranks, operator, dtype=previous.dtype)
-        return below_the_largest(lists, found, operator)
+    def compute(weights: Weights, ranks: jax.Array) -> jax.Array:
+        rows = _rows(operator, weights, len(previous))
+        return below_the_largest(rows, select(rows, ranks, dtype=previous.dtype))
 
-    return _when(due, select, (lists, ranks), previous)
+    return _when(due, compute, (weights, ranks), previous)
+
+
+def _rows(operator: Operator, weights: Weights, number: int) -> Rows:
+    """The arrays that are compared, in one list for all or one for each."""
+    all_of_them = [
+        Measured.of(part.gather(weights), part.operator) for part in parts_of(operator, weights)
+    ]
+    return [all_of_them] if number == 1 else [[each] for each in all_of_them]
 
 
 @_selected.defjvp
 def _derivative(operator: Operator, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     # The selection compares bit patterns: without this rule its derivative would be zero.
-    due, _, lists, _ = primals
+    due, _, weights, _ = primals
     _, previous, slopes, _ = tangents
     found = _selected(operator, *primals)
-    each = [_slope(*row, operator) for row in zip(lists, slopes, found)]
+
+    def magnitudes(weights: Weights) -> list[list[jax.Array]]:
+        rows = _rows(operator, weights, len(found))
+        return [[each.magnitude(each.array).astype(found.dtype) for each in row] for row in rows]
+
+    of_each = zip(*jax.jvp(magnitudes, (weights,), (slopes,)), found)
+    each = [_slope(list(zip(values, changes)), q) for values, changes, q in of_each]
     return found, jnp.where(due, jnp.stack(each), previous)
 
 
-def _slope(
-    arrays: Sequence[jax.Array], slopes: Sequence[jax.Array], found: jax.Array, operator: Operator
-) -> jax.Array:
-    """The derivative of a quantile, from those of the arrays."""
-    pairs = [
-        jax.jvp(lambda array: operator.magnitude(array).astype(found.dtype), (array,), (slope,))
-        for array, slope in zip(arrays, slopes)
-    ]
+def _slope(pairs: list[tuple[jax.Array, jax.Array]], found: jax.Array) -> jax.Array:
+    """The derivative of a quantile, from magnitudes and their derivatives."""
     # The nearest, and not those that are equal: another program may round a magnitude otherwise.
     distances = [jnp.abs(magnitude - found) for magnitude, _ in pairs]
     least = functools.reduce(jnp.minimum, [jnp.min(d, initial=jnp.inf) for d in distances])
@@ -139,12 +148,9 @@ def _when(
     return conditional(due, operands, otherwise)
 
 
-def _check_equal_on_devices(lists: Lists) -> None:
+def _check_equal_on_devices(weights: Weights) -> None:
     axes = {
-        name
-        for arrays in lists
-        for array in arrays
-        for name in jax.typeof(array).manual_axis_type.varying
+        name for array in weights.values() for name in jax.typeof(array).manual_axis_type.varying
     }
     if axes:
         names = ", ".join(map(repr, sorted(axes)))

@@ -3,15 +3,15 @@
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
 from lats_optax import masks
-from lats_optax.leaves import check_fits
 from lats_optax.masks import MaskOrFunction
-from lats_optax.operators import GroupOperator
+from lats_optax.operators import Groups
+from lats_optax.parts import check_fits, parts_of
 from lats_optax.progress import summary
 
 
@@ -19,7 +19,8 @@ from lats_optax.progress import summary
 class LayerSparsity:
     """One parameter array: its path and shape, how many entries it has and how many are zero.
 
-    And, where groups are counted, how many of them it has and how many are zero as a whole.
+    And, where groups are counted, how many of them it has and how many are zero as a whole; of N:M
+    patterns, how many have n weights left at most.
     Where it is not prunable, ``reason`` says why in a word or two. Random keys have no entries.
     """
 
@@ -45,10 +46,12 @@ class SparsityReport:
     Attributes:
       layers: one entry for each parameter array, in the order of the tree.
       progress: sentences on how the run went, where its state was given.
+      counted: which groups are counted, in two words.
     """
 
     layers: tuple[LayerSparsity, ...]
     progress: tuple[str, ...] = ()
+    counted: str = ""
 
     @property
     def size(self) -> int:
@@ -92,7 +95,7 @@ class SparsityReport:
 
     @property
     def zero_groups(self) -> int | None:
-        """Number of those that are wholly zero; None where groups were not counted."""
+        """Number of those that are wholly zero, or have the pattern; None: not counted."""
         return _sum(layer.zero_groups for layer in self.layers if layer.prunable)
 
     @property
@@ -118,7 +121,7 @@ class SparsityReport:
         rows.append(("all parameters", "", self.total_size, self.total_zeros, ""))
         names = max(len(row[0]) for row in rows)
         shapes = max(max(len(row[1]) for row in rows), len("shape"))
-        title = "" if self.groups is None else "zero groups"
+        title = "" if self.groups is None else self.counted
         width = max(len(title), *(len(row[4]) for row in rows))
         lines = [
             f"{'layer':<{names}}  {'shape':>{shapes}}  {'weights':>13}  {'non-zero':>13}  sparsity"
@@ -145,7 +148,7 @@ def sparsity(
     params: Any,
     mask: MaskOrFunction = masks.prunable,
     *,
-    groups: GroupOperator | None = None,
+    groups: Groups | None = None,
     opt_state: Any = None,
 ) -> SparsityReport:
     """Count the zeros of a model.
@@ -157,7 +160,8 @@ def sparsity(
       mask: which leaves are prunable: a pytree of bools that matches the parameters, or a function
         that makes one from them.
       groups: the operator of a structured run, one of :mod:`lats_optax.groups`: the table then has
-        a column with how many of its groups of each prunable layer are wholly zero.
+        a column with how many of its groups of each prunable layer are wholly zero, or have the
+        pattern of ``n_of_m``.
       opt_state: the state that came with the parameters: the table then says whether the target of
         :func:`lats_optax.target_sparsity` is met, at which of its steps, and if not, why.
 
@@ -200,19 +204,20 @@ def sparsity(
     counts = jax.device_get(
         [size - jnp.count_nonzero(leaf) if size else 0 for size, leaf in zip(sizes, leaves)]
     )
+    counts_of_groups: dict[str, tuple[int, int]] = {}
     if groups is not None:
-        if not isinstance(groups, GroupOperator):
+        if not hasattr(groups, "count") or not hasattr(groups, "counted"):
             raise ValueError(
                 f"groups: {groups!r} is not allowed; allowed are operators of lats_optax.groups"
             )
         prunable = {name: leaf for name, leaf, masked in zip(names, leaves, chosen) if masked}
         check_fits("groups", groups, prunable)
-    counted = jax.device_get(
-        [
-            groups.count(leaf) if groups is not None and masked else (None, None)
-            for leaf, masked in zip(leaves, chosen)
-        ]
-    )
+        counts_of_groups = jax.device_get(
+            {
+                part.names[0]: cast(Groups, part.operator).count(part.gather(prunable))
+                for part in parts_of(groups, prunable)
+            }
+        )
     report = SparsityReport(
         tuple(
             LayerSparsity(
@@ -225,11 +230,13 @@ def sparsity(
                 zero_groups=None if dead is None else int(dead),
                 reason="" if masked else reason,
             )
-            for name, leaf, size, zeros, masked, (total, dead), reason in zip(
-                names, leaves, sizes, counts, chosen, counted, reasons
+            for name, leaf, size, zeros, masked, reason in zip(
+                names, leaves, sizes, counts, chosen, reasons
             )
+            for total, dead in [counts_of_groups.get(name, (None, None))]
         ),
         () if opt_state is None else summary(params, opt_state),
+        "" if groups is None else groups.counted,
     )
     if not report.size:
         warnings.warn(

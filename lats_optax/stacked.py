@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from lats_optax import masks
 from lats_optax.numbers import is_number
 from lats_optax.operators import Operator
+from lats_optax.parts import parts_of
 
 _BESIDE = ("bias", "scale", "norm")
 Shape = tuple[int, ...]
@@ -96,18 +97,20 @@ def warn_of_stacked_layers(
       selected: the pruned ones, by path.
       stacklevel: as `warnings.warn` has it, from the caller.
     """
-    shapes = {name: tuple(jnp.shape(leaf)) for name, leaf in selected.items()}
-    if all(operator.group_sizes(shape).max(initial=1) == 1 for shape in shapes.values()):
+    parts = parts_of(operator, selected)
+    if all(part.largest_group == 1 for part in parts):
         return
     known = stacked_axes(params)
     across: defaultdict[int, list[str]] = defaultdict(list)
     split = []
-    for name, shape in shapes.items():
+    for (name, *others), own, shape, *_ in parts:
+        if others:
+            continue
         axes = known.get(name, 0)
         probe = jax.ShapeDtypeStruct(shape, jnp.float32)  # type: ignore[no-untyped-call]
-        if jax.eval_shape(operator.magnitude, probe).shape[:axes] != shape[:axes]:
+        if jax.eval_shape(own.magnitude, probe).shape[:axes] != shape[:axes]:
             across[axes].append(f"{name} {list(shape)}")
-        if known.get(name) == 0 and _splits(operator):
+        if known.get(name) == 0 and _splits(own):
             split.append(f"{name} {list(shape)}")
     for axes, names in across.items():
         first = "axis" if axes == 1 else f"{axes} axes"

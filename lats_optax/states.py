@@ -44,12 +44,13 @@ class State(NamedTuple):
 
 
 class Latent(NamedTuple):
-    """The latent weights of one parameter, and what is applied to them."""
+    """The latent weights of one parameter, what is applied to them, and which state has them."""
 
     theta: Any
     threshold: Any
     operator: Operator
     step: int
+    state: int
 
 
 def is_state(node: Any) -> bool:
@@ -81,7 +82,7 @@ def latents(opt_state: Any) -> dict[str, Latent]:
         thresholds of their own.
     """
     found: dict[str, Latent] = {}
-    for state in find(opt_state):
+    for number, state in enumerate(find(opt_state)):
         _check_equal_on_devices(state.threshold)
         # One threshold for all, or one for each layer.
         thresholds = jnp.broadcast_to(state.threshold, (len(state.latents),))
@@ -91,7 +92,7 @@ def latents(opt_state: Any) -> dict[str, Latent]:
                     f"opt_state: two states have latent weights for {name}; chain one "
                     "soft_threshold"
                 )
-            found[name] = Latent(theta, d, state.operator, state.count)
+            found[name] = Latent(theta, d, state.operator, state.count, number)
     return found
 
 

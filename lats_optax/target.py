@@ -36,6 +36,7 @@ from lats_optax.distributions import check_sparsity
 from lats_optax.laws import Law, constant_l1
 from lats_optax.numbers import check_fraction, check_steps, is_number
 from lats_optax.operators import Elementwise, Operator, Values
+from lats_optax.parts import Part, by_path, parts_of
 from lats_optax.power import Rescaled, prox_annealed
 from lats_optax.pruned import PrunedUpdate, bounded
 from lats_optax.schedules import ScalarOrSchedule, is_schedule, learning_rates
@@ -234,15 +235,14 @@ class TargetSparsity:
         operator: Operator,
     ) -> tuple[jax.Array, TargetSparsityState]:
         """Select the quantile where it is due (1), and control the threshold by it."""
-        leaves = jax.tree.leaves(latent)
-        if not sum(leaf.size for leaf in leaves):
+        weights = by_path(latent)
+        if not sum(leaf.size for leaf in weights.values()):
             return threshold, state
         targets = _targets(self.target, latent, operator)
         index, due = self.plan.selection(count)
         ranks = jnp.asarray(targets.ranks(self.plan.fraction))[index]
-        lists = [leaves] if np.ndim(targets.sizes) == 0 else [[leaf] for leaf in leaves]
         previous, ranks = jnp.reshape(state.quantile, -1), jnp.reshape(ranks, -1)
-        quantile = quantiles(due, previous, lists, ranks, operator).reshape(threshold.shape)
+        quantile = quantiles(due, previous, weights, ranks, operator).reshape(threshold.shape)
         return control(self.plan, count, threshold, state, quantile)
 
 
@@ -385,11 +385,11 @@ def default_update_every(steps: int) -> int:
 
 
 class _Targets(NamedTuple):
-    """Sparsities, numbers of weights and the largest groups: of all together, or of each layer."""
+    """Sparsities, numbers of weights, and how many can be zero: of all together, or of each."""
 
     sparsity: np.ndarray
     sizes: np.ndarray
-    largest: np.ndarray
+    most: np.ndarray
 
     def named(self, fraction: np.ndarray) -> np.ndarray:
         """The number of weights that parts of the target name, float64 [n] or [n, layers]."""
@@ -401,8 +401,7 @@ class _Targets(NamedTuple):
 
         At least one weight, or one group, survives: a target below 1 never means none at all.
         """
-        most = np.maximum(self.sizes - self.largest, 0)
-        return np.clip(self.named(fraction), 0, most).astype(np.uint32)
+        return np.clip(self.named(fraction), 0, self.most).astype(np.uint32)
 
 
 def named_zeros(target: Any, latent: Any, operator: Operator) -> int:
@@ -435,17 +434,38 @@ def _checked(target: Any) -> Any:
 
 
 def _targets(target: Any, latent: Any, operator: Operator) -> _Targets:
-    leaves = jax.tree.leaves(latent)
-    sizes = np.array([leaf.size for leaf in leaves], np.int64)
-    # The most weights of which one cannot become zero alone.
-    largest = np.array([operator.group_sizes(leaf.shape).max(initial=1) for leaf in leaves])
+    weights = by_path(latent)
+    parts = parts_of(operator, weights)
     if isinstance(target, float):
-        return _Targets(np.array(target), sizes.sum(), largest.max(initial=1))
+        return _bounded(np.array(target), [list(parts)])
+    if wide := [part for part in parts if len(part.names) > 1]:
+        raise ValueError(
+            f"target: one for each layer is not allowed where groups span layers, as those of "
+            f"{', '.join(wide[0].names)} do; allowed is one for all"
+        )
     tree = target(latent) if masks.is_function(target) else target
-    named = jax.tree.leaves(masks.spread("target", tree, latent)) if leaves else []
-    names = jax.tree.leaves(masks.paths(latent))
-    checked = [check_sparsity(f"target of {name}", value) for name, value in zip(names, named)]
-    return _Targets(np.array(checked), sizes, largest)
+    named = jax.tree.leaves(masks.spread("target", tree, latent)) if weights else []
+    checked = [check_sparsity(f"target of {name}", value) for name, value in zip(weights, named)]
+    return _bounded(np.array(checked), [[part] for part in parts])
+
+
+def _bounded(sparsity: np.ndarray, lists: list[list[Part]]) -> _Targets:
+    """Targets of lists of parts, each of which can be met: one weight, or group, survives."""
+    shape = np.shape(sparsity)
+    sizes = np.array([sum(part.size for part in parts) for parts in lists], np.int64)
+    most = np.array([sum(part.most for part in parts) for parts in lists], np.int64)
+    for named, size, limit, parts in zip(np.ravel(sparsity), sizes, most, lists):
+        if limit < size and np.rint(named * size) > limit:
+            raise ValueError(
+                f"target: {named} of {masks.some([name for part in parts for name in part.names])} "
+                f"is not allowed under operator={parts[0].operator!r}; allowed are sparsities up "
+                f"to {limit / size:g}"
+            )
+    largest = np.array(
+        [max((part.largest_group for part in parts), default=1) for parts in lists], np.int64
+    )
+    most = np.maximum(np.minimum(most, sizes - largest), 0)
+    return _Targets(sparsity, sizes.reshape(shape), most.reshape(shape))
 
 
 def _increments(law: Law, rates: np.ndarray) -> np.ndarray:

@@ -26,6 +26,7 @@ from lats_optax.latents import expand_threshold, is_latent, map_pruned, where_la
 from lats_optax.masks import MaskOrFunction
 from lats_optax.numbers import check_steps
 from lats_optax.operators import Operator, as_operator
+from lats_optax.parts import by_path, map_parts, parts_of
 from lats_optax.prox import prox_l1
 from lats_optax.pruned import PrunedUpdate, Scaled, as_pruned_update
 from lats_optax.schedules import ScalarOrSchedule
@@ -169,8 +170,9 @@ def soft_threshold(
             params,
         )
         first, control_state = controller.init(pruned, operator)
-        latent = map_pruned(
-            lambda w, d: first_latent(w, d, operator.at(0), latent_dtype),
+        latent = map_parts(
+            lambda part, w, d: first_latent(w, d, part, latent_dtype),
+            operator.at(0),
             pruned,
             expand_threshold(first, pruned),
         )
@@ -179,13 +181,17 @@ def soft_threshold(
             jnp.zeros((), jnp.int32), first, latent, control_state, inner_state
         )
 
-    def restrained(update: Any, w: Any) -> jax.Array:
-        """The update, with less of it where the weight is pruned."""
-        update, w = jnp.asarray(update), jnp.asarray(w)
-        if pruned_update is not None:
-            return pruned_update(update, w)
-        single = operator.group_sizes(w.shape).max(initial=1) == 1
-        return (controller.default_pruned_update if single else Scaled(0.0))(update, w)
+    def rules(latent: Any) -> Any:
+        """What becomes of the updates of pruned weights, for each leaf."""
+        chosen = {
+            name: controller.default_pruned_update if part.largest_group == 1 else Scaled(0.0)
+            for part in parts_of(operator, by_path(latent))
+            for name in part.names
+        }
+        return map_pruned(
+            lambda name: chosen[name] if pruned_update is None else pruned_update,
+            masks.paths(latent),
+        )
 
     def update(
         updates: Any, state: SoftThresholdState, params: Any = None, **extra_args: Any
@@ -200,9 +206,9 @@ def soft_threshold(
         if freeze_after is not None:
             frozen = state.count >= freeze_after
             latent = map_pruned(
-                lambda theta, d: jnp.where(frozen, operator.at(state.count)(theta, d), theta),
+                lambda theta, w: jnp.where(frozen, w, theta),
                 latent,
-                expand_threshold(state.threshold, latent),
+                _pruned(operator.at(state.count), latent, state.threshold),
             )
 
         # theta' = theta + update
@@ -212,7 +218,11 @@ def soft_threshold(
                 updates, inner_state, where_latent(latent, params), **extra_args
             )
         latent = map_pruned(
-            lambda theta, u, w: move(theta, restrained(u, w), frozen), latent, updates, params
+            lambda theta, u, w, rule: move(theta, rule(jnp.asarray(u), jnp.asarray(w)), frozen),
+            latent,
+            updates,
+            params,
+            rules(latent),
         )
 
         # d'
@@ -224,13 +234,9 @@ def soft_threshold(
 
         # w' = P_{d'}(theta')
         count = optax.safe_increment(state.count)
-        shrink = operator.at(count)
         differences = map_pruned(
-            lambda theta, d, u, w: living_difference(
-                shrink(theta, d), jnp.asarray(w), jnp.asarray(u)
-            ),
-            latent,
-            expand_threshold(after, latent),
+            lambda target, u, w: living_difference(target, jnp.asarray(w), jnp.asarray(u)),
+            _pruned(operator.at(count), latent, after),
             updates,
             params,
         )
@@ -297,16 +303,19 @@ def proximal_step(
         check_beside("updates", updates, params, needed=pruned)
         current = schedule(state.count)
         count = optax.safe_increment(state.count)
-        shrink = operator.at(count)
-
-        def step(chosen: bool, u: Any, w: jax.Array) -> Any:
-            if not chosen:
-                return u
-            w, u = jnp.asarray(w), jnp.asarray(u)
-            return difference(shrink(w + u.astype(w.dtype), current), w, u)
-
-        new_updates = jax.tree.map(step, pruned, updates, params)
-        return new_updates, ProximalStepState(count)
+        moved = jax.tree.map(
+            lambda chosen, u, w: _moved(u, w) if chosen else optax.MaskedNode(),
+            pruned,
+            updates,
+            params,
+        )
+        differences = map_pruned(
+            lambda target, u, w: difference(target, jnp.asarray(w), jnp.asarray(u)),
+            _pruned(operator.at(count), moved, current),
+            updates,
+            params,
+        )
+        return where_latent(differences, updates), ProximalStepState(count)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -362,6 +371,18 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
         return kept, state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _pruned(operator: Operator, latent: Any, threshold: jax.Array) -> Any:
+    """``P_d(theta)``, a tree like the latent weights."""
+    thresholds = expand_threshold(threshold, latent)
+    return map_parts(lambda part, theta, d: part(theta, d), operator, latent, thresholds)
+
+
+def _moved(update: Any, w: Any) -> jax.Array:
+    """``w + update``, in the dtype of w."""
+    w = jnp.asarray(w)
+    return w + jnp.asarray(update).astype(w.dtype)
 
 
 def _as_array(leaf: Any) -> Any:

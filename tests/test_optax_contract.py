@@ -38,6 +38,7 @@ TRANSFORMS = {
     ),
     "channels": lambda: lats_optax.soft_threshold(target(), operator=groups.output_channels()),
     "blocks": lambda: lats_optax.soft_threshold(target(), operator=groups.blocks(4, 4)),
+    "n_of_m": lambda: lats_optax.soft_threshold(target(), operator=groups.n_of_m(2, 4)),
     "proximal_step": lambda: lats_optax.proximal_step(0.01),
     "keep_support": lambda: lats_optax.keep_support(lats_optax.support),
 }

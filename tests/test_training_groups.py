@@ -18,6 +18,7 @@ from tests.properties import GROUPS
 
 OUTPUTS = PruneConfig(0.5, structure="output-channels")
 BLOCKS = PruneConfig(0.5, structure="blocks", block=(4, 3))
+PATTERN = PruneConfig(0.5, structure="n-of-m", pattern=(2, 4))
 
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -68,6 +69,19 @@ def test_a_run_ends_with_whole_groups_at_zero(tmp_path, prune, groups):
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a == 0, b == 0), found, params)
 
 
+def test_a_run_ends_with_two_of_every_four(tmp_path):
+    config = tiny.config(tmp_path / "run", prune=PATTERN, epochs=2, eval_every=2)
+    result = tiny.train(config, jax.devices()[:1])
+    report, state = result.sparsity, result.state
+    assert report.zero_groups == report.groups == report.size // 4 > 0
+    assert report.zeros == report.size / 2
+    assert "2:4 groups" in str(report)
+    operator = group_operator(PATTERN, prox.prox_l1)
+    found = lats_optax.finalize(state.params, state.opt_state, operator=operator)
+    for exact, w in zip(jax.tree.leaves(found), jax.tree.leaves(state.params)):
+        np.testing.assert_array_equal(exact == 0, w == 0)
+
+
 NETWORK = {
     "classifier/kernel": (64, 10),
     "depthwise/kernel": (3, 3, 1, 64),
@@ -85,6 +99,7 @@ NETWORK = {
         (BLOCKS, set()),
         (PruneConfig(0.5, structure="input-channels"), {"depthwise"}),
         (PruneConfig(0.5, structure="filters"), {"classifier"}),
+        (PATTERN, {"depthwise", "stem"}),
         (dataclasses.replace(OUTPUTS, exclude=("^stem",)), {"classifier", "stem"}),
         (
             dataclasses.replace(OUTPUTS, include=("^(classifier|stem)/kernel",)),
@@ -115,7 +130,7 @@ def test_a_layer_without_such_groups_is_one_line(tmp_path):
 def test_a_run_from_before_there_were_structures_goes_on(tmp_path):
     plain = tiny.config(tmp_path, prune=PruneConfig(0.5))
     saved = json.loads(json.dumps(to_json(plain)))
-    for newer in ("structure", "block", "operator", "reach"):
+    for newer in ("structure", "block", "pattern", "operator", "reach"):
         del saved["prune"][newer]
     check_resumable(saved, plain)
     assert prune_from_json(saved) == plain.prune

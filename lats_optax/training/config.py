@@ -205,11 +205,16 @@ class PruneConfig:
     """Layers share target_sparsity freely, equally, or by Erdős–Rényi or Erdős–Rényi-kernel."""
     layer_sparsity: tuple[tuple[str, float], ...] = ()
     """With distribution uniform, EXPRESSION SPARSITY ...: layers with a target of their own."""
-    structure: Literal["none", "output-channels", "input-channels", "filters", "blocks"] = "none"
-    """What is zeroed as a whole. Left out, unless `include` is given: with output-channels the
-    classifier, with input-channels layers that have one, with filters all but convolutions."""
+    structure: Literal[
+        "none", "output-channels", "input-channels", "filters", "blocks", "n-of-m"
+    ] = "none"
+    """What is zeroed as a whole, or in a pattern. Left out, unless `include` is given: with
+    output-channels the classifier, with input-channels layers that have one, with filters all but
+    convolutions, with n-of-m layers whose inputs M does not divide."""
     block: tuple[int, int] | None = None
     """With structure blocks, INPUTS OUTPUTS in a block of a layer's matrix, at each position."""
+    pattern: tuple[int, int] | None = None
+    """With structure n-of-m, N M: of M weights along the inputs N are left."""
 
     @property
     def enabled(self) -> bool:
@@ -223,6 +228,8 @@ class PruneConfig:
             return self.operator
         if self.target_sparsity is None:
             return "soft"
+        if self.structure == "n-of-m":  # what survives is not shrunk under any of them
+            return "soft"
         # A shrunken channel has the same outputs behind a batch normalization, and gradients as
         # much larger as it is smaller.
         return "hard" if self.structure == "output-channels" else "annealed"
@@ -232,7 +239,7 @@ class PruneConfig:
         """The part of the steps after which `target_sparsity` is reached."""
         if self.reach is not None:
             return self.reach
-        return 1.0 if self.chosen_operator == "soft" else 0.5
+        return 1.0 if self.chosen_operator == "soft" and self.structure != "n-of-m" else 0.5
 
     @property
     def has_threshold(self) -> bool:
@@ -328,6 +335,19 @@ class PruneConfig:
             _check(sides, "prune.block", block, "with structure blocks, two numbers of 1 or more")
         else:
             _check(block is None, "prune.block", block, "None, but for structure blocks")
+        pattern = self.pattern
+        if structure != "n-of-m":
+            _check(pattern is None, "prune.pattern", pattern, "None, but for structure n-of-m")
+            return
+        known = pattern is not None and len(pattern) == 2 and 1 <= pattern[0] < pattern[1]
+        _check(known, "prune.pattern", pattern, "with structure n-of-m, N M with 1 <= N < M")
+        assert pattern is not None
+        most = 1 - pattern[0] / pattern[1]
+        within = self.target_sparsity is None or self.target_sparsity <= most
+        allowed = f"up to {most:g} with pattern {pattern[0]} {pattern[1]}"
+        _check(within, "prune.target_sparsity", self.target_sparsity, allowed)
+        single = self.operator != "annealed"
+        _check(single, "prune.operator", self.operator, "another one with structure n-of-m")
 
 
 @dataclasses.dataclass(frozen=True)

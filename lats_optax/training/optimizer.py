@@ -15,7 +15,8 @@ import optax
 import lats_optax
 from lats_optax.controllers import as_controller
 from lats_optax.masks import paths
-from lats_optax.operators import Elementwise, GroupOperator, Operator
+from lats_optax.n_of_m import NOfM
+from lats_optax.operators import Elementwise, Groups, Operator
 from lats_optax.schedules import tabulate
 from lats_optax.target import default_operator
 from lats_optax.training.config import PruneConfig, TrainConfig
@@ -61,7 +62,7 @@ class Optimizer:
     phases: tuple[Phase, ...]
     mask: Callable[[Any], Any]
     operator: Operator | None = None
-    groups: GroupOperator | None = None
+    groups: Groups | None = None
 
     @functools.cached_property
     def learning_rate(self) -> optax.Schedule:
@@ -213,6 +214,8 @@ def pruned_mask(prune: PruneConfig) -> Callable[[Any], Any]:
                 return not re.search("(^|/)classifier/", path)
             case "input-channels":  # one alone is the layer, as of a depth-wise convolution
                 return bool(jnp.ndim(leaf) >= 2 and jnp.shape(leaf)[-2] > 1)
+            case "n-of-m":
+                return _pattern(prune, lats_optax.prox.prox_l1).divides(path, jnp.shape(leaf))
             case _:
                 return jnp.ndim(leaf) >= 3
 
@@ -240,7 +243,7 @@ def _shrinkage(prune: PruneConfig, steps: int) -> Elementwise:
             return lats_optax.prox.prox_l1
 
 
-def group_operator(prune: PruneConfig, shrinkage: Elementwise) -> GroupOperator | None:
+def group_operator(prune: PruneConfig, shrinkage: Elementwise) -> Groups | None:
     """The operator of `prune.structure`; None: weights are zeroed one by one."""
     match prune.structure:
         case "output-channels":
@@ -252,8 +255,15 @@ def group_operator(prune: PruneConfig, shrinkage: Elementwise) -> GroupOperator 
         case "blocks":
             assert prune.block is not None
             return lats_optax.groups.blocks(*prune.block, shrinkage=shrinkage)
+        case "n-of-m":
+            return _pattern(prune, shrinkage)
         case _:
             return None
+
+
+def _pattern(prune: PruneConfig, shrinkage: Elementwise) -> NOfM:
+    assert prune.pattern is not None
+    return lats_optax.groups.n_of_m(*prune.pattern, shrinkage=shrinkage)
 
 
 def _threshold(config: TrainConfig, learning_rate: optax.Schedule, steps_per_epoch: int) -> Any:
