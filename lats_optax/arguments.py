@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from lats_optax import masks
 from lats_optax.masks import MaskOrFunction, is_dense
-from lats_optax.operators import Operator
-from lats_optax.parts import check_fits
+from lats_optax.parts import TreeOperator, check_fits
 from lats_optax.stacked import warn_of_stacked_layers
 
 
@@ -58,7 +57,7 @@ def check_float_type(name: str, dtype: Any) -> None:
         )
 
 
-def checked_mask(params: Any, mask: MaskOrFunction, operator: Operator) -> Any:
+def checked_mask(params: Any, mask: MaskOrFunction, operator: TreeOperator) -> Any:
     """A mask as a tree of bools like the parameters; what is pruned must fit the operator.
 
     Raises:

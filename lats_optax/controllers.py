@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from lats_optax.numbers import check_threshold
-from lats_optax.operators import Operator
-from lats_optax.parts import by_path, parts_of
+from lats_optax.parts import TreeOperator, by_path, parts_of
 from lats_optax.prox import prox_l1
 from lats_optax.pruned import STRAIGHT_THROUGH, PrunedUpdate
 from lats_optax.schedules import ScalarOrSchedule, is_distribution
@@ -33,25 +32,30 @@ class Controller(Protocol):
     """
 
     @property
-    def default_operator(self) -> Operator:
+    def default_operator(self) -> TreeOperator:
         """The operator where ``soft_threshold`` is given none."""
 
     @property
     def default_pruned_update(self) -> PrunedUpdate:
         """How pruned weights move where ``soft_threshold`` is given no ``pruned_scale``."""
 
-    def prepared(self, operator: Operator, freeze_after: int | None) -> "Controller":
+    def prepared(self, operator: TreeOperator, freeze_after: int | None) -> "Controller":
         """The controller for an operator, and for a support that is frozen after some steps.
 
         Raises:
           ValueError: it does not go with one of the two.
         """
 
-    def init(self, latent: Any, operator: Operator) -> tuple[jax.Array, Any]:
+    def init(self, latent: Any, operator: TreeOperator) -> tuple[jax.Array, Any]:
         """The threshold before the first step, and the state of the controller."""
 
     def update(
-        self, count: jax.Array, threshold: jax.Array, state: Any, latent: Any, operator: Operator
+        self,
+        count: jax.Array,
+        threshold: jax.Array,
+        state: Any,
+        latent: Any,
+        operator: TreeOperator,
     ) -> tuple[jax.Array, Any]:
         """The threshold after ``count + 1`` steps, and the new state.
 
@@ -77,10 +81,10 @@ class OpenLoop:
     schedule: Callable[[Any], jax.Array]
     steps: int | None = None
     constant: Any = None
-    default_operator: Operator = prox_l1
+    default_operator: TreeOperator = prox_l1
     default_pruned_update: PrunedUpdate = STRAIGHT_THROUGH
 
-    def prepared(self, operator: Operator, freeze_after: int | None) -> "OpenLoop":
+    def prepared(self, operator: TreeOperator, freeze_after: int | None) -> "OpenLoop":
         """Itself: any operator goes with it. It may be cut short, and not drawn out."""
         del operator
         if freeze_after is not None and self.steps is not None and freeze_after > self.steps:
@@ -92,14 +96,19 @@ class OpenLoop:
             _warn_of_a_fall(self.schedule, _LATE if freeze_after is None else freeze_after)
         return self
 
-    def init(self, latent: Any, operator: Operator) -> tuple[jax.Array, Any]:
+    def init(self, latent: Any, operator: TreeOperator) -> tuple[jax.Array, Any]:
         """The schedule at 0, after a look at what a threshold of that size leaves alive."""
         first = self.schedule(0)
         _warn_of_nothing_left(self.constant, latent, operator)
         return first, ()
 
     def update(
-        self, count: jax.Array, threshold: jax.Array, state: Any, latent: Any, operator: Operator
+        self,
+        count: jax.Array,
+        threshold: jax.Array,
+        state: Any,
+        latent: Any,
+        operator: TreeOperator,
     ) -> tuple[jax.Array, Any]:
         """The schedule at ``count + 1``."""
         del threshold, latent, operator
@@ -154,7 +163,7 @@ def _warn_of_a_fall(schedule: Callable[[Any], jax.Array], late: int) -> None:
         )
 
 
-def _warn_of_nothing_left(constant: Any, latent: Any, operator: Operator) -> None:
+def _warn_of_nothing_left(constant: Any, latent: Any, operator: TreeOperator) -> None:
     """Warns of a constant threshold that no weight reaches: it may be meant as a sparsity."""
     weights = {name: leaf for name, leaf in by_path(latent).items() if leaf.size}
     leaves = weights.values()

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 
 from lats_optax import masks
 from lats_optax.leaves import compute_dtype
-from lats_optax.operators import Operator, as_operator
-from lats_optax.parts import parts_of
+from lats_optax.parts import TreeOperator, as_operator, parts_of
 from lats_optax.progress import misgivings
 from lats_optax.states import Latent, latents
 
 
 def finalize(
-    params: Any, opt_state: Any, *, average: Any = None, operator: Operator | Any = None
+    params: Any, opt_state: Any, *, average: Any = None, operator: TreeOperator | Any = None
 ) -> Any:
     """The sparse weights that a training state stands for, after a check that ``params`` are its.
 
@@ -135,7 +134,7 @@ def finalize(
     return masks.restrict(average, jax.tree.unflatten(structure, alive))
 
 
-def _operators(operator: Operator | Any, params: Any) -> Mapping[str, Operator | None]:
+def _operators(operator: TreeOperator | Any, params: Any) -> Mapping[str, TreeOperator | None]:
     """The operator of each parameter, by path; None: the default of its state."""
     names = jax.tree.leaves(masks.paths(params))
     if operator is None or callable(operator):
@@ -144,13 +143,13 @@ def _operators(operator: Operator | Any, params: Any) -> Mapping[str, Operator |
 
 
 def _by_operator(
-    given: Mapping[str, Operator | None], known: Mapping[str, Latent]
-) -> list[tuple[Operator, dict[str, Latent]]]:
+    given: Mapping[str, TreeOperator | None], known: Mapping[str, Latent]
+) -> list[tuple[TreeOperator, dict[str, Latent]]]:
     """The operators, as they are at their steps, and the latent weights of each.
 
     Groups may span leaves, so those of one operator and one state are taken together.
     """
-    found: dict[Any, tuple[Operator, dict[str, Latent]]] = {}
+    found: dict[Any, tuple[TreeOperator, dict[str, Latent]]] = {}
     for name, latent in known.items():
         own = given[name]
         key = latent.state, id(own)
@@ -162,7 +161,7 @@ def _by_operator(
 
 
 def _exact(
-    operator: Operator, latents_of_it: Mapping[str, Latent], params: Mapping[str, Any]
+    operator: TreeOperator, latents_of_it: Mapping[str, Latent], params: Mapping[str, Any]
 ) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
     """By path: P_d(theta) with the zeros of w, where w alone is zero, and where it alone is not."""
     thetas = {name: jnp.asarray(latent.theta) for name, latent in latents_of_it.items()}

@@ -1,7 +1,7 @@
 """Structured pruning: groups of weights that live and die together, in the terms of a layer.
 
-Here belong the operators that `soft_threshold` takes for whole channels, filters and blocks; that
-of n weights of every m is in `n_of_m.py`.
+Here belong the operators that `soft_threshold` takes for whole channels, filters and blocks. That
+of n weights of every m is in `n_of_m.py`; those of units that span leaves are in `units.py`.
 Layouts are Flax's: the last axis of a kernel counts outputs, the one before it inputs, and those
 before that, of a convolution, are its kernel positions. Where one array holds several layers, as
 `flax.linen.scan` and `jax.vmap` stack them, the first axes count layers (`stacked_axes`).
@@ -15,15 +15,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
 
+from lats_optax import leaves
 from lats_optax.n_of_m import n_of_m
 from lats_optax.numbers import check_steps
 from lats_optax.operators import Elementwise, GroupOperator
 from lats_optax.prox import prox_l1
 from lats_optax.stacked import check_stacked_axes
+from lats_optax.units import heads, hidden_units, units
 
-__all__ = ["Tiles", "blocks", "filters", "input_channels", "n_of_m", "output_channels"]
+__all__ = [
+    "Tiles",
+    "blocks",
+    "filters",
+    "heads",
+    "hidden_units",
+    "input_channels",
+    "n_of_m",
+    "output_channels",
+    "units",
+]
 
 
 @dataclass(frozen=True)
@@ -74,11 +85,8 @@ class Tiles(GroupOperator):
             zero = np.zeros((), totals.dtype)
             return lax.reduce_window(totals, zero, lax.add, window, window, ragged)
 
-        if AxisType.Explicit in jax.typeof(totals).sharding.mesh.axis_types:
-            # The compiler divides tiles over devices; the types of explicit sharding do not.
-            whole_tiles = PartitionSpec(*(None,) * x.ndim)  # type: ignore[no-untyped-call]
-            over_windows = jax.sharding.auto_axes(over_windows, out_sharding=whole_tiles)
-        return over_windows(totals)
+        sums: jax.Array = leaves.by_the_compiler(over_windows, totals)
+        return sums
 
     def group_sizes(self, shape: tuple[int, ...]) -> np.ndarray:
         """Tiles at the end of an axis may be smaller."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 
 def over_leaves(function: Callable[..., jax.Array], x: Any, strength: Any, **keywords: Any) -> Any:
@@ -83,3 +84,24 @@ def check_not_negative(name: str, value: Any) -> None:
         raise ValueError(f"{name}: {value!r} is not allowed; allowed are numbers >= 0")
     if np.any(array < 0):
         raise ValueError(f"{name}: {value} is negative; allowed are numbers >= 0")
+
+
+def by_the_compiler(function: Callable[..., Any], *arrays: jax.Array, out: Any = None) -> Any:
+    """A function of arrays, of which the compiler decides how it is divided over devices.
+
+    The types of explicit sharding do not divide windows, and axes that are made of one another.
+
+    Args:
+      function: of arrays, to one array.
+      *arrays: of one mesh.
+      out: the `PartitionSpec` of its value under explicit sharding. Default (None): on all devices.
+    """
+    mesh = jax.typeof(arrays[0]).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return function(*arrays)
+    if out is None:
+        shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]  # type: ignore[no-untyped-call]
+        out = PartitionSpec(*(None,) * jax.eval_shape(function, *shapes).ndim)  # type: ignore[no-untyped-call]
+    # Arrays may have a mesh where no `jax.set_mesh` is around them.
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(function, out_sharding=out)(*arrays)

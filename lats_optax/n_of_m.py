@@ -6,7 +6,7 @@ Here belong the operator and what it counts. `lats_optax.groups` has it among th
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,10 +65,15 @@ class NOfM:
     def preimage(self, w: jax.Array, d: Any) -> jax.Array:
         """The n largest as they are, and the others a threshold larger, but not above these."""
         size = self.shrinkage.least(w)
-        kept = self._kept(size)
-        least = jnp.min(self._grouped(jnp.where(kept, size, jnp.inf)), axis=self._at(w.ndim) + 1)
+        kept, within = self._kept(size), self._at(w.ndim) + 1
+
+        def least_of_group(size: jax.Array) -> jax.Array:
+            least = jnp.min(self._grouped(size), axis=within, keepdims=True)
+            return jnp.broadcast_to(least, self._grouped(size).shape).reshape(w.shape)
+
+        least = self._by_group(least_of_group, jnp.where(kept, size, jnp.inf))
         # Just below them: of those that tie the first would be taken for the largest.
-        bound = self._repeat(jnp.nextafter(least, jnp.zeros_like(least)), w.shape)
+        bound = jnp.nextafter(least, jnp.zeros_like(least))
         raised = self.shrinkage.preimage(w, d)
         capped = jnp.sign(raised) * jnp.minimum(jnp.abs(raised), bound)
         return jnp.where(kept, w, capped)
@@ -97,7 +102,10 @@ class NOfM:
 
     def count(self, w: jax.Array) -> tuple[int, jax.Array]:
         """The number of groups of an array, and in how many of them n weights at most are left."""
-        alive = jnp.sum(self._grouped((w != 0).astype(jnp.int32)), axis=self._at(w.ndim) + 1)
+        within = self._at(w.ndim) + 1
+        alive = leaves.by_the_compiler(
+            lambda alive: jnp.sum(self._grouped(alive), axis=within), (w != 0).astype(jnp.int32)
+        )
         return alive.size, jnp.sum(alive <= self.n, dtype=jnp.int32)
 
     def _shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
@@ -105,24 +113,30 @@ class NOfM:
 
     def _kept(self, size: jax.Array) -> jax.Array:
         """Which are the n largest of their group; of those that tie, the first."""
-        grouped, within = self._grouped(size), self._at(size.ndim) + 1
-        own, other = jnp.expand_dims(grouped, within + 1), jnp.expand_dims(grouped, within)
-        first = np.tri(self.m, k=-1, dtype=bool)
-        first = first.reshape(*first.shape, *(1,) * (grouped.ndim - within - 1))
-        # Comparisons of all with all: a sort of so few takes longer.
-        larger = (other > own) | ((other == own) & first)
-        rank = jnp.sum(larger, axis=within + 1, dtype=jnp.int32)
-        return (rank < self.n).reshape(size.shape)
+
+        def kept(size: jax.Array) -> jax.Array:
+            grouped, within = self._grouped(size), self._at(size.ndim) + 1
+            own, other = jnp.expand_dims(grouped, within + 1), jnp.expand_dims(grouped, within)
+            first = np.tri(self.m, k=-1, dtype=bool)
+            first = first.reshape(*first.shape, *(1,) * (grouped.ndim - within - 1))
+            # Comparisons of all with all: a sort of so few takes longer.
+            larger = (other > own) | ((other == own) & first)
+            rank = jnp.sum(larger, axis=within + 1, dtype=jnp.int32)
+            return (rank < self.n).reshape(size.shape)
+
+        return self._by_group(kept, size)
+
+    def _by_group(self, function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+        """A function of an array that looks at its groups, laid out over devices as the array."""
+        self._check(x.shape)
+        value: jax.Array = leaves.by_the_compiler(function, x, out=jax.typeof(x).sharding.spec)
+        return value
 
     def _grouped(self, x: jax.Array) -> jax.Array:
         """The axis of the inputs as two: groups, and the m within each."""
         self._check(x.shape)
         at = self._at(x.ndim)
         return x.reshape(*x.shape[:at], x.shape[at] // self.m, self.m, *x.shape[at + 1 :])
-
-    def _repeat(self, each: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        at = self._at(len(shape))
-        return jnp.repeat(each, self.m, axis=at, total_repeat_length=shape[at])
 
     def _at(self, ndim: int) -> int:
         return self._along % ndim

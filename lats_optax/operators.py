@@ -8,7 +8,7 @@ import abc
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -264,25 +264,3 @@ class Values:
         """The weights themselves, which is exact where the threshold begins at zero."""
         del d
         return jnp.array(w)
-
-
-def as_operator(operator: Operator | Callable[[Any, Any], Any]) -> Operator:
-    """An operator as it is, and a plain function as one that has values alone.
-
-    Raises:
-      ValueError: it is neither.
-
-    Example:
-      >>> as_operator(lambda x, d: x).preimage(jnp.array([1.0, -2.0]), 0.5)
-      Array([ 1., -2.], dtype=float32)
-    """
-    if not callable(operator):
-        raise ValueError(
-            f"operator: {operator!r} is not allowed; allowed are operators such as "
-            "lats_optax.prox.prox_l1 and functions (x, strength) -> z"
-        )
-    return operator if _is_operator(operator) else Values(operator)
-
-
-def _is_operator(operator: Any) -> TypeGuard[Operator]:
-    return all(hasattr(operator, name) for name in ("magnitude", "group_sizes", "preimage", "at"))

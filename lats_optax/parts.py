@@ -8,16 +8,42 @@ own for each leaf, by its path, or join several leaves.
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeGuard, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from lats_optax import masks
-from lats_optax.operators import Operator
+from lats_optax.operators import Operator, Values
 
 Shape = tuple[int, ...]
+_METHODS = ("magnitude", "group_sizes", "preimage", "at")
+
+
+class Divides(Protocol):
+    """An operator of trees: it says which arrays it makes of the leaves, and what prunes these."""
+
+    def __call__(self, x: Any, strength: Any, /) -> Any:
+        """The operator's value at a tree."""
+
+    def parts(self, shapes: Mapping[str, Shape], /) -> "tuple[Part, ...]":
+        """What it is applied to, in the order of the first leaf of each.
+
+        Args:
+          shapes: those of the pruned leaves, by path.
+
+        Raises:
+          ValueError: it has no use for one of the leaves.
+        """
+
+    def at(self, count: Any, /) -> "Divides":
+        """As `Operator.at`."""
+
+
+TreeOperator = Operator | Divides
+"""What the library takes for an operator: one of arrays, or one of trees."""
 
 
 class Part(NamedTuple):
@@ -67,11 +93,11 @@ class Part(NamedTuple):
         return self.join([leaves[name] for name in self.names])
 
 
-def parts_of(operator: Operator, leaves: Mapping[str, Any]) -> tuple[Part, ...]:
+def parts_of(operator: TreeOperator, leaves: Mapping[str, Any]) -> tuple[Part, ...]:
     """What an operator is applied to, in the order of the first leaf of each.
 
     Args:
-      operator: of one array; where it has a method ``parts``, that decides.
+      operator: of arrays, which takes each leaf by itself; or of trees, which decides.
       leaves: arrays by path, of which the shapes are looked at.
 
     Raises:
@@ -83,11 +109,38 @@ def parts_of(operator: Operator, leaves: Mapping[str, Any]) -> tuple[Part, ...]:
       [6, 4]
     """
     shapes = {name: tuple(jnp.shape(leaf)) for name, leaf in leaves.items()}
-    divide: Callable[[Mapping[str, Shape]], tuple[Part, ...]] | None
-    divide = getattr(operator, "parts", None)
-    if divide is not None:
-        return divide(shapes)
-    return tuple(Part.leaf(name, shape, operator) for name, shape in shapes.items())
+    if _divides(operator):
+        return operator.parts(shapes)
+    own = cast(Operator, operator)
+    return tuple(Part.leaf(name, shape, own) for name, shape in shapes.items())
+
+
+def as_operator(operator: TreeOperator | Callable[[Any, Any], Any]) -> TreeOperator:
+    """An operator as it is, and a plain function as one that has values alone.
+
+    Raises:
+      ValueError: it is neither.
+
+    Example:
+      >>> as_operator(lambda x, d: x).preimage(jnp.array([1.0, -2.0]), 0.5)
+      Array([ 1., -2.], dtype=float32)
+    """
+    if not callable(operator):
+        raise ValueError(
+            f"operator: {operator!r} is not allowed; allowed are operators such as "
+            "lats_optax.prox.prox_l1 and functions (x, strength) -> z"
+        )
+    if _divides(operator) or _is_operator(operator):
+        return operator
+    return Values(operator)
+
+
+def _divides(operator: Any) -> TypeGuard[Divides]:
+    return hasattr(operator, "parts")
+
+
+def _is_operator(operator: Any) -> TypeGuard[Operator]:
+    return all(hasattr(operator, method) for method in _METHODS)
 
 
 def by_path(tree: Any) -> OrderedDict[str, Any]:
@@ -96,7 +149,9 @@ def by_path(tree: Any) -> OrderedDict[str, Any]:
     return OrderedDict(zip(jax.tree.leaves(masks.paths(tree)), jax.tree.leaves(tree)))
 
 
-def map_parts(function: Callable[..., jax.Array], operator: Operator, tree: Any, *rest: Any) -> Any:
+def map_parts(
+    function: Callable[..., jax.Array], operator: TreeOperator, tree: Any, *rest: Any
+) -> Any:
     """A function of each part, ``function(operator, array, ...) -> array``, as a tree of leaves.
 
     Args:
@@ -115,11 +170,12 @@ def map_parts(function: Callable[..., jax.Array], operator: Operator, tree: Any,
     for part in parts_of(operator, leaves):
         scalars = [other[part.names[0]] for other in others]
         value = function(part.operator, part.gather(leaves), *scalars)
-        found |= zip(part.names, part.split(value))
+        for name, piece in zip(part.names, part.split(value)):
+            found[name] = _laid_out_as(piece, leaves[name])
     return jax.tree.unflatten(jax.tree.structure(tree), [found[name] for name in leaves])
 
 
-def check_fits(argument: str, operator: Operator, leaves: Mapping[str, Any]) -> None:
+def check_fits(argument: str, operator: TreeOperator, leaves: Mapping[str, Any]) -> None:
     """Refuses arrays that an operator has no value for, such as ones that lack an axis of its.
 
     Args:
@@ -165,6 +221,16 @@ def _reason(argument: str, part: Part, array: jax.ShapeDtypeStruct) -> ValueErro
             "values of the shape of x"
         )
     return None
+
+
+def _laid_out_as(piece: jax.Array, leaf: Any) -> jax.Array:
+    """What was joined goes back to where its leaf is; the compiler knows, explicit types do not."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return piece
+    wanted = jax.typeof(leaf).sharding
+    if AxisType.Explicit in wanted.mesh.axis_types and jax.typeof(piece).sharding != wanted:
+        return jax.sharding.reshard(piece, wanted)  # type: ignore[no-untyped-call]
+    return piece
 
 
 def _only(leaves: Sequence[jax.Array]) -> jax.Array:

@@ -15,15 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from lats_optax.operators import Operator
-from lats_optax.parts import parts_of
+from lats_optax.parts import TreeOperator, parts_of
 from lats_optax.quantile import Measured, Rows, below_the_largest, select
 
 Weights = Mapping[str, jax.Array]
 
 
 def quantiles(
-    due: jax.Array, previous: jax.Array, weights: Weights, ranks: jax.Array, operator: Operator
+    due: jax.Array, previous: jax.Array, weights: Weights, ranks: jax.Array, operator: TreeOperator
 ) -> jax.Array:
     """The ``ranks[i]``-th smallest magnitude, where it is due: of all weights, or of each leaf.
 
@@ -58,7 +57,7 @@ def quantiles(
 class _Identity:
     """An operator as a static argument: one that has no hash can be one too."""
 
-    operator: Operator
+    operator: TreeOperator
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Identity) and other.operator is self.operator
@@ -77,7 +76,7 @@ def _jitted(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _selected(
-    operator: Operator, due: jax.Array, previous: jax.Array, weights: Weights, ranks: jax.Array
+    operator: TreeOperator, due: jax.Array, previous: jax.Array, weights: Weights, ranks: jax.Array
 ) -> jax.Array:
     def compute(weights: Weights, ranks: jax.Array) -> jax.Array:
         rows = _rows(operator, weights, len(previous))
@@ -86,7 +85,7 @@ def _selected(
     return _when(due, compute, (weights, ranks), previous)
 
 
-def _rows(operator: Operator, weights: Weights, number: int) -> Rows:
+def _rows(operator: TreeOperator, weights: Weights, number: int) -> Rows:
     """The arrays that are compared, in one list for all or one for each."""
     all_of_them = [
         Measured.of(part.gather(weights), part.operator) for part in parts_of(operator, weights)
@@ -95,7 +94,7 @@ def _rows(operator: Operator, weights: Weights, number: int) -> Rows:
 
 
 @_selected.defjvp
-def _derivative(operator: Operator, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _derivative(operator: TreeOperator, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     # The selection compares bit patterns: without this rule its derivative would be zero.
     due, _, weights, _ = primals
     _, previous, slopes, _ = tangents

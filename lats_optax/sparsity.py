@@ -206,7 +206,7 @@ def sparsity(
     )
     counts_of_groups: dict[str, tuple[int, int]] = {}
     if groups is not None:
-        if not hasattr(groups, "count") or not hasattr(groups, "counted"):
+        if not hasattr(groups, "counted"):
             raise ValueError(
                 f"groups: {groups!r} is not allowed; allowed are operators of lats_optax.groups"
             )

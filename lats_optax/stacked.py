@@ -14,8 +14,7 @@ import jax.numpy as jnp
 
 from lats_optax import masks
 from lats_optax.numbers import is_number
-from lats_optax.operators import Operator
-from lats_optax.parts import parts_of
+from lats_optax.parts import TreeOperator, parts_of
 
 _BESIDE = ("bias", "scale", "norm")
 Shape = tuple[int, ...]
@@ -87,7 +86,7 @@ def stacked_axes(params: Any) -> dict[str, int]:
 
 
 def warn_of_stacked_layers(
-    operator: Operator, params: Any, selected: Mapping[str, Any], *, stacklevel: int
+    operator: TreeOperator, params: Any, selected: Mapping[str, Any], *, stacklevel: int
 ) -> None:
     """Warns where groups go through several layers, or where one layer is taken for a stack.
 
@@ -131,7 +130,7 @@ def warn_of_stacked_layers(
         )
 
 
-def _splits(operator: Operator) -> bool:
+def _splits(operator: TreeOperator) -> bool:
     return bool(getattr(operator, "stacked_axes", 0))
 
 

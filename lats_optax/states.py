@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lats_optax import masks
-from lats_optax.operators import Operator
+from lats_optax.parts import TreeOperator
 from lats_optax.prox import prox_l1
 from lats_optax.target import default_operator
 from lats_optax.transforms import SoftThresholdState
@@ -38,7 +38,7 @@ class State(NamedTuple):
     has_inner: bool
 
     @property
-    def operator(self) -> Operator:
+    def operator(self) -> TreeOperator:
         """The one that `soft_threshold` takes by default."""
         return prox_l1 if self.steps is None else default_operator(self.steps)
 
@@ -48,7 +48,7 @@ class Latent(NamedTuple):
 
     theta: Any
     threshold: Any
-    operator: Operator
+    operator: TreeOperator
     step: int
     state: int
 

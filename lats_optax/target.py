@@ -35,8 +35,8 @@ from lats_optax import masks
 from lats_optax.distributions import check_sparsity
 from lats_optax.laws import Law, constant_l1
 from lats_optax.numbers import check_fraction, check_steps, is_number
-from lats_optax.operators import Elementwise, Operator, Values
-from lats_optax.parts import Part, by_path, parts_of
+from lats_optax.operators import Elementwise, Values
+from lats_optax.parts import Part, TreeOperator, by_path, parts_of
 from lats_optax.power import Rescaled, prox_annealed
 from lats_optax.pruned import PrunedUpdate, bounded
 from lats_optax.schedules import ScalarOrSchedule, is_schedule, learning_rates
@@ -187,7 +187,7 @@ class TargetSparsity:
         return len(self.rates)
 
     @property
-    def default_operator(self) -> Operator:
+    def default_operator(self) -> TreeOperator:
         """That of the number of steps."""
         return default_operator(self.steps)
 
@@ -196,7 +196,7 @@ class TargetSparsity:
         """At most a tenth of what is alive in their output."""
         return bounded()
 
-    def prepared(self, operator: Operator, freeze_after: int | None) -> "TargetSparsity":
+    def prepared(self, operator: TreeOperator, freeze_after: int | None) -> "TargetSparsity":
         """The controller that has met its target where the support is frozen."""
         if isinstance(operator, Values):
             raise operator.unknown_magnitude()
@@ -211,7 +211,7 @@ class TargetSparsity:
         return dataclasses.replace(self, freeze_after=freeze_after)
 
     def init(
-        self, latent: Any, operator: Operator | None = None
+        self, latent: Any, operator: TreeOperator | None = None
     ) -> tuple[jax.Array, TargetSparsityState]:
         """A threshold of zero, after a look at the tree of targets."""
         if operator is None:  # as optax.chain would call it
@@ -232,7 +232,7 @@ class TargetSparsity:
         threshold: jax.Array,
         state: TargetSparsityState,
         latent: Any,
-        operator: Operator,
+        operator: TreeOperator,
     ) -> tuple[jax.Array, TargetSparsityState]:
         """Select the quantile where it is due (1), and control the threshold by it."""
         weights = by_path(latent)
@@ -404,7 +404,7 @@ class _Targets(NamedTuple):
         return np.clip(self.named(fraction), 0, self.most).astype(np.uint32)
 
 
-def named_zeros(target: Any, latent: Any, operator: Operator) -> int:
+def named_zeros(target: Any, latent: Any, operator: TreeOperator) -> int:
     """How many zeros a target names in all; one weight, or group, survives where it names all.
 
     Args:
@@ -433,7 +433,7 @@ def _checked(target: Any) -> Any:
     return float(target) if is_number(target) else target
 
 
-def _targets(target: Any, latent: Any, operator: Operator) -> _Targets:
+def _targets(target: Any, latent: Any, operator: TreeOperator) -> _Targets:
     weights = by_path(latent)
     parts = parts_of(operator, weights)
     if isinstance(target, float):

@@ -25,8 +25,7 @@ from lats_optax.controllers import Controller, as_controller, as_schedule
 from lats_optax.latents import expand_threshold, is_latent, map_pruned, where_latent
 from lats_optax.masks import MaskOrFunction
 from lats_optax.numbers import check_steps
-from lats_optax.operators import Operator, as_operator
-from lats_optax.parts import by_path, map_parts, parts_of
+from lats_optax.parts import TreeOperator, as_operator, by_path, map_parts, parts_of
 from lats_optax.prox import prox_l1
 from lats_optax.pruned import PrunedUpdate, Scaled, as_pruned_update
 from lats_optax.schedules import ScalarOrSchedule
@@ -69,7 +68,7 @@ def soft_threshold(
     *,
     inner: optax.GradientTransformation | None = None,
     mask: MaskOrFunction | None = None,
-    operator: Operator | None = None,
+    operator: TreeOperator | None = None,
     latent_dtype: Any = None,
     pruned_scale: float | PrunedUpdate | None = None,
     freeze_after: int | None = None,
@@ -251,7 +250,7 @@ def soft_threshold(
 def proximal_step(
     strength: ScalarOrSchedule,
     *,
-    operator: Operator | None = None,
+    operator: TreeOperator | None = None,
     mask: MaskOrFunction | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A proximal step behind any optimizer: ISTA proper, without latent weights.
@@ -373,7 +372,7 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _pruned(operator: Operator, latent: Any, threshold: jax.Array) -> Any:
+def _pruned(operator: TreeOperator, latent: Any, threshold: jax.Array) -> Any:
     """``P_d(theta)``, a tree like the latent weights."""
     thresholds = expand_threshold(threshold, latent)
     return map_parts(lambda part, theta, d: part(theta, d), operator, latent, thresholds)

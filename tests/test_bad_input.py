@@ -137,7 +137,7 @@ digits --prune.final-threshold 1 --prune.schedule pgh => with schedule pgh, a nu
 digits-lats --prune.beta 0.5 => None, but for schedule pgh
 digits-lats --prune.structure blocks => two numbers of 1 or more
 digits-lats --prune.structure n-of-m => with structure n-of-m, N M with 1 <= N < M
-digits-lats --prune.structure n-of-m --prune.pattern 4 2 => with structure n-of-m, N M with 1 <= N < M
+digits-lats --prune.structure n-of-m --prune.pattern 4 2 => N M with 1 <= N < M
 digits-lats --prune.structure n-of-m --prune.pattern 2 4 => up to 0.5 with pattern 2 4
 digits-lats --prune.pattern 2 4 => None, but for structure n-of-m
 digits --parallel.fsdp 2 => 1, but for engine jit

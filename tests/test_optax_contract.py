@@ -1,5 +1,7 @@
 """What optax asks of every optimizer in its own tables, as properties of each transform here."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,9 +158,19 @@ def test_an_empty_tree_stays_empty(name):
 
 
 @every
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    ("kind", "around"),
+    [
+        (AxisType.Auto, jax.set_mesh),
+        (AxisType.Explicit, jax.set_mesh),
+        (AxisType.Explicit, contextlib.nullcontext),
+    ],
+    ids=["auto", "explicit", "explicit, of the arrays alone"],
+)
 @pytest.mark.parametrize("spec", [("d",), (None, "d")], ids=["rows", "columns"])
-def test_the_layout_of_the_parameters_is_that_of_the_state_and_of_the_updates(name, kind, spec):
+def test_the_layout_of_the_parameters_is_that_of_the_state_and_of_the_updates(
+    name, kind, around, spec
+):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
     layout = {
         "bias": NamedSharding(mesh, PartitionSpec()),
@@ -166,7 +178,7 @@ def test_the_layout_of_the_parameters_is_that_of_the_state_and_of_the_updates(na
     }
     tx = chained(name)
     expected, _ = run(tx, start(name), 3)
-    with jax.set_mesh(mesh):
+    with around(mesh):
         params, goal = jax.device_put((start(name), GOAL), (layout, layout))
         state = jax.jit(tx.init)(params)
         for _ in range(3):

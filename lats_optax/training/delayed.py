@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lats_optax.controllers import Controller
-from lats_optax.operators import Operator
+from lats_optax.parts import TreeOperator
 from lats_optax.pruned import PrunedUpdate
 
 
@@ -36,7 +36,7 @@ class Delayed:
     delay: int
 
     @property
-    def default_operator(self) -> Operator:
+    def default_operator(self) -> TreeOperator:
         """That of the controller."""
         return self.controller.default_operator
 
@@ -45,12 +45,12 @@ class Delayed:
         """That of the controller."""
         return self.controller.default_pruned_update
 
-    def prepared(self, operator: Operator, freeze_after: int | None) -> "Delayed":
+    def prepared(self, operator: TreeOperator, freeze_after: int | None) -> "Delayed":
         """The controller, for a support that is frozen when so many steps are over."""
         left = None if freeze_after is None else freeze_after - self.delay
         return dataclasses.replace(self, controller=self.controller.prepared(operator, left))
 
-    def init(self, latent: Any, operator: Operator) -> tuple[jax.Array, Any]:
+    def init(self, latent: Any, operator: TreeOperator) -> tuple[jax.Array, Any]:
         """A threshold of zero."""
         threshold, state = self.controller.init(latent, operator)
         # By the steps of the whole run `finalize` knows the default operator.
@@ -59,7 +59,12 @@ class Delayed:
         return jnp.zeros_like(threshold), state
 
     def update(
-        self, count: jax.Array, threshold: jax.Array, state: Any, latent: Any, operator: Operator
+        self,
+        count: jax.Array,
+        threshold: jax.Array,
+        state: Any,
+        latent: Any,
+        operator: TreeOperator,
     ) -> tuple[jax.Array, Any]:
         """Zero, and later the controller's threshold."""
         return lax.cond(

@@ -16,7 +16,8 @@ import lats_optax
 from lats_optax.controllers import as_controller
 from lats_optax.masks import paths
 from lats_optax.n_of_m import NOfM
-from lats_optax.operators import Elementwise, Groups, Operator
+from lats_optax.operators import Elementwise, Groups
+from lats_optax.parts import TreeOperator
 from lats_optax.schedules import tabulate
 from lats_optax.target import default_operator
 from lats_optax.training.config import PruneConfig, TrainConfig
@@ -61,7 +62,7 @@ class Optimizer:
 
     phases: tuple[Phase, ...]
     mask: Callable[[Any], Any]
-    operator: Operator | None = None
+    operator: TreeOperator | None = None
     groups: Groups | None = None
 
     @functools.cached_property
