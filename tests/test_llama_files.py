@@ -350,6 +350,12 @@ WRONG_GGUF = [
     ({}, {"output_norm.weight": None}, "output_norm.weight is missing, wanted (32,)"),
     ({}, {"blk.1.attn_q.weight": HALF}, "blk.1.attn_q.weight is (16, 32), wanted (32, 32)"),
     ({}, {"blk.1.attn_q.bias": HALF[0]}, "blk.1.attn_q.bias is unknown, (32,)"),
+    (
+        {},
+        {"blk.1.attn_norm.weight": HALF[0] * np.inf},
+        "blk.1.attn_norm.weight has entries that are not",
+    ),
+    ({}, {"a\nb": HALF[0]}, r"a\nb is unknown, (32,)"),
     ({}, {"rope_freqs.weight": HALF[0]}, "rope_freqs.weight is unknown, (32,)"),
 ]
 

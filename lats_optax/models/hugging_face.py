@@ -82,14 +82,15 @@ def save(
       >>> import tempfile, jax, jax.numpy as jnp
       >>> from lats_optax.models.llama import Llama
       >>> config = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48,
-      ...                      num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+      ...                      num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
       ...                      head_dim=8)
-      >>> params = Llama(config).init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+      >>> init = jax.jit(Llama(config).init)
+      >>> params = init(jax.random.key(0, impl="rbg"), jnp.zeros((1, 1), int))["params"]
       >>> with tempfile.TemporaryDirectory() as directory:
-      ...     save(directory, params, config, max_shard_bytes=40_000)
+      ...     save(directory, params, config, max_shard_bytes=30_000)
       ...     files, (same, loaded) = sorted(os.listdir(directory)), load(directory)
       >>> files[1], same == config, jax.tree.all(jax.tree.map(np.array_equal, loaded, dict(params)))
-      ('model-00001-of-00002.safetensors', True, True)
+      ('model-00001-of-00003.safetensors', True, True)
     """
     directory = Path(directory)
     check(max_shard_bytes >= 1, "max_shard_bytes", max_shard_bytes, "1 or more")

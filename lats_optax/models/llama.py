@@ -58,7 +58,7 @@ class LlamaConfig:
 
     Example:
       >>> config = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48,
-      ...                      num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+      ...                      num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
       ...                      head_dim=8)
       >>> config.rope_theta, config.tie_word_embeddings
       (10000.0, False)
@@ -237,11 +237,12 @@ class DecoderLayer(nn.Module):
 
     Example:
       >>> config = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48,
-      ...                      num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+      ...                      num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
       ...                      head_dim=8)
-      >>> params = Llama(config).init(jax.random.key(0), jnp.zeros((1, 5), int))["params"]
+      >>> init = jax.jit(Llama(config).init)
+      >>> params = init(jax.random.key(0, impl="rbg"), jnp.zeros((1, 5), int))["params"]
       >>> hidden = jnp.ones((3, 5, 32))
-      >>> DecoderLayer(config).apply({"params": params["layers_1"]}, hidden).shape
+      >>> jax.jit(DecoderLayer(config).apply)({"params": params["layers_0"]}, hidden).shape
       (3, 5, 32)
     """
 
@@ -279,12 +280,12 @@ class Llama(nn.Module):
 
     Example:
       >>> config = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48,
-      ...                      num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+      ...                      num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
       ...                      head_dim=8)
       >>> model, ids = Llama(config), jnp.arange(10).reshape(2, 5)
-      >>> variables = model.init(jax.random.key(0), ids)
-      >>> model.apply(variables, ids).shape, sorted(variables["params"])
-      ((2, 5, 96), ['embed_tokens', 'layers_0', 'layers_1', 'lm_head', 'norm'])
+      >>> variables = jax.jit(model.init)(jax.random.key(0, impl="rbg"), ids)
+      >>> jax.jit(model.apply)(variables, ids).shape, sorted(variables["params"])
+      ((2, 5, 96), ['embed_tokens', 'layers_0', 'lm_head', 'norm'])
 
     Source: Touvron et al., "LLaMA: Open and Efficient Foundation Language Models" (2023).
     """
@@ -372,10 +373,10 @@ def generate(model: Llama, params: Mapping[str, Any], ids: Array, new_tokens: in
 
     Example:
       >>> config = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48,
-      ...                      num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+      ...                      num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
       ...                      head_dim=8)
       >>> model, ids = Llama(config), jnp.array([[1, 2, 3]])
-      >>> params = model.init(jax.random.key(0), ids)["params"]
+      >>> params = jax.jit(model.init)(jax.random.key(0, impl="rbg"), ids)["params"]
       >>> generate(model, params, ids, new_tokens=4).shape
       (1, 7)
     """

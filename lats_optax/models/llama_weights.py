@@ -1,6 +1,6 @@
 """The weights of a Llama-like decoder by Hugging Face's names, and back.
 
-Here belong names, shapes and layouts, whatever file they are in. A tensor of a linear layer is
+Here belong names, shapes and layouts, for files of any format. A tensor of a linear layer is
 (outputs, inputs), a kernel here (inputs, outputs).
 """
 
@@ -84,7 +84,9 @@ def check_fit(
     wanted = {name_of(name): {shape} for name, shape in shapes(config).items()}
     if problems := misfits(given, wanted, _DTYPES):
         more = len(problems) - _NAMED
-        named = "; ".join(problems[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
+        # Names from a damaged file may be anything.
+        shown = [ascii(problem[:300])[1:-1] for problem in problems[:_NAMED]]
+        named = "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
         raise ValueError(f"the tensors are not those of the model: {named}")
 
 
