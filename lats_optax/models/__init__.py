@@ -1,4 +1,8 @@
-"""The model zoo, by name: Flax modules, one file an architecture. They know nothing of pruning."""
+"""The model zoo: Flax modules, one file an architecture. They know nothing of pruning.
+
+Classifiers of images are made by name (`create`); a language model, `Llama`, from a `LlamaConfig`,
+which comes with its weights (`hugging_face.load`, `gguf_io.load`).
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,6 +15,7 @@ from jax.typing import DTypeLike
 
 from lats_optax.models.digits import DigitsCNN
 from lats_optax.models.layers import check_choice
+from lats_optax.models.llama import DecoderLayer, Llama, LlamaConfig
 from lats_optax.models.mobilenet import MobileNetV1
 from lats_optax.models.resnet import CifarResNet, ResNet
 from lats_optax.models.sew_resnet import SEWResNet
@@ -20,7 +25,10 @@ from lats_optax.models.vgg import VGG16BN
 __all__ = [
     "VGG16BN",
     "CifarResNet",
+    "DecoderLayer",
     "DigitsCNN",
+    "Llama",
+    "LlamaConfig",
     "MobileNetV1",
     "Neuron",
     "ResNet",
@@ -49,7 +57,7 @@ def create(
     axis_name: str | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Builds a model of the zoo.
+    """Builds a classifier of images of the zoo.
 
     Args:
       name: which model.

@@ -63,10 +63,21 @@ def to_numpy(value: Any) -> np.ndarray:
     value = value.detach().cpu()
     if str(value.dtype) != "torch.bfloat16":  # of which torch makes no NumPy array
         return np.asarray(value.numpy())
-    return np.asarray(value.view(_module("torch").int16).numpy().view(jnp.bfloat16))
+    return np.asarray(value.view(optional_module("torch").int16).numpy().view(jnp.bfloat16))
 
 
-def _module(name: str) -> Any:
+def optional_module(name: str) -> Any:
+    """A module of a package that may be missing.
+
+    Raises:
+      ImportError: it is missing; the message says what to install.
+
+    Example:
+      >>> optional_module("no_such_package.part")
+      Traceback (most recent call last):
+      ImportError: no_such_package is missing (No module named 'no_such_package'): pip install
+      no_such_package
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -75,20 +86,20 @@ def _module(name: str) -> Any:
 
 
 def _read_safetensors(path: Path) -> Any:
-    library = _module("safetensors.numpy")
+    library = optional_module("safetensors.numpy")
     try:
         return library.load_file(path)
-    except _module("safetensors").SafetensorError as error:
+    except optional_module("safetensors").SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}.") from error
 
 
 def _write_safetensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
     # Its save_file would make a file that its owner alone can read.
-    path.write_bytes(_module("safetensors.numpy").save(tensors))
+    path.write_bytes(optional_module("safetensors.numpy").save(tensors))
 
 
 def _read_torch(path: Path) -> Any:
-    torch = _module("torch")
+    torch = optional_module("torch")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -102,7 +113,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def _write_torch(tensors: Mapping[str, np.ndarray], path: Path) -> None:
-    torch = _module("torch")
+    torch = optional_module("torch")
 
     def tensor(array: np.ndarray) -> Any:
         if array.dtype.name != "bfloat16":

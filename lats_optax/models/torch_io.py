@@ -20,13 +20,12 @@ import numpy as np
 from flax import traverse_util
 
 from lats_optax.models import torch_files
+from lats_optax.models.fit import Shape, misfits
 from lats_optax.models.layers import check, check_choice
 from lats_optax.models.torch_files import to_numpy
 from lats_optax.models.torch_names import Form, form_of
 from lats_optax.numbers import check_threshold
 from lats_optax.prox import prox_l1
-
-Shape = tuple[int, ...]
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 # What training scripts wrap a state dict in: the published LATS and STR code, and torchvision's.
@@ -298,18 +297,9 @@ def _check_fit(
     what: str, given: Mapping[str, Any], wanted: Mapping[str, set[Shape]], model: nn.Module
 ) -> None:
     """Raises ValueError, naming each array that is too many, too few or not as it should be."""
-    problems = [f"{name} is unknown, {given[name].shape}" for name in given if name not in wanted]
-    for name, shapes in wanted.items():
-        shape = " or ".join(map(str, sorted(shapes)))
-        if name not in given:
-            problems.append(f"{name} is missing, wanted {shape}")
-        elif given[name].shape not in shapes:
-            problems.append(f"{name} is {given[name].shape}, wanted {shape}")
-        elif given[name].dtype.name not in _DTYPES:
-            problems.append(f"{name} is {given[name].dtype}, wanted {', '.join(_DTYPES)}")
+    problems = misfits(given, wanted, _DTYPES)
     if not problems:
         return
-    problems.sort()  # what is called otherwise than here then stands near its place
     form = form_of(model)
     bias = (form.name("params/classifier/bias"), "params/classifier/bias")
     if any((name in given) != (name in wanted) for name in bias):
