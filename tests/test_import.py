@@ -28,16 +28,18 @@ CORE = {
         "leaves",
         "masks",
         "multiply_adds",
+        "n_of_m",
         "numbers",
         "operations",
         "operators",
+        "parts",
         "phases",
         "power",
         "progress",
         "pruned",
     ),
     *("provenance", "prox", "quantile", "schedules", "selection", "sparsity", "stacked"),
-    *("states", "target", "thresholds", "transforms"),
+    *("states", "target", "thresholds", "transforms", "units"),
 }
 # What a core module may import besides, within its functions.
 BESIDES = {"files": {"safetensors"}}
