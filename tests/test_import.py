@@ -53,6 +53,7 @@ ALLOWED = {
     "training": {"core", "models", "compaction", "data", "drawing"},
     "inspection": {"core", "models", "drawing", "training"},
     "cli": {"core", "models", "data", "training", "inspection"},
+    "commands": {"cli"},
     "examples": {"core"},
 }
 OPTIONAL = (
@@ -153,6 +154,33 @@ def test_importing_the_package_loads_nothing_optional():
     assert done.returncode == 0, done.stderr
     own = sorted(f"lats_optax.{name}" for name in CORE - {"__init__"})
     assert done.stdout.split("\n")[:2] == ["[]", str(own)]
+
+
+def without(package, program):
+    """A program where a package is not installed."""
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.modules[{package!r}] = None; {program}"],
+        capture_output=True,
+        text=True,
+        cwd=PACKAGE.parent,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("command", ["train", "demo", "prepare", "inspect", "compact"])
+def test_a_command_without_the_trainer_is_one_line(command):
+    done = without("tyro", f"from lats_optax import commands; sys.exit(commands.{command}())")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith("pip install 'lats-optax[train]'")
+
+
+def test_the_zoo_without_flax_says_what_to_install():
+    done = without("flax", "import lats_optax.models")
+    assert done.stderr.splitlines()[-1].endswith("pip install 'lats-optax[models]'")
 
 
 def test_every_public_name_is_there():

@@ -9,7 +9,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
+try:
+    import flax.linen as nn
+except ImportError as error:
+    raise ImportError(
+        f"lats_optax.models needs flax ({error}): pip install 'lats-optax[models]'"
+    ) from error
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
