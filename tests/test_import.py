@@ -37,16 +37,16 @@ CORE = {
         "pruned",
     ),
     *("provenance", "prox", "quantile", "schedules", "selection", "sparsity", "stacked"),
-    *("states", "target", "thresholds", "transforms"),
+    *("states", "storage", "target", "thresholds", "transforms"),
 }
 # What a core module may import besides, within its functions.
-BESIDES = {"files": {"safetensors"}}
+BESIDES = {"files": {"safetensors"}, "storage": {"fsspec"}}
 # Which parts of the package each part may import, itself apart.
 ALLOWED = {
     "core": set(),
     "models": {"core"},
     "compaction": {"models"},
-    "data": set(),
+    "data": {"core"},
     "drawing": {"core"},
     "training": {"core", "models", "compaction", "data", "drawing"},
     "inspection": {"core", "models", "drawing", "training"},
@@ -54,7 +54,18 @@ ALLOWED = {
     "examples": {"core"},
 }
 OPTIONAL = (
-    *("chex", "equinox", "flax", "grain", "matplotlib", "orbax", "PIL", "safetensors", "sklearn"),
+    *(
+        "chex",
+        "equinox",
+        "flax",
+        "fsspec",
+        "grain",
+        "matplotlib",
+        "orbax",
+        "PIL",
+        "safetensors",
+        "sklearn",
+    ),
     *("tensorboardX", "tensorflow", "tensorflow_datasets", "torch", "tqdm", "tyro"),
 )
 # The one module that may name each of these.
