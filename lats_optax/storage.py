@@ -107,7 +107,7 @@ class URL(PurePosixPath):
         return True
 
     def unlink(self, missing_ok: bool = False) -> None:
-        """Removes the object."""
+        """Removes the object. Not every store says that there was none."""
         with contextlib.ExitStack() as stack:
             if missing_ok:
                 stack.enter_context(contextlib.suppress(FileNotFoundError))

@@ -40,7 +40,7 @@ def amazon():
     server = moto.ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    keys = {"key": "testing", "secret": "testing", "client_kwargs": {"region_name": "us-east-1"}}
+    keys = {"key": "testing", "secret": "testing", "client_kwargs": {"region_name": "eu-west-1"}}
     try:
         with _configured("s3", endpoint_url=f"http://{host}:{port}", **keys):
             yield "s3"
