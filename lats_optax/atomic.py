@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from lats_optax.storage import URL, as_path, temporary
+
 # After so many seconds without a write, what a killed process left is taken for that.
 _STALE = 3600
 
@@ -17,13 +19,16 @@ _STALE = 3600
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A name beside ``path`` to write to; what stands there at the end becomes ``path``.
 
+    In an object store the name is one of this machine, and the object is made of it at the end.
+    There an object appears whole by itself. Elsewhere:
+
     It is brought to the disk and then renamed. If the block raises, or the process is killed, a
     file that stood at ``path`` before stays whole. Any number of threads and processes may write
     to one path; the last to end wins. What a killed process leaves, ``.NAME.….unfinished``, is
     removed by the next write to the same path that begins an hour later or more.
 
     Args:
-      path: of the file to write or replace, in a directory that exists.
+      path: of the file to write or replace, in a directory that exists; or a URL.
 
     Yields:
       The path to write the new file to: an empty file, new and of a name that nobody can guess.
@@ -40,7 +45,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
       ...     path.read_text(), os.listdir(directory)
       ('all of it', ['notes.txt'])
     """
-    path = Path(path)
+    path = as_path(path)
+    if isinstance(path, URL):
+        with temporary() as directory:
+            yield directory / path.name
+            path.parent.upload(directory, [path.name])
+        return
     try:
         os.fsencode(path)
     except UnicodeEncodeError as error:
@@ -95,13 +105,15 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def sweep(path: Path, age: float = 0) -> None:
+def sweep(path: Path | URL, age: float = 0) -> None:
     """Removes what killed processes have left of a path: unfinished files and directories.
 
     Args:
       path: that was to be written.
       age: seconds that must have passed since the last write. 0 where nobody else writes to it.
     """
+    if isinstance(path, URL):
+        return  # a store leaves nothing unfinished
     left = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{16}\.unfinished")
     try:
         names = os.listdir(path.parent)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from lats_optax import data
+from lats_optax.storage import StoreError
 from lats_optax.training import demo as demonstration
 from lats_optax.training import experiment as experiments
 from lats_optax.training import loop, pictures
@@ -20,12 +21,12 @@ from lats_optax.training.demo import DemoConfig, DemoResult
 from lats_optax.training.experiment import Experiment
 from lats_optax.training.finite import NonFiniteError
 from lats_optax.training.interruption import PreemptedError
+from lats_optax.training.lock import WorkdirInUseError
 from lats_optax.training.parallel import PrimaryError
 from lats_optax.training.presets import PRESETS
 from lats_optax.training.recovery import CheckpointError
 from lats_optax.training.replicas import ReplicaError
 from lats_optax.training.result import RunResult
-from lats_optax.training.workdir import WorkdirInUseError
 
 Ready = TypeVar("Ready")
 
@@ -207,7 +208,7 @@ def _run(
         warnings.showwarning = _one_line(program)
         try:
             ready = prepare([arg for arg in args if arg != _DEBUG])
-        except PermissionError as error:
+        except (PermissionError, StoreError) as error:
             return fail(error, 1)
         except (ValueError, OSError) as error:
             return fail(error, 2)

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lats_optax.atomic import replacing
+from lats_optax.storage import URL, as_path, has_room
 
 _VERSION = 1
 _DTYPES = {
@@ -70,7 +71,8 @@ def save_sparse(
     whatever interrupts that, a file that stood there before stays whole.
 
     Args:
-      path: of the file; an existing one is replaced.
+      path: of the file; an existing one is replaced. It may be a URL of an object store, such as
+        ``gs://bucket/model.safetensors``, and so it may where a file is read.
       params: dicts, lists and tuples, nested in any way, of JAX or NumPy arrays (and None). Keys
         are strings or integers. Of ``flax.nnx`` pass ``nnx.to_pure_dict(nnx.state(model))``, of
         other types of tree ``jax.tree.leaves(tree)``. Allowed are bool, integers of 8 to 64 bits,
@@ -93,8 +95,8 @@ def save_sparse(
       >>> bool((loaded["kernel"] == params["kernel"]).all()), size < 120_000 / 100
       (True, True)
     """
-    path = Path(path)
-    if not path.parent.is_dir():
+    path = as_path(path)
+    if not has_room(path):
         raise FileNotFoundError(f"there is no directory {path.parent}")
     tensors: Tensors = {}
     layout = {"version": _VERSION, "tree": _encode(params, "", tensors)}
@@ -151,7 +153,8 @@ def load_sparse(path: str | os.PathLike[str], *, max_bytes: int | None = None) -
         raise ValueError(
             f"max_bytes: {max_bytes!r} is not allowed; allowed are None and integers >= 0"
         )
-    tensors, texts = _read(Path(path))
+    path = as_path(path)
+    tensors, texts = _read(path)
     try:
         layout = _parse(texts["lats_optax"])
         if not isinstance(layout, dict) or layout.keys() != {"version", "tree"}:
@@ -161,7 +164,7 @@ def load_sparse(path: str | os.PathLike[str], *, max_bytes: int | None = None) -
                 f"its version is {str(layout['version'])[:40]}; known is {_VERSION}"
             )
         needed = _bytes(layout["tree"], "", tensors)
-        _check_bytes(Path(path), needed, max_bytes)
+        _check_bytes(path, needed, max_bytes)
         params = _decode(layout["tree"], "", tensors)
         if tensors:
             raise _DamagedError(f"{', '.join(sorted(tensors))}: in no place of the tree")
@@ -190,7 +193,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
       ...     read_metadata(path)
       {'model': 'resnet50'}
     """
-    _, texts = _read(Path(path))
+    _, texts = _read(as_path(path))
     return {key: value for key, value in texts.items() if key not in ("lats_optax", "sha256")}
 
 
@@ -209,7 +212,7 @@ def _import_safetensors() -> Any:
     return safetensors
 
 
-def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
+def _read(path: Path | URL) -> tuple[Tensors, dict[str, str]]:
     """The tensors and the metadata of a file whose checksum is right."""
     safetensors = _import_safetensors()
     data = bytearray(path.read_bytes())
@@ -313,7 +316,7 @@ def _bytes(node: Any, name: str, tensors: Tensors) -> int:
     return total
 
 
-def _check_bytes(path: Path, needed: int, max_bytes: int | None) -> None:
+def _check_bytes(path: Path | URL, needed: int, max_bytes: int | None) -> None:
     size = path.stat().st_size
     allowed = max(2**30, 100 * size) if max_bytes is None else max_bytes
     if needed > allowed:

@@ -39,16 +39,16 @@ CORE = {
         "pruned",
     ),
     *("provenance", "prox", "quantile", "schedules", "selection", "sparsity", "stacked"),
-    *("states", "target", "thresholds", "transforms", "units"),
+    *("states", "storage", "target", "thresholds", "transforms", "units"),
 }
 # What a core module may import besides, within its functions.
-BESIDES = {"files": {"safetensors"}}
+BESIDES = {"files": {"safetensors"}, "storage": {"fsspec"}}
 # Which parts of the package each part may import, itself apart.
 ALLOWED = {
     "core": set(),
     "models": {"core"},
     "compaction": {"models"},
-    "data": set(),
+    "data": {"core"},
     "drawing": {"core"},
     "training": {"core", "models", "compaction", "data", "drawing"},
     "inspection": {"core", "models", "drawing", "training"},
@@ -57,9 +57,9 @@ ALLOWED = {
     "examples": {"core"},
 }
 OPTIONAL = (
-    *("chex", "equinox", "flax", "gguf", "grain", "matplotlib", "orbax", "PIL", "safetensors"),
-    *("sklearn", "tensorboardX", "tensorflow", "tensorflow_datasets", "tokenizers", "torch"),
-    *("tqdm", "tyro"),
+    *("chex", "equinox", "flax", "fsspec", "gguf", "grain", "matplotlib", "orbax", "PIL"),
+    *("safetensors", "sklearn", "tensorboardX", "tensorflow", "tensorflow_datasets"),
+    *("tokenizers", "torch", "tqdm", "tyro"),
 )
 # The one module that may name each of these.
 KEPT_IN = {

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -17,14 +18,14 @@ from lats_optax.training.checkpoint import load_variables
 from lats_optax.training.config import PruneConfig
 from lats_optax.training.export import load_model, save_model
 from lats_optax.training.logging import read_metrics
-from tests import tiny
+from tests import stores, tiny
 
 COMMAND = """
 import sys
 import pytest
 from lats_optax import cli
 from lats_optax.training import pictures
-from tests import tiny
+from tests import stores, tiny
 _, port, index, *arguments = sys.argv
 with pytest.MonkeyPatch.context() as patch:
     tiny.install(patch)
@@ -192,3 +193,19 @@ def test_two_processes_stop_and_go_on_at_one_step(tmp_path):
         outputs = outputs_of(processes, code=1)
     assert "lats-train: error: [Errno 21] Is a directory" in outputs[0]
     assert "lats-train: error: process 0 has failed" in outputs[1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_in_a_store(tmp_path, monkeypatch):
+    with stores.google() as scheme:
+        place = stores.new_bucket(scheme) / "run"
+        for name, value in fsspec.config.conf[scheme].items():
+            monkeypatch.setenv(f"FSSPEC_GS_{name.upper()}", value)
+        ends = []
+        for directory, more in ((tmp_path / "run", ()), (place, ()), (place, ("--resume",))):
+            with two(COMMAND, "--epochs", "1", "--workdir", str(directory), *more) as processes:
+                outputs_of(processes)
+            ends.append(load_variables(directory))
+        for end in ends[1:]:
+            jax.tree.map(np.testing.assert_array_equal, ends[0], end)
+        assert not (place / ".lock").exists()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from lats_optax import cli
-from lats_optax.training import loop, pictures, workdir
+from lats_optax.training import lock, loop, pictures, workdir
 from lats_optax.training.checkpoint import load_state
 from lats_optax.training.parallel import PmapEngine, PrimaryError
 from tests import tiny
@@ -56,8 +56,8 @@ def assert_fails(done, *words):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from lats_optax.training.workdir import _lock
-with _lock(Path(sys.argv[1])):
+from lats_optax.training.lock import _flock
+with _flock(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(600)
 """
@@ -68,7 +68,7 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "locked\n"
         says = f"workdir {re.escape(str(tmp_path))} is in use by process {holder.pid} on .*"
-        with pytest.raises(workdir.WorkdirInUseError, match=says), prepared(tmp_path):
+        with pytest.raises(lock.WorkdirInUseError, match=says), prepared(tmp_path):
             pass
         holder.send_signal(signal.SIGKILL)
     with prepared(tmp_path):
@@ -224,7 +224,7 @@ def test_a_missing_permission_is_one_line_for_root_too(tmp_path, command, monkey
     def denied(path, *arguments):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(workdir.os, "open", denied)
+    monkeypatch.setattr(lock.os, "open", denied)
     assert_fails(command(tmp_path / "run"), "Permission denied", str(tmp_path / "run"))
 
 

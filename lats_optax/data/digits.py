@@ -8,11 +8,15 @@ import contextlib
 import io
 import logging
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
+
+from lats_optax.data.tfds_source import INFO, copy_to_store
+from lats_optax.storage import URL, as_path, temporary
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +93,9 @@ def prepare(data_dir: str | None) -> SklearnDigits:
     Raises:
       OSError: the directory cannot be written.
     """
+    if data_dir is not None and isinstance(place := as_path(data_dir, "data_dir"), URL):
+        _copy_unless_there(place)
+        return SklearnDigits(data_dir=data_dir)
     builder = SklearnDigits(data_dir=data_dir)
     if builder.data_path.exists():
         return builder
@@ -102,6 +109,14 @@ def prepare(data_dir: str | None) -> SklearnDigits:
         if not builder.data_path.exists():
             raise
     return SklearnDigits(data_dir=data_dir)
+
+
+def _copy_unless_there(place: URL) -> None:
+    version = PurePosixPath(SklearnDigits.name, str(SklearnDigits.VERSION))
+    if (place / version / INFO).is_file():
+        return
+    with temporary() as directory:
+        copy_to_store(prepare(str(directory)).data_dir, directory, place)
 
 
 def decode(stored: dict[str, Any]) -> dict[str, Any]:

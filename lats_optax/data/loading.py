@@ -39,8 +39,8 @@ def load(
     Args:
       name: which data set: ``name``, ``name/config`` or ``name/config:version``; without a version
         the newest that is there.
-      data_dir: directory that holds TFDS data sets; ``None`` is TFDS's default: the environment
-        variable ``TFDS_DATA_DIR``, or else ``~/tensorflow_datasets``.
+      data_dir: directory that holds TFDS data sets, on this machine or on gs://; ``None`` is TFDS's
+        default: the environment variable ``TFDS_DATA_DIR``, or else ``~/tensorflow_datasets``.
       image_size: height and width of the images in a batch; ``None`` is 224, or what the images
         have where all have one size of at most 64 pixels a side.
       dtype: of the images in a batch.

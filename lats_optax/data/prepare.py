@@ -21,11 +21,13 @@ from lats_optax.data import digits, fashion_mnist
 from lats_optax.data.tfds_source import (
     PrepareError,
     check_known,
+    copy_to_store,
     expand_directory,
     image_and_label,
     open_builder,
     parse_name,
 )
+from lats_optax.storage import URL, as_path, temporary
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -50,7 +52,8 @@ def prepare(
 
     Args:
       name: ``digits``, or a data set of TFDS: ``name``, ``name/config`` or ``name/config:version``.
-      data_dir: directory that holds TFDS data sets; ``None`` is TFDS's default.
+      data_dir: directory that holds TFDS data sets; ``None`` is TFDS's default. One on gs:// gets a
+        copy of what is prepared in a temporary directory, which has to have room for it.
       manual_dir: directory with what cannot be downloaded, such as ImageNet's tar files; ``None``
         is ``downloads/manual`` in ``data_dir``.
       from_dir: directory with files that TFDS would download, under the names that they have
@@ -68,6 +71,8 @@ def prepare(
       PrepareError: TFDS cannot prepare it here; a file in ``from_dir`` is missing or damaged.
     """
     directory = expand_directory(data_dir)
+    if directory is not None and isinstance(place := as_path(directory, "data_dir"), URL):
+        return _prepare_in_store(place, name, manual_dir, from_dir, overwrite)
     if from_dir is not None and name in ("digits", "synthetic"):
         raise ValueError(_no_files(name, from_dir))
     if name == "digits":
@@ -94,6 +99,20 @@ def prepare(
         else:
             _prepare_from(files, name, builder)
     return builder.data_dir
+
+
+def _prepare_in_store(
+    place: URL, name: str, manual_dir: str | None, from_dir: str | None, overwrite: bool
+) -> str:
+    """As `prepare`, on this machine, and then copied."""
+    if not overwrite:
+        if name == "digits":
+            return os.fspath(digits.prepare(str(place)).data_dir)
+        with contextlib.suppress(FileNotFoundError):
+            return os.fspath(open_builder(name, str(place)).data_dir)
+    with temporary() as directory:
+        made = prepare(name, str(directory), manual_dir, from_dir)
+        return str(copy_to_store(made, directory, place))
 
 
 def _builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":

@@ -10,17 +10,19 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from lats_optax.data.examples import CorruptRecordError, Example
+from lats_optax.storage import URL, as_path
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
 _NAME = re.compile(r"(?P<name>\w+)(?:/(?P<config>[\w.-]+))?(?::(?P<version>\d+\.\d+\.\d+))?")
-_INFO = "dataset_info.json"
+INFO = "dataset_info.json"
 
 
 class PrepareError(RuntimeError):
@@ -151,12 +153,40 @@ def expand_directory(data_dir: str | os.PathLike[str] | None) -> str | None:
 
     Raises:
       NotADirectoryError: it is a file.
+      StoreError: it is in a store that cannot be reached.
+      ValueError: it is in a store that ArrayRecord cannot read.
     """
+    if data_dir is None:
+        return None
     # TFDS expands "~" in some of the places where it uses a path, and not in others.
-    directory = None if data_dir is None else os.path.expanduser(data_dir)
-    if directory is not None and os.path.exists(directory) and not os.path.isdir(directory):
-        raise NotADirectoryError(f"data_dir is {directory!r}, a file; allowed: a directory")
-    return directory
+    directory = as_path(data_dir, "data_dir")
+    if isinstance(directory, URL) and not str(directory).startswith("gs://"):
+        allowed = "a directory of this machine, to which it is copied or mounted, or one on gs://"
+        raise ValueError(
+            f"data_dir is {str(directory)!r}, which ArrayRecord does not read; allowed: {allowed}"
+        )
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"data_dir is {str(directory)!r}, a file; allowed: a directory")
+    return str(directory)
+
+
+def copy_to_store(made: str | os.PathLike[str], directory: Path, place: URL) -> URL:
+    """Copies a data set that was prepared on this machine, in the place of one that is there.
+
+    Args:
+      made: the directory of its version.
+      directory: that holds data sets, above it.
+      place: the one in the store that gets a copy.
+
+    Returns:
+      The copy.
+    """
+    target = place / Path(made).relative_to(directory).as_posix()
+    files = sorted(file.name for file in Path(made).iterdir())
+    target.remove(target.names())
+    target.upload(Path(made), [file for file in files if file != INFO])
+    target.upload(Path(made), [INFO])  # without which no data set is whole
+    return target
 
 
 def open_builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
@@ -177,9 +207,9 @@ def open_builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
     root = data_dir or os.fspath(tfds.core.constants.DATA_DIR)
     command = f"lats-prepare {name}" + (f" --data-dir {data_dir}" if data_dir else "")
     path = os.path.join(root, parsed.name)
-    if not os.path.isdir(path):
+    if not as_path(path).is_dir():
         check_known(name)
-        missing = path if os.path.isdir(root) else root
+        missing = path if as_path(root).is_dir() else root
         raise FileNotFoundError(
             f"data set {name!r} is not prepared, there is no directory {missing}: {command}"
         )
@@ -205,9 +235,9 @@ def open_builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
         why = "was not prepared to the end" if unfinished else "is not prepared"
         raise FileNotFoundError(f"data set {name!r} {why}, {path} has no version of it: {command}")
     path = os.path.join(path, versions[-1])
-    if _INFO not in _listdir(path):
+    if INFO not in _listdir(path):
         raise FileNotFoundError(
-            f"data set {name!r} is not whole, {path} has no {_INFO}: {command} --overwrite"
+            f"data set {name!r} is not whole, {path} has no {INFO}: {command} --overwrite"
         )
     try:
         builder = tfds.builder_from_directory(path)
@@ -215,7 +245,7 @@ def open_builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
     except Exception as error:
         problem = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
-            f"data set {name!r} is not whole, {path}/{_INFO} or features.json beside it cannot be "
+            f"data set {name!r} is not whole, {path}/{INFO} or features.json beside it cannot be "
             f"read ({problem}): {command} --overwrite"
         ) from error
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
@@ -337,4 +367,5 @@ def _versions(path: str) -> list[str]:
 
 
 def _listdir(path: str) -> Sequence[str]:
-    return sorted(os.listdir(path)) if os.path.isdir(path) else []
+    directory = as_path(path)
+    return sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []

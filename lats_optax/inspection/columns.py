@@ -1,14 +1,19 @@
 """A column of numbers from a file that somebody's program has written: .csv or .npy."""
 
 import csv
+import io
 from pathlib import Path
 
 import numpy as np
 
+from lats_optax.storage import URL
+
 _STEP = "step"
 
 
-def read_column(path: Path, column: str | None = None) -> tuple[np.ndarray | None, np.ndarray]:
+def read_column(
+    path: Path | URL, column: str | None = None
+) -> tuple[np.ndarray | None, np.ndarray]:
     r"""One column, and where it has them the steps that its rows are of.
 
     Args:
@@ -43,7 +48,7 @@ def read_column(path: Path, column: str | None = None) -> tuple[np.ndarray | Non
     return steps, values
 
 
-def _choose(path: Path, names: list[str], column: str | None) -> int:
+def _choose(path: Path | URL, names: list[str], column: str | None) -> int:
     if column is None:
         choices = [name for name in names if name != _STEP]
         column = choices[0] if len(choices) == 1 else "threshold"
@@ -57,9 +62,9 @@ def _choose(path: Path, names: list[str], column: str | None) -> int:
     )
 
 
-def _read_npy(path: Path) -> tuple[list[str], np.ndarray]:
+def _read_npy(path: Path | URL) -> tuple[list[str], np.ndarray]:
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as a .npy file: {error}") from error
     if array.dtype.kind not in "iuf" or array.ndim not in (1, 2) or not array.size:
@@ -71,11 +76,11 @@ def _read_npy(path: Path) -> tuple[list[str], np.ndarray]:
     return [str(index) for index in range(table.shape[1])], table
 
 
-def _read_csv(path: Path) -> tuple[list[str], np.ndarray]:
+def _read_csv(path: Path | URL) -> tuple[list[str], np.ndarray]:
     try:
         # With a byte order mark or without: spreadsheets write one.
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
+        text = io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")
+        rows = [[cell.strip() for cell in row] for row in csv.reader(text) if row]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as a .csv file: {error}") from error
     if not rows:

@@ -14,6 +14,7 @@ from lats_optax.inspection.schedule import Curve
 from lats_optax.inspection.sources import Run
 from lats_optax.numbers import check_threshold
 from lats_optax.schedules import learning_rates
+from lats_optax.storage import URL
 from lats_optax.training import optimizer
 from lats_optax.training.config import OptimizerConfig, TrainConfig
 from lats_optax.training.presets import PRESETS
@@ -61,7 +62,7 @@ class Request:
     """With shape milestones: the epochs after which the learning rate is multiplied by factor."""
     factor: float = 0.1
     """With shape milestones: what it is multiplied by."""
-    out: Path = Path("schedule.png")
+    out: Path | URL = Path("schedule.png")
     """The picture to write; one that is there is replaced."""
 
     def __post_init__(self) -> None:
@@ -156,7 +157,7 @@ def build(request: Request) -> Lineup:
     )
 
 
-def report_on(lineup: Lineup, out: Path) -> str:
+def report_on(lineup: Lineup, out: Path | URL) -> str:
     """Writes the picture.
 
     Args:

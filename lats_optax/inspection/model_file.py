@@ -18,6 +18,7 @@ from lats_optax.inspection import model as inspection
 from lats_optax.inspection.model import ModelReport, in_short
 from lats_optax.inspection.schedule import check_picture
 from lats_optax.operations import OperationsReport
+from lats_optax.storage import URL
 from lats_optax.training.export import differences, find_model, load_model, variables_of
 
 
@@ -25,13 +26,13 @@ from lats_optax.training.export import differences, find_model, load_model, vari
 class Request:
     """Look at a sparse model: its layers, zeros and multiply-adds, as a table and a picture."""
 
-    file: tyro.conf.Positional[Path]
+    file: tyro.conf.Positional[Path | URL]
     """A model file of lats-train, the work directory of a run, or any file of save_sparse."""
     model: str | None = None
     """For a file that does not say it: which model of the zoo the parameters are of."""
     image_shape: tuple[int, int, int] | None = None
     """Height, width and channels of the image that operations are counted for; None: the file's."""
-    out: Path = Path("model.png")
+    out: Path | URL = Path("model.png")
     """The picture to write; one that is there is replaced."""
 
     def __post_init__(self) -> None:
@@ -57,7 +58,7 @@ class Inspected:
       dense_bytes: of its arrays, zeros included.
     """
 
-    path: Path
+    path: Path | URL
     report: ModelReport
     call: str
     file_bytes: int
@@ -96,7 +97,7 @@ def build(request: Request) -> Inspected:
     )
 
 
-def report_on(inspected: Inspected, out: Path) -> str:
+def report_on(inspected: Inspected, out: Path | URL) -> str:
     """Writes the picture.
 
     Args:
@@ -139,7 +140,7 @@ class _Found(NamedTuple):
     image_shape: tuple[int, ...] = ()
 
 
-def _read(path: Path, request: Request) -> _Found:
+def _read(path: Path | URL, request: Request) -> _Found:
     if request.model is None and {"model", "image_shape"} <= lats_optax.read_metadata(path).keys():
         saved = load_model(path)
         tree, image_shape = saved.variables, request.image_shape or saved.image_shape

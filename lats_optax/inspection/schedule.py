@@ -7,7 +7,6 @@ that of plain SGD; momentum m makes it act as μ·(1 − m).
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy as np
 from lats_optax import drawing
 from lats_optax.numbers import check_steps, check_threshold
 from lats_optax.schedules import ScalarOrSchedule, evaluate, learning_rates
+from lats_optax.storage import as_path, has_room
 from lats_optax.thresholds import l1_from_threshold
 
 if TYPE_CHECKING:
@@ -273,10 +273,11 @@ def check_picture(path: str | os.PathLike[str]) -> None:
       FileNotFoundError: there is no directory to write to.
       ValueError: it is not the name of a PNG.
     """
-    if Path(path).suffix != ".png":
+    path = as_path(path, "out")
+    if path.suffix != ".png":
         raise ValueError(f"the picture is to be {str(path)!r}; allowed: a name that ends in .png")
-    if not Path(path).parent.is_dir():
-        raise FileNotFoundError(f"there is no directory {Path(path).parent} to write to")
+    if not has_room(path):
+        raise FileNotFoundError(f"there is no directory {path.parent} to write to")
 
 
 def _check_some(curves: Sequence[Curve]) -> None:

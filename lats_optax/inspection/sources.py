@@ -23,6 +23,7 @@ from lats_optax.inspection import schedule
 from lats_optax.inspection.columns import read_column
 from lats_optax.inspection.schedule import Curve
 from lats_optax.schedules import ScalarOrSchedule, tabulate
+from lats_optax.storage import URL, as_path
 from lats_optax.training import optimizer
 from lats_optax.training.config import PruneConfig, TrainConfig
 from lats_optax.training.logging import scan_metrics
@@ -173,7 +174,7 @@ def _profile(source: str, argument: str) -> Callable[[Any], Any]:
     return each
 
 
-def _recorded(label: str, path: Path) -> Curve:
+def _recorded(label: str, path: Path | URL) -> Curve:
     """The threshold of a run of lats-train, under the learning rate that it had."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -203,12 +204,13 @@ _REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _FILE = re.compile(r"(.+\.(?:csv|npy|jsonl))(?::(.+))?")
 
 
-def _file(source: str) -> tuple[Path | None, str | None]:
+def _file(source: str) -> tuple[Path | URL | None, str | None]:
     """The file and its column that a source names; none where it names something else."""
     if found := _FILE.fullmatch(source):
-        return Path(found[1]), found[2]
-    if Path(source).is_dir() and source not in (*_TRAINED, *_SHAPES):
-        return Path(source) / METRICS, None
+        return as_path(found[1], "schedule"), found[2]
+    place = as_path(source, "schedule")
+    if place.is_dir() and source not in (*_TRAINED, *_SHAPES):
+        return place / METRICS, None
     return None, None
 
 

@@ -3,21 +3,23 @@
 A checkpoint is a directory, `checkpoints/STEP`: in `arrays`, written by Orbax, the training state
 and the support that the log compares the next one with; in `MANIFEST`, written last, the config,
 where the data iterator is, and what there has to be: size and SHA-256 of each file, dtype, shape
-and CRC-32 of each array. Process 0 writes it under another name, brings all of it to the disk and
-then renames it: what has a step for a name is complete. It is never changed again, so whatever
-differs from the manifest is damage; every process checks all of it before it goes on from it, and
-that sparse weights are those of their latent ones. From a damaged checkpoint all processes go back
-to the one before, with a warning. The damaged one is kept as `checkpoints/STEP.damaged`, and the
-run may write its step again. Where none is whole, the run ends, and nothing is changed.
+and CRC-32 of each array. Process 0 writes it, as a directory that appears whole (`directories`).
+It is never changed again, so whatever differs from the manifest is damage; every process checks all
+of it before it goes on from it, and that sparse weights are those of their latent ones. From a
+damaged checkpoint all processes go back to the one before, with a warning. The damaged one is kept
+as `checkpoints/STEP.damaged`, and the run may write its step again. Where none is whole, the run
+ends, and nothing is changed.
+
+In an object store too, Orbax writes to and reads from a disk: TensorStore has drivers for gs:// and
+s3:// alone, which ask for settings of their own, and what is verified before it is used has to be
+at hand as a whole in any case.
 """
 
 import contextlib
 import logging
 import os
 import re
-import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,16 +28,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lats_optax.atomic import sync_directory, unfinished_name
+from lats_optax.storage import URL, as_path, fetched
 from lats_optax.training import config as configs
-from lats_optax.training import manifest, step
+from lats_optax.training import directories, manifest, step
 from lats_optax.training.manifest import DamagedError
 from lats_optax.training.optimizer import pruned_mask
 from lats_optax.training.parallel import Engine
 from lats_optax.training.recovery import CheckpointError, newest_whole, set_aside, steps, warn
 from lats_optax.training.statistics import Support
 from lats_optax.training.step import TrainState
-from lats_optax.training.workdir import CHECKPOINTS, UNFINISHED_CHECKPOINT, checkpoint_path
+from lats_optax.training.workdir import CHECKPOINTS, checkpoint_path
 
 # Orbax logs every file that it writes, and every error that it raises, with pages of traceback:
 # itself, and by asyncio for writes that an error of another one has left behind.
@@ -61,12 +63,12 @@ class Checkpoints:
     Each method is for all processes of a run at once.
 
     Args:
-      workdir: directory of the run.
+      workdir: directory of the run, on a disk or in a store.
       parallel: the processes.
       keep: how many there are at most once a save is done; None: all.
     """
 
-    def __init__(self, workdir: Path, parallel: Engine, keep: int | None = None):
+    def __init__(self, workdir: Path | URL, parallel: Engine, keep: int | None = None):
         self._workdir, self._parallel, self._keep = workdir, parallel, keep
 
     @property
@@ -111,8 +113,9 @@ class Checkpoints:
           CheckpointError: there are some, and none has a whole manifest.
         """
 
-        def read(path: Path) -> dict[str, Any]:
-            config: dict[str, Any] = _read_manifest(path)["config"]
+        def read(path: Path | URL) -> dict[str, Any]:
+            with fetched(path, [manifest.MANIFEST]) as directory:
+                config: dict[str, Any] = _read_manifest(directory)["config"]
             return config
 
         return newest_whole(self._workdir, read, self._parallel)[0]
@@ -137,7 +140,7 @@ class Checkpoints:
           CheckpointError: there are some, and none is whole.
         """
 
-        def read(path: Path) -> Checkpoint:
+        def read(path: Path | URL) -> Checkpoint:
             shapes = {"state": like(int(path.name)), "support": support}
             wanted = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
             tree, content = _read(path, wanted)
@@ -154,35 +157,25 @@ class Checkpoints:
     def _write(self, tree: dict[str, Any], content: dict[str, Any]) -> None:
         number = int(tree["state"].step)
         path = checkpoint_path(self._workdir, number)
-        unfinished = unfinished_name(path.with_name(UNFINISHED_CHECKPOINT))
         try:
-            path.parent.mkdir(exist_ok=True)
-            unfinished.mkdir()
-            with _orbax() as orbax:
-                orbax.save((unfinished / _ARRAYS).absolute(), args=ocp.args.StandardSave(tree))
-            content = {"step": number, **content, "arrays": manifest.checksums(tree)}
-            manifest.write(unfinished, content)
-            os.rename(unfinished, path)
-            sync_directory(path.parent)
+            with directories.writing(path) as unfinished:
+                with _orbax() as orbax:
+                    orbax.save((unfinished / _ARRAYS).absolute(), args=ocp.args.StandardSave(tree))
+                content = {"step": number, **content, "arrays": manifest.checksums(tree)}
+                manifest.write(unfinished, content)
         except Exception as error:  # Orbax and TensorStore raise all kinds
             raise CheckpointError(
                 f"checkpoint {path} cannot be written: {_reason(error)}. Those before it are "
                 "whole, and --resume goes on from the last of them"
             ) from error
-        finally:
-            _remove_for_good(unfinished)
 
     def _remove_old(self) -> None:
         old = [] if self._keep is None else sorted(steps(self._workdir))[: -self._keep]
         for number in old:
-            path = checkpoint_path(self._workdir, number)
-            # Renamed first: one that is half removed must not look damaged.
-            unfinished = unfinished_name(path.with_name(UNFINISHED_CHECKPOINT))
-            os.rename(path, unfinished)
-            shutil.rmtree(unfinished)
+            directories.remove(checkpoint_path(self._workdir, number))
 
 
-def load_state(workdir: Path | str) -> TrainState:
+def load_state(workdir: Path | URL | str) -> TrainState:
     """The state in a run's last checkpoint, without the run: for evaluation, not for going on.
 
     ``lats_optax.finalize(state.params, state.opt_state)`` are its sparse weights, checked against
@@ -204,7 +197,7 @@ def load_state(workdir: Path | str) -> TrainState:
     return _load(workdir)[0]
 
 
-def load_variables(workdir: Path | str, averaged: bool = False) -> dict[str, Any]:
+def load_variables(workdir: Path | URL | str, averaged: bool = False) -> dict[str, Any]:
     """The weights in a run's last checkpoint, as `model.apply` takes them.
 
     Args:
@@ -236,11 +229,12 @@ def load_variables(workdir: Path | str, averaged: bool = False) -> dict[str, Any
     return {"params": state.params, "batch_stats": state.batch_stats or {}}
 
 
-def _load(workdir: Path | str) -> tuple[TrainState, dict[str, Any]]:
+def _load(workdir: Path | URL | str) -> tuple[TrainState, dict[str, Any]]:
     """The state and the config in a run's last whole checkpoint."""
-    found, damaged = newest_whole(Path(workdir), _read)
+    workdir = as_path(workdir, "workdir")
+    found, damaged = newest_whole(workdir, _read)
     if found is None:
-        raise FileNotFoundError(f"there is no checkpoint in {Path(workdir) / CHECKPOINTS}.")
+        raise FileNotFoundError(f"there is no checkpoint in {workdir / CHECKPOINTS}.")
     for path, problem in damaged:
         warn(path, problem, "the one before it is taken")
     tree, content = found
@@ -250,7 +244,13 @@ def _load(workdir: Path | str) -> tuple[TrainState, dict[str, Any]]:
     return state, content["config"]
 
 
-def _read(path: Path, like: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(path: Path | URL, like: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `_read_directory`, of a copy on this machine where the checkpoint is in a store."""
+    with fetched(path) as directory:
+        return _read_directory(directory, like)
+
+
+def _read_directory(path: Path, like: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arrays and the manifest of a checkpoint, all of it checked.
 
     Args:
@@ -312,15 +312,6 @@ def _check_alike(written: Mapping[str, str], wanted: Mapping[str, str]) -> None:
         )
         if was != wants:
             raise DamagedError(f"array {name} is {was}, and {wants} in the run")
-
-
-def _remove_for_good(path: Path) -> None:
-    """Removes a directory that threads of TensorStore may still be writing to, for seconds."""
-    for _ in range(100):
-        if not path.exists():
-            return
-        shutil.rmtree(path, ignore_errors=True)
-        time.sleep(0.1)
 
 
 @contextlib.contextmanager

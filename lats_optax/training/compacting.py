@@ -14,6 +14,7 @@ from flax import linen as nn
 
 import lats_optax
 from lats_optax import compaction
+from lats_optax.storage import URL, as_path, has_room
 from lats_optax.training.export import ModelFile, SavedModel, find_model, load_model, save_model
 
 _IMAGES = 8
@@ -23,9 +24,9 @@ _IMAGES = 8
 class Request:
     """Make a physically smaller model of one with dead channels; its outputs stay the same."""
 
-    file: tyro.conf.Positional[Path]
+    file: tyro.conf.Positional[Path | URL]
     """A model file of lats-train, or the work directory of a run."""
-    out: Path = Path("compact.safetensors")
+    out: Path | URL = Path("compact.safetensors")
     """The model file to write; --initial of lats-train begins from it."""
     overwrite: bool = False
     """Replace a file of that name."""
@@ -65,13 +66,11 @@ def build(request: Request) -> Compaction:
       ValueError: the file is not one of a model; a layer would be left without a channel; or the
         outputs differ by more than rounding explains.
     """
-    path = find_model(request.file)
-    if not request.out.parent.is_dir():
-        raise FileNotFoundError(f"there is no directory {request.out.parent} to write to")
-    if request.out.exists() and not request.overwrite:
-        raise FileExistsError(
-            f"{request.out} is there: --overwrite replaces it, --out names others"
-        )
+    path, out = find_model(request.file), as_path(request.out, "out")
+    if not has_room(out):
+        raise FileNotFoundError(f"there is no directory {out.parent} to write to")
+    if out.exists() and not request.overwrite:
+        raise FileExistsError(f"{out} is there: --overwrite replaces it, --out names others")
     saved = load_model(path)
     model, variables, report = compaction.compact(
         saved.model, saved.variables, multiple_of=request.multiple_of
@@ -92,7 +91,7 @@ def build(request: Request) -> Compaction:
     return Compaction(report, small, counts, difference, ModelFile.written(path, saved.variables))
 
 
-def report_on(found: Compaction, out: Path) -> str:
+def report_on(found: Compaction, out: Path | URL) -> str:
     """Writes the file of the smaller model.
 
     Args:
@@ -102,6 +101,7 @@ def report_on(found: Compaction, out: Path) -> str:
     Returns:
       The report and the sizes, as lines of plain text.
     """
+    out = as_path(out, "out")
     save_model(out, *found.small)
     before, after = found.operations
     lines = [

@@ -5,11 +5,12 @@ The command line is made from these classes: the line under a field is its `--he
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
+from lats_optax.storage import URL, as_path
 
 RECALIBRATION_BATCHES = 50
 """On which batch statistics are estimated where a config does not say; more than are needed."""
@@ -32,20 +33,10 @@ def _check_float32(field: str, value: float, *, positive: bool = False) -> None:
     _check((value == 0 and not positive) or least <= value <= most, field, value, allowed)
 
 
-def _expanded(field: str, path: Path) -> Path:
-    """The path with ``~`` and ``~user`` as the home directories that they stand for."""
+def _located(field: str, path: Path | URL) -> Path | URL:
+    """The path with ``~`` expanded, or the URL that it is."""
     _check("\0" not in str(path), field, str(path), "a path without null characters")
-    # `Path` has made one slash of two.
-    local = re.match(r"[a-z][a-z0-9+.-]+:/", str(path)) is None
-    _check(
-        local, field, str(path), "a directory of this machine, such as where a bucket is mounted"
-    )
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise ValueError(
-            f"{field} is {str(path)!r}; allowed: a path of this machine. {error}"
-        ) from error
+    return as_path(path, field)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +46,7 @@ class DataConfig:
     name: str = "digits"
     """Data set: `digits`; `synthetic`, noise; or one of TFDS, as NAME, NAME/CONFIG:VERSION, …"""
     data_dir: str | None = None
-    """Where prepared data sets are kept; None: the TFDS default."""
+    """Where prepared data sets are kept, on this machine or on gs://; None: the TFDS default."""
     batch_size: int = 64
     """Images a step, over all devices of all processes together."""
     image_size: int | None = None
@@ -384,7 +375,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     prune: PruneConfig = PruneConfig()
     parallel: ParallelConfig = ParallelConfig()
-    initial: Path | None = None
+    initial: Path | URL | None = None
     """Model file of another run to begin from; options of `model` that are None are its own."""
     non_finite: Literal["stop", "skip"] = "stop"
     """A loss or gradients that are not finite: `stop` the run, or `skip` what is learnt from these
@@ -399,8 +390,8 @@ class TrainConfig:
     """Passes over the training images, those of a search at initialization not counted."""
     seed: int = 0
     """Seed of the initial parameters and of the order of the images."""
-    workdir: Path = Path("runs/digits")
-    """Where metrics, checkpoints and the file of the trained model are written."""
+    workdir: Path | URL = Path("runs/digits")
+    """Where metrics, checkpoints and the trained model are written: a path, or a URL as gs://…"""
     resume: bool = False
     """Go on from the last checkpoint in workdir; begin where there is none."""
     overwrite: bool = False
@@ -427,7 +418,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in ("workdir", "initial"):
             path = getattr(self, field)
-            object.__setattr__(self, field, None if path is None else _expanded(field, path))
+            object.__setattr__(self, field, None if path is None else _located(field, path))
         _check(
             0 <= self.label_smoothing < 1,
             "label_smoothing",

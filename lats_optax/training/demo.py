@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lats_optax.atomic import replacing
+from lats_optax.storage import URL, as_path
 from lats_optax.training import experiment, loop, pictures, report, weights_report
 from lats_optax.training.config import PruneConfig, TrainConfig
 from lats_optax.training.experiment import Experiment
@@ -27,12 +28,13 @@ class DemoConfig:
     """Seed of the initial parameters and of the order of the images."""
     data_dir: str | None = None
     """Where prepared data sets are kept; None: the TFDS default."""
-    workdir: Path = Path("runs/demo")
+    workdir: Path | URL = Path("runs/demo")
     """Where the two runs, the pictures and the summary are written."""
     overwrite: bool = False
     """Throw away the demonstration that is in workdir."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "workdir", as_path(self.workdir, "workdir"))
         self.runs()  # whatever is wrong with the fields is found by the runs' own checks
 
     def runs(self) -> dict[str, TrainConfig]:
@@ -70,9 +72,9 @@ class DemoResult:
     """
 
     table: str
-    picture: Path
-    weights: Path
-    summary: Path
+    picture: Path | URL
+    weights: Path | URL
+    summary: Path | URL
     runs: dict[str, RunResult]
 
 
@@ -134,6 +136,6 @@ def fit(config: DemoConfig, experiments: dict[str, Experiment]) -> DemoResult:
     return DemoResult(report.comparison_table(runs), picture, weights, summary, results)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path | URL, content: dict[str, Any]) -> None:
     with replacing(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -59,6 +59,11 @@ class EventFile:
         )
         self._add(raw, step)
 
+    def flush(self) -> None:
+        """Hands all of it to the system."""
+        self._writer.flush()
+        self._flushed = time.monotonic()
+
     def close(self) -> None:
         """Brings all of it to the disk."""
         with contextlib.closing(self._writer):
@@ -67,8 +72,7 @@ class EventFile:
     def _add(self, found: Summary, step: int) -> None:
         self._write(Event(summary=found), step)
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
-            self._writer.flush()
-            self._flushed = time.monotonic()
+            self.flush()
 
     def _write(self, event: Event, step: int) -> None:
         event.wall_time, event.step = time.time(), step

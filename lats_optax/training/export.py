@@ -20,6 +20,7 @@ from flax.core import unfreeze
 
 import lats_optax
 from lats_optax import masks, models
+from lats_optax.storage import URL, as_path
 from lats_optax.training.workdir import MODEL
 
 _MODEL, _IMAGE_SHAPE = "model", "image_shape"
@@ -52,12 +53,12 @@ class ModelFile(NamedTuple):
       dense_size: of its arrays, in bytes.
     """
 
-    path: Path
+    path: Path | URL
     size: int
     dense_size: int
 
     @staticmethod
-    def written(path: Path, arrays: Any) -> "ModelFile":
+    def written(path: Path | URL, arrays: Any) -> "ModelFile":
         """The file at a path, which holds a pytree of arrays."""
         dense = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(arrays))
         return ModelFile(path, path.stat().st_size, dense)
@@ -117,12 +118,14 @@ def save_model(
     lats_optax.save_sparse(path, tree, texts)
 
 
-def find_model(path: Path) -> Path:
+def find_model(path: Path | URL) -> Path | URL:
     """The model file that a path names: itself, or that of the run in a directory.
 
     Raises:
       FileNotFoundError: there is none.
+      ValueError: it is a URL of a store that cannot be used here.
     """
+    path = as_path(path, "file")
     file = path / MODEL if path.is_dir() else path
     if not file.is_file():
         hint = "" if file is path else ", which lats-train writes when a run ends"

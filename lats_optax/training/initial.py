@@ -11,6 +11,7 @@ from flax import linen as nn
 import lats_optax
 from lats_optax import models
 from lats_optax.masks import MaskOrFunction
+from lats_optax.storage import URL
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.export import SavedModel, differences, load_model, variables_of
 
@@ -19,7 +20,7 @@ _STRAY = 0.01
 
 
 def load_initial(
-    path: Path,
+    path: Path | URL,
     config: TrainConfig,
     wanted: nn.Module,
     image_shape: tuple[int, ...],

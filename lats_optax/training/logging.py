@@ -2,8 +2,9 @@
 
 import contextlib
 import json
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,12 +12,16 @@ from typing import Any
 import tqdm
 
 from lats_optax.atomic import replacing, set_filename
+from lats_optax.storage import URL, growing
 from lats_optax.training import statistics
 from lats_optax.training.events import EventFile
 from lats_optax.training.statistics import LayerStatistics
 from lats_optax.training.workdir import METRICS
 
 Record = dict[str, Any]
+
+# A store limits how often one object may be written.
+_SYNC_SECONDS = 60
 
 
 class MetricsLog:
@@ -26,24 +31,35 @@ class MetricsLog:
     they will be written again.
 
     Args:
-      workdir: directory of the run.
+      workdir: directory of the run, on a disk or in a store. A store cannot append: there the files
+        grow on this machine and are copied as a whole, by `sync` and once a minute.
       step: the last step that is done.
       total_steps: steps of the whole run.
       enabled: False in the processes that keep silent.
+      check: called before files are copied; raises where they must not be.
     """
 
-    def __init__(self, workdir: Path, step: int, total_steps: int, enabled: bool = True):
-        self._enabled = enabled
+    def __init__(
+        self,
+        workdir: Path | URL,
+        step: int,
+        total_steps: int,
+        enabled: bool = True,
+        check: Callable[[], None] = lambda: None,
+    ):
+        self._enabled, self._check = enabled, check
         self.records: list[Record] = []
         # None: quiet where standard error is not a terminal.
         disable = None if enabled else True
         self._bar = tqdm.tqdm(total=total_steps, initial=step, unit="step", disable=disable)
         if enabled:
-            path = workdir / METRICS
-            self.records = [r for r in read_metrics(path) if r["step"] <= step]
+            self.records = [r for r in read_metrics(workdir / METRICS) if r["step"] <= step]
+            self._place, self._synced = contextlib.ExitStack(), time.monotonic()
+            directory, self._copy = self._place.enter_context(growing(workdir))
+            path = directory / METRICS
             self._rewrite(path)
             self._file = path.open("a", buffering=1, encoding="utf-8")
-            self._events = EventFile(workdir, first_step=step + 1)
+            self._events = EventFile(directory, first_step=step + 1)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -57,6 +73,8 @@ class MetricsLog:
         # In turn, and all of them: on a disk that is full, closing a file may fail too.
         with contextlib.ExitStack() as stack:
             if self._enabled:
+                stack.enter_context(self._place)
+                stack.callback(self._send)
                 stack.enter_context(self._writing())
                 stack.callback(self._file.close)
                 stack.callback(self._events.close)
@@ -65,6 +83,18 @@ class MetricsLog:
     def advance(self) -> None:
         """Counts a step."""
         self._bar.update()
+
+    def sync(self) -> None:
+        """Brings all records to where the run is; to be called before each checkpoint.
+
+        Raises:
+          OSError: they cannot be written.
+          Others: as `check`.
+        """
+        if self._enabled:
+            with self._writing():
+                self._events.flush()
+            self._send()
 
     def write(self, record: Record) -> None:
         """Writes a record: `split`, `step`, `epoch`, and metrics, which are floats."""
@@ -103,6 +133,14 @@ class MetricsLog:
         if self._enabled:
             with self._writing():
                 self._file.write(json.dumps(record) + "\n")
+            if time.monotonic() - self._synced > _SYNC_SECONDS:
+                self.sync()
+
+    def _send(self) -> None:
+        """Copies the files to the store, if the run is in one."""
+        self._check()
+        self._copy()
+        self._synced = time.monotonic()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -118,7 +156,7 @@ class MetricsLog:
             kept.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
 
 
-def read_metrics(path: Path) -> list[Record]:
+def read_metrics(path: Path | URL) -> list[Record]:
     """The records of a metrics file; none where there is no file.
 
     A last line without its end, by a run that was killed while it wrote, is left out.
@@ -134,7 +172,7 @@ def read_metrics(path: Path) -> list[Record]:
     return records
 
 
-def scan_metrics(path: Path) -> tuple[list[Record], list[int]]:
+def scan_metrics(path: Path | URL) -> tuple[list[Record], list[int]]:
     """As `read_metrics`, and the numbers of the lines that are no records instead of a warning."""
     if not path.exists():
         return [], []

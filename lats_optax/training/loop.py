@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -82,13 +82,13 @@ def fit(experiment: Experiment) -> RunResult:
     parallel = experiment.parallel
     with (
         parallel.watching("; the same command with --resume goes on"),
-        workdir.prepared(experiment.config, parallel),
+        workdir.prepared(experiment.config, parallel) as check,
     ):
-        return _fit(experiment)
+        return _fit(experiment, check)
 
 
-def _fit(experiment: Experiment) -> RunResult:
-    """`fit`, in a work directory that is the run's own."""
+def _fit(experiment: Experiment, check: Callable[[], None]) -> RunResult:
+    """`fit`, in a work directory that is the run's own, as `check` makes sure."""
     started = time.perf_counter()
     config, parallel, total = experiment.config, experiment.parallel, experiment.total_steps
     if (initial := experiment.initial) is not None:
@@ -100,8 +100,8 @@ def _fit(experiment: Experiment) -> RunResult:
         checkpoints = Checkpoints(config.workdir, parallel, config.keep_checkpoints)
         batches = stack.enter_context(contextlib.closing(experiment.train_batches()))
         state, step, support, skipped = _begin(experiment, checkpoints, batches)
-        log = stack.enter_context(MetricsLog(config.workdir, step, total, parallel.is_primary))
-
+        log = MetricsLog(config.workdir, step, total, parallel.is_primary, check)
+        stack.enter_context(log)
         run = _Run(experiment, checkpoints, log)
         evaluation = Evaluation({}, {}, support)
         window = _Window([], time.perf_counter())
@@ -293,6 +293,8 @@ def _save(
         raise _diverged(run, state, f"the training state is not finite after step {step}")
     experiment.parallel.check_replicas(state, step)
     host, support = experiment.parallel.to_host((state, support))
+    # First: a run that goes on from the checkpoint has all records of the steps before it.
+    experiment.parallel.on_primary(run.log.sync)
     run.checkpoints.save(host, position, configs.to_json(experiment.config), support)
 
 

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from lats_optax.storage import URL
 from lats_optax.training import report, weights_report, workdir
 from lats_optax.training.result import RunResult
 
 
-def write(result: RunResult) -> list[Path]:
+def write(result: RunResult) -> list[Path | URL]:
     """Draws a run: its curves, and where it was pruned its weights.
 
     Args:

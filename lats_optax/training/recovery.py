@@ -3,17 +3,20 @@
 Here belongs what is done where one is damaged. What damage is, others say: here it is a ValueError.
 """
 
-import os
 import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from lats_optax.storage import URL
+from lats_optax.training import directories
 from lats_optax.training.parallel import Engine
 from lats_optax.training.workdir import CHECKPOINTS, checkpoint_path
 
 Value = TypeVar("Value")
+Damage = tuple[Path | URL, str]
+"""A checkpoint, and what is wrong with it."""
 
 
 class CheckpointError(RuntimeError):
@@ -24,18 +27,15 @@ class DamagedCheckpointWarning(UserWarning):
     """A checkpoint is damaged, and the one before it is taken."""
 
 
-def steps(workdir: Path) -> list[int]:
+def steps(workdir: Path | URL) -> list[int]:
     """Steps that have a checkpoint, whole or damaged."""
-    try:
-        names = os.listdir(workdir / CHECKPOINTS)
-    except FileNotFoundError:
-        return []
+    names = directories.names(workdir / CHECKPOINTS)
     return [int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)]
 
 
 def newest_whole(
-    workdir: Path, read: Callable[[Path], Value], parallel: Engine | None = None
-) -> tuple[Value | None, list[tuple[Path, str]]]:
+    workdir: Path | URL, read: Callable[[Path | URL], Value], parallel: Engine | None = None
+) -> tuple[Value | None, list[Damage]]:
     """The content of the newest checkpoint that can be read.
 
     Args:
@@ -50,7 +50,7 @@ def newest_whole(
     Raises:
       CheckpointError: there are checkpoints, and none can be read.
     """
-    damaged: list[tuple[Path, str]] = []
+    damaged: list[Damage] = []
     before: float = float("inf")
     while True:
         # No step is -1. Where several processes share the directory, one of them names it.
@@ -78,18 +78,14 @@ def newest_whole(
     )
 
 
-def set_aside(damaged: list[tuple[Path, str]]) -> None:
+def set_aside(damaged: list[Damage]) -> None:
     """Makes room for what the run will write at the steps of damaged checkpoints."""
     for path, problem in damaged:
-        kept, count = path.with_name(f"{path.name}.damaged"), 1
-        while os.path.lexists(kept):
-            count += 1
-            kept = path.with_name(f"{path.name}.damaged-{count}")
-        os.rename(path, kept)
+        kept = directories.set_aside(path)
         warn(path, problem, f"the run goes on from the one before it; this one is now {kept}")
 
 
-def warn(path: Path, problem: str, consequence: str) -> None:
+def warn(path: Path | URL, problem: str, consequence: str) -> None:
     """Names a damaged checkpoint, and what is done about it."""
     message = f"checkpoint {path} is damaged ({problem}): {consequence}"
     warnings.warn(message, DamagedCheckpointWarning, stacklevel=4)

@@ -9,6 +9,7 @@ import optax
 
 import lats_optax
 from lats_optax import models
+from lats_optax.storage import URL
 from lats_optax.training import verdict, workdir
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.experiment import Experiment
@@ -45,7 +46,7 @@ class RunResult:
     seconds: float
     state: TrainState
     sparsity: lats_optax.SparsityReport
-    checkpoint: Path
+    checkpoint: Path | URL
     metrics: list[Record]
     is_primary: bool = True
     test_accuracy_averaged: float | None = None

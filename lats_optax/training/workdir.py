@@ -1,34 +1,25 @@
 """The work directory of a run: what is in it, and that no run overwrites another."""
 
 import contextlib
-import errno
-import fcntl
-import os
-import socket
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lats_optax.atomic import remove, sweep, unfinished_name
+from lats_optax.atomic import sweep
+from lats_optax.storage import URL
+from lats_optax.training import directories
 from lats_optax.training.config import TrainConfig
+from lats_optax.training.lock import LOCK, locked
 from lats_optax.training.parallel import Engine
 
 CHECKPOINTS = "checkpoints"
-UNFINISHED_CHECKPOINT = "step"
-"""What a checkpoint is called in the name that it has before it is complete."""
 METRICS = "metrics.jsonl"
 INITIAL = "initial.safetensors"
 MODEL = "model.safetensors"
 AVERAGED = "model_averaged.safetensors"
 REPORT, WEIGHTS = "report.png", "weights.png"
-LOCK = ".lock"
 EVENTS = "events.out.tfevents."
 """What the names of TensorBoard's files begin with."""
 _FILES = (METRICS, INITIAL, MODEL, AVERAGED, REPORT, WEIGHTS)
-
-
-class WorkdirInUseError(RuntimeError):
-    """Another run is writing in the work directory."""
 
 
 def check(config: TrainConfig) -> None:
@@ -53,76 +44,51 @@ def check(config: TrainConfig) -> None:
 
 
 @contextlib.contextmanager
-def prepared(config: TrainConfig, parallel: Engine) -> Iterator[None]:
+def prepared(config: TrainConfig, parallel: Engine) -> Iterator[Callable[[], None]]:
     """The directory, made, for one run alone until the block ends; all processes of it enter.
 
     What a killed run has left unfinished is removed; with `overwrite`, so is what a run wrote
     there, and nothing else.
+
+    Yields:
+      What raises a `WorkdirInUseError` where another run has taken the directory all the same, as
+      in a store one may: for the process that writes there.
 
     Raises:
       FileExistsError, NotADirectoryError: as `check`.
       WorkdirInUseError: another run has it.
       OSError: it cannot be written to.
     """
+    guards: list[Callable[[], None]] = []
     with contextlib.ExitStack() as stack:
 
         def prepare() -> None:
             workdir = config.workdir
             check(config)
             workdir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_lock(workdir))
+            guards.append(stack.enter_context(locked(workdir)))
             check(config)  # Another run may have been here in between.
             if config.overwrite:
                 _remove_run(workdir)
-            sweep(workdir / CHECKPOINTS)
-            sweep(workdir / CHECKPOINTS / UNFINISHED_CHECKPOINT)
+            directories.sweep(workdir / CHECKPOINTS)
             for name in _FILES:
                 sweep(workdir / name)
 
         parallel.barrier("all have looked into the work directory")
         parallel.on_primary(prepare)
-        yield
+        yield guards[0] if guards else lambda: None
 
 
-def checkpoint_path(workdir: Path, step: int) -> Path:
+def checkpoint_path(workdir: Path | URL, step: int) -> Path | URL:
     """Where the checkpoint of a step is."""
     return workdir / CHECKPOINTS / str(step)
 
 
-@contextlib.contextmanager
-def _lock(workdir: Path) -> Iterator[None]:
-    """Keeps others out. The system ends it with the process, however that ends."""
-    descriptor = os.open(workdir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
-            raise WorkdirInUseError(
-                f"workdir {workdir} is in use by {holder}: wait for its end, or name another "
-                "--workdir"
-            ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            message = f"workdir {workdir}: its file system has no locks; start no second run there"
-            warnings.warn(message, UserWarning, stacklevel=2)
-        with contextlib.suppress(OSError):  # a full disk: what fails next can say where
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        yield
-        os.ftruncate(descriptor, 0)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_run(workdir: Path) -> None:
+def _remove_run(workdir: Path | URL) -> None:
     """Removes what a run wrote in its work directory."""
     checkpoints = workdir / CHECKPOINTS
     if checkpoints.exists():
-        # Renamed first: what is left of it if this is killed must not look like checkpoints.
-        unfinished = unfinished_name(checkpoints)
-        os.rename(checkpoints, unfinished)
-        remove(unfinished)
-    for file in [*(workdir / name for name in _FILES), *workdir.glob(f"{EVENTS}*")]:
-        file.unlink(missing_ok=True)
+        directories.remove(checkpoints, CHECKPOINTS)
+    events = [path.name for path in workdir.iterdir() if path.name.startswith(EVENTS)]
+    for name in (*_FILES, *events):
+        (workdir / name).unlink(missing_ok=True)
