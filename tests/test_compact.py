@@ -337,7 +337,7 @@ def test_what_group_lasso_leaves_of_a_network_in_training():
     images, labels, steps = images_for("digits-cnn"), np.arange(3), 10
     target = lats_optax.target_sparsity(lats_optax.uniform(0.6), 1e-2, steps)
     mask = lats_optax.select("kernel", exclude="classifier")
-    threshold = lats_optax.soft_threshold(target, operator=prox.prox_group_lasso, mask=mask)
+    threshold = lats_optax.soft_threshold(target, operator=prox.Axes(), mask=mask)
     tx = optax.chain(optax.adam(1e-2), threshold)
 
     @jax.jit
