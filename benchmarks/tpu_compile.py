@@ -2,6 +2,7 @@
 
     python -m benchmarks.tpu_compile                          all presets; v5e:2x4 and a pod
     python -m benchmarks.tpu_compile --presets imagenet-resnet50-lats --topologies v5e:16x16
+    python -m benchmarks.tpu_compile --engines pmap jit:8     the state divided over eight chips too
     python -m benchmarks.tpu_compile --json programs.json     goes on where it was interrupted
 
 Needs jax[tpu], whose compiler runs on any Linux machine. Each preset's step, exactly as the trainer
@@ -13,11 +14,15 @@ makes it, is compared with the dense step of the same settings; figures are a ch
     XLA          the same ratio of XLA's own count, which counts what is fetched ahead into the
                  cores' memory (VMEM) three times, and one of a selection's nine reads in each step
     memory       arguments + temporaries + outputs − outputs in the place of arguments, in GB
+    state        arguments alone: the training state and the chip's images, in GB
     collectives  how many there are in the compiled program, and the MB that they return
 
 A preset that names its sparsity selects a quantile of the weights every some steps, in nine reads
 of them; GB hold the mean over these steps. Steps whose programs differ in nothing but the contents
 of a table of thresholds are compiled once.
+
+Under the jit engine the optimizer's update with its closed loop is compiled alone as well: a step
+gathers weights for the forward pass, and its collectives do not show that a selection gathers none.
 """
 
 import argparse
@@ -41,10 +46,10 @@ from jax.experimental import topologies
 
 from benchmarks.optimizer_step import SELECTION_PASSES, bytes_accessed
 from lats_optax.target import default_update_every
-from lats_optax.training import experiment
+from lats_optax.training import parts
 from lats_optax.training.config import PruneConfig, TrainConfig
 from lats_optax.training.optimizer import make_optimizer
-from lats_optax.training.parallel import PmapEngine
+from lats_optax.training.parallel import Engine, JitEngine, PmapEngine
 from lats_optax.training.presets import PRESETS
 
 TRAINING_IMAGES, CLASSES, IMAGE_SHAPE = 1_281_167, 1000, (224, 224, 3)  # of ImageNet
@@ -96,16 +101,23 @@ class Row(NamedTuple):
     same_as: str
 
 
-def lower_step(config: TrainConfig, devices: Sequence[Any], batch_per_chip: int) -> Any:
-    """The trainer's own step for these devices, before compilation; no array is made."""
-    model, phase, state = _parts(config)
-    chips = (len(devices), batch_per_chip)
+def lower_step(config: TrainConfig, engine: Engine, batch_per_chip: int) -> Any:
+    """The trainer's own step for an engine's devices, before compilation; no array is made."""
+    model, phase, state = _parts(config, engine.axis_name)
+    images = len(engine.devices) * batch_per_chip
     batch = {
-        "image": jax.ShapeDtypeStruct((*chips, *IMAGE_SHAPE), jnp.dtype(config.model.dtype)),
-        "label": jax.ShapeDtypeStruct(chips, jnp.int32),
+        "image": jax.ShapeDtypeStruct((images, *IMAGE_SHAPE), jnp.dtype(config.model.dtype)),
+        "label": jax.ShapeDtypeStruct((images,), jnp.int32),
     }
-    step = experiment.bind_step(config, model, phase)
-    return PmapEngine(devices).compile_update(step).lower(state, batch)
+    step = parts.bind_step(config, model, phase, engine.split)
+    return engine.compile_update(step).lower(*engine.abstract(state, batch))
+
+
+def lower_update(config: TrainConfig, engine: Engine) -> Any:
+    """The optimizer's update alone, with its closed loop if it has one, before compilation."""
+    _, phase, state = _parts(config, engine.axis_name)
+    arguments, _ = engine.abstract((state.params, state.opt_state, state.params), {})
+    return jax.jit(phase.transform.update).lower(*arguments)
 
 
 def facts(lowered: Any) -> Facts:
@@ -181,13 +193,13 @@ class Compiler:
     """Compiles the steps of configs for one topology, no program twice.
 
     Args:
-      devices: of the topology.
+      engine: of the topology's devices.
       batch_per_chip: images.
       store: a file of programs compiled before, one a line; new ones are appended. None: no file.
     """
 
-    def __init__(self, devices: Sequence[Any], batch_per_chip: int, store: Path | None = None):
-        self.devices = devices
+    def __init__(self, engine: Engine, batch_per_chip: int, store: Path | None = None):
+        self.engine = engine
         self.batch_per_chip = batch_per_chip
         self.store = store
         self.known: dict[str, tuple[str, Facts]] = {}
@@ -198,7 +210,13 @@ class Compiler:
 
     def step(self, config: TrainConfig, name: str) -> tuple[str, Facts]:
         """The facts of a step, and the name of the first one that was the same program."""
-        lowered = lower_step(config, self.devices, self.batch_per_chip)
+        return self._facts(lower_step(config, self.engine, self.batch_per_chip), name)
+
+    def update(self, config: TrainConfig, name: str) -> Facts:
+        """The facts of the optimizer's update alone."""
+        return self._facts(lower_update(config, self.engine), f"{name}, update")[1]
+
+    def _facts(self, lowered: Any, name: str) -> tuple[str, Facts]:
         key = self._key(same_program(lowered.as_text()))
         if key not in self.known:
             self.known[key] = name, facts(lowered)
@@ -229,26 +247,26 @@ class Compiler:
         )
 
     def _key(self, text: str) -> str:
-        kind = f"{self.devices[0].device_kind} {len(self.devices)} {jax.__version__} {_libtpu()}"
+        devices = self.engine.devices
+        kind = f"{devices[0].device_kind} {len(devices)} {jax.__version__} {_libtpu()}"
         return hashlib.sha256(f"{kind}\n{text}".encode()).hexdigest()
 
 
 def latent_bytes(config: TrainConfig) -> int:
     """The size of the latent weights: what a selection reads several times."""
-    latent = optax.tree.get(_parts(config)[2].opt_state, "latent")
+    latent = optax.tree.get(_parts(config, None)[2].opt_state, "latent")
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(latent))
 
 
 def print_row(row: Row) -> None:
     """Prints a row as soon as it is known: a compilation takes minutes."""
-    kinds = row.facts.collectives.items()
-    found = ", ".join(f"{count} {kind} ({size / 1e6:.1f} MB)" for kind, (count, size) in kinds)
     compiled = f"{row.facts.compile_seconds:.0f} s"
     if row.same_as != row.preset:
         compiled = f"the program of {row.same_as}"
     print(
         f"{row.preset:<30} {row.facts.flops / 1e9:6.0f} {row.bytes / 1e9:6.2f} {row.ratio:6.3f} "
-        f"{row.xla_ratio:6.3f} {row.facts.memory / 1e9:7.2f}  {found or 'none'}; {compiled}",
+        f"{row.xla_ratio:6.3f} {row.facts.memory / 1e9:7.2f} {row.facts.arguments / 1e9:6.3f}  "
+        f"{_listed(row.facts.collectives)}; {compiled}",
         flush=True,
     )
 
@@ -264,12 +282,56 @@ def print_worst(rows: list[Row]) -> None:
     )
 
 
+def engine_of(name: str, devices: Sequence[Any]) -> Engine:
+    """The engine that `--engines` names, for devices that need not be there.
+
+    Raises:
+      ValueError: there is none of that name, or its number does not divide that of the devices.
+    """
+    kind, colon, fsdp = name.partition(":")
+    if kind == "jit" and ((fsdp.isdecimal() and int(fsdp)) or not colon):
+        return JitEngine(devices, fsdp=int(fsdp or 1))
+    if name != "pmap":
+        raise ValueError(f"{name!r}; allowed: pmap, jit, and jit:N with N of 1 or more")
+    return PmapEngine(devices)
+
+
+def print_table(compiler: Compiler, options: argparse.Namespace) -> None:
+    """Compiles and prints all presets for one engine."""
+    print(
+        f"{'preset':<30} {'GFLOP':>6} {'GB':>6} {'ratio':>6} {'XLA':>6} "
+        f"{'memory':>7} {'state':>6}  collectives"
+    )
+    rows = []
+    for name in options.presets:
+        config = PRESETS[name].config
+        model = dataclasses.replace(config.model, dtype=options.dtype)
+        config = dataclasses.replace(config, model=model)
+        try:
+            row = compiler.row(config, name)
+        except jax.errors.JaxRuntimeError as error:
+            # The compiler's own word on a program that is too large for a chip.
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(f"{name:<30} does not fit: {_first_line(error)}", flush=True)
+            continue
+        print_row(row)
+        rows.append(row)
+        # By pmap every chip updates all weights, and asks no other.
+        if compiler.engine.axis_name is None and config.prune.enabled:
+            alone = compiler.update(config, name).collectives
+            print(f"{'its update alone':>30} {_listed(alone)}", flush=True)
+    if rows:
+        print_worst(rows)
+
+
 def main() -> None:
-    """Print a table for each topology."""
+    """Print a table for each topology and engine."""
     known = [name for name in PRESETS if name.startswith("imagenet-")]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--presets", nargs="+", choices=known, default=known)
     parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES, help="as JAX names them")
+    parser.add_argument("--engines", nargs="+", default=["pmap"], help="pmap, jit, jit:FSDP")
     parser.add_argument("--batch-per-chip", type=int, default=128)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument(
@@ -291,37 +353,24 @@ def main() -> None:
             devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
         except jax.errors.JaxRuntimeError as error:
             parser.error(f"--topologies: {topology}: {_first_line(error)}")
-        print(
-            f"{topology}: {len(devices)} × {devices[0].device_kind}, {options.batch_per_chip} "
-            f"images a chip, {options.dtype}; jax {jax.__version__}, {_libtpu()}"
-        )
-        print(
-            f"{'preset':<30} {'GFLOP':>6} {'GB':>6} {'ratio':>6} {'XLA':>6} "
-            f"{'memory':>7}  collectives"
-        )
-        compiler, rows = Compiler(devices, options.batch_per_chip, options.json), []
-        for name in options.presets:
-            config = PRESETS[name].config
-            model = dataclasses.replace(config.model, dtype=options.dtype)
+        for name in options.engines:
             try:
-                row = compiler.row(dataclasses.replace(config, model=model), name)
-            except jax.errors.JaxRuntimeError as error:
-                # The compiler's own word on a program that is too large for a chip.
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                print(f"{name:<30} does not fit: {_first_line(error)}", flush=True)
-                continue
-            print_row(row)
-            rows.append(row)
-        if rows:
-            print_worst(rows)
+                engine = engine_of(name, devices)
+            except ValueError as error:
+                parser.error(f"--engines: {error}")
+            print(
+                f"{topology}: {len(devices)} × {devices[0].device_kind}, {name}, "
+                f"{options.batch_per_chip} images a chip, {options.dtype}; jax {jax.__version__}, "
+                f"{_libtpu()}"
+            )
+            print_table(Compiler(engine, options.batch_per_chip, options.json), options)
 
 
-def _parts(config: TrainConfig) -> tuple[Any, Any, Any]:
+def _parts(config: TrainConfig, axis_name: str | None) -> tuple[Any, Any, Any]:
     """Model, phase and the shapes of their state."""
-    model = experiment.make_model(config, CLASSES, PmapEngine.axis_name)
+    model = parts.make_model(config, CLASSES, axis_name)
     phase = make_optimizer(config, _steps_per_epoch(config)).phases[0]
-    return model, phase, jax.eval_shape(experiment.bind_state(config, model, phase, IMAGE_SHAPE))
+    return model, phase, jax.eval_shape(parts.bind_state(config, model, phase, IMAGE_SHAPE))
 
 
 def _steps_per_epoch(config: TrainConfig) -> int:
@@ -345,6 +394,12 @@ def _arrays(result: str) -> list[tuple[int, bool]]:
         size = BYTES[dtype] * math.prod(int(axis) for axis in axes.split(",") if axis)
         arrays.append((size, "S(" in layout))
     return arrays
+
+
+def _listed(collectives: dict[str, list[int]]) -> str:
+    """Collectives as a line of the table has them."""
+    found = (f"{n} {kind} ({size / 1e6:.2f} MB)" for kind, (n, size) in collectives.items())
+    return ", ".join(found) or "none"
 
 
 def _first_line(error: Exception) -> str:

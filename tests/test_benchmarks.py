@@ -2,9 +2,13 @@
 
 import dataclasses
 import math
+import multiprocessing
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -12,12 +16,14 @@ import lats_optax
 from benchmarks import (
     compaction,
     input_pipeline,
+    input_workers,
     optimizer_step,
     shapes,
     tpu_compile,
     train_throughput,
 )
 from lats_optax import models, prox
+from lats_optax.training import parts
 from lats_optax.training.config import (
     DataConfig,
     ModelConfig,
@@ -25,6 +31,8 @@ from lats_optax.training.config import (
     PruneConfig,
     TrainConfig,
 )
+from lats_optax.training.optimizer import make_optimizer
+from lats_optax.training.parallel import PmapEngine
 from tests import tiny
 
 SMALL = {f"layer{i}/kernel": (512, 512) for i in range(3)}
@@ -119,6 +127,44 @@ def test_input_pipeline_names_wrong_arguments(capsys, monkeypatch):
     assert "--size is 0; allowed is more than 0" in capsys.readouterr().err
 
 
+def test_the_whole_pipeline_at_a_small_size(capsys):
+    arguments = "--workers 0 --records 8 --images 2 --batch-size 4 --seconds 0 --rounds 1"
+    rates = input_workers.main(arguments.split())
+    assert len(rates) == 3
+    assert min(rate.clock for rate in rates) > 0
+    _, _, cores, *_, limit = capsys.readouterr().out.splitlines()[-1].split()
+    assert float(limit) == pytest.approx(int(cores) * rates[1].processor, abs=1)
+
+
+def test_processor_time_is_that_of_workers_too():
+    worker = multiprocessing.get_context("spawn").Process(target=sum, args=(range(10**10),))
+    worker.start()
+    try:
+        deadline = time.monotonic() + 60
+        while input_workers.processor_seconds() - time.process_time() < 0.1:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        worker.kill()
+        worker.join()
+    assert input_workers.processor_seconds() == pytest.approx(time.process_time(), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workers", "0", "-1"], "--workers: allowed is 0 or more"),
+        (["--records", "63"], "--records: allowed is 64 or more"),
+        (["--rounds", "0"], "--rounds: allowed is 1 or more"),
+    ],
+)
+def test_workers_that_are_not_allowed(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        input_workers.parse(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 # --- tpu_compile --------------------------------------------------------------------------------
 
 
@@ -192,7 +238,7 @@ def pruned(config, **prune):
 )
 def test_steps_that_differ_in_their_table_alone_are_one_program(small_preset, prune, same):
     def program(config):
-        lowered = tpu_compile.lower_step(config, jax.devices()[:2], 1)
+        lowered = tpu_compile.lower_step(config, PmapEngine(jax.devices()[:2]), 1)
         return tpu_compile.same_program(lowered.as_text())
 
     lats = program(pruned(small_preset, final_threshold=0.1))
@@ -202,7 +248,7 @@ def test_steps_that_differ_in_their_table_alone_are_one_program(small_preset, pr
 def test_row_of_a_step_that_is_told_its_sparsity(small_preset, tmp_path):
     def compiler():
         return tpu_compile.Compiler(
-            jax.devices()[:2], batch_per_chip=1, store=tmp_path / "programs"
+            PmapEngine(jax.devices()[:2]), batch_per_chip=1, store=tmp_path / "programs"
         )
 
     first = compiler()
@@ -222,6 +268,30 @@ def test_row_of_a_step_that_is_told_its_sparsity(small_preset, tmp_path):
     assert again == named._replace(preset="again")
 
 
+def test_programs_of_the_jit_engine(small_preset, monkeypatch):
+    monkeypatch.setattr("lats_optax.training.parallel._DIVIDED_FROM", 16)
+    config, devices = pruned(small_preset, target_sparsity=0.9), jax.devices()[:4]
+    parted, whole = (
+        tpu_compile.Compiler(tpu_compile.engine_of(name, devices), 1) for name in ("jit:4", "jit")
+    )
+    divided, kept = (each.update(config, "named") for each in (parted, whole))
+    # Gradients, weights, momentum and latent weights: of each kernel a fourth.
+    kernels = 3 * 3 * 1 * 8 + 4 * 4 * 8 * 3
+    assert kept.arguments - divided.arguments >= 4 * 4 * kernels * 3 / 4
+    assert kept.collectives == {}
+    # What is gathered is of channels: here, less than half of the larger kernel.
+    assert divided.collectives.get("all-gather", [0, 0])[1] < 4 * (4 * 4 * 8 * 3) / 2
+    assert divided.collectives["all-reduce"][0] > 0
+    # The forward pass gathers the kernels.
+    step = parted.step(config, "named")[1]
+    assert step.collectives["all-gather"][1] >= 4 * kernels
+
+
+@pytest.mark.parametrize("name", ["gspmd", "jit:0", "jit:x", "pmap:2", "jit:3"])
+def test_engines_that_there_are_not(name):
+    tiny.assert_refused(lambda: tpu_compile.engine_of(name, jax.devices()[:4]), [])
+
+
 # --- train_throughput ---------------------------------------------------------------------------
 
 
@@ -229,14 +299,44 @@ def test_throughput_of_dense_and_sparse_steps(monkeypatch, capsys):
     tiny.add_to_zoo(monkeypatch)
     arguments = "--model tiny --image-size 4 --batch-size 4 --steps 1 --rounds 2"
     results = train_throughput.main(arguments.split())
-    assert list(results) == ["dense", "sparse", "dense, jit", "sparse, jit"]
+    assert list(results) == list(train_throughput.STEPS)
     for row in results.values():
         assert row.images_per_second * row.milliseconds == pytest.approx(4 * 1e3)
         assert row.low <= row.ratio <= row.high
     assert results["dense"].ratio == 1
     printed = capsys.readouterr().out
     assert "PyTorch: left out, there is no tiny" in printed
-    assert printed.splitlines()[-1].startswith("sparse")
+    assert printed.splitlines()[-2].startswith("sparse / thresholded in the layers: ")
+
+
+def test_layers_that_threshold_their_weights(monkeypatch):
+    tiny.add_to_zoo(monkeypatch)
+    config = tiny.config(Path("unused"))
+    model, optimizer = tiny.Model(), make_optimizer(config, 10)
+    step = parts.bind_step(config, model, optimizer.phases[0])
+    total = train_throughput.EPOCHS * train_throughput.STEPS_PER_EPOCH
+    state = parts.bind_state(config, model, optimizer.phases[0], tiny.SHAPE)()
+    state = state._replace(step=jnp.asarray(total))  # where the threshold is its final one
+    batch = next(tiny.make_dataset().train_batches(8))
+
+    def thresholded(w):
+        return np.sign(w) * np.maximum(np.abs(w) - 0.02, 0) if w.ndim > 1 else w
+
+    sparse = state._replace(params=jax.tree.map(thresholded, jax.device_get(state.params)))
+
+    def take(step, state):
+        return jax.device_get(jax.jit(lambda *of: step(*of, lambda tree: tree))(state, batch))
+
+    expected = take(step, sparse)
+    found = take(train_throughput.thresholded_in_layers(step, optimizer.mask), state)
+    np.testing.assert_allclose(found[1]["loss"], expected[1]["loss"], rtol=1e-5)
+    # The gradient is that at the sparse weights, and zero where they are.
+    w, updated = (np.asarray(s.params["Dense_0"]["kernel"]) for s in (state, found[0]))
+    dead = np.abs(w) < 0.02
+    assert 0 < dead.sum() < dead.size
+    rate, decay = config.optimizer.learning_rate, config.optimizer.weight_decay
+    np.testing.assert_allclose(updated[dead], w[dead] * (1 - rate * decay), rtol=1e-5)
+    assert not np.allclose(updated[~dead], w[~dead] * (1 - rate * decay), rtol=1e-5)
 
 
 def test_rounds_take_turns_and_the_first_does_not_count():
@@ -250,11 +350,18 @@ def test_rounds_take_turns_and_the_first_does_not_count():
         return train_throughput.Runner(seconds, lambda: None, "")
 
     runners = {name: runner(name) for name in durations}
-    results = train_throughput.measure(runners, batch_size=10, steps=5, rounds=3)
+    speeds = train_throughput.measure(runners, batch_size=10, steps=5, rounds=3)
+    results = train_throughput.summarize(speeds, 10)
     assert calls == ["dense", "other", "other", "dense", "dense", "other", "other", "dense"]
     # Images per second 5, 5, 2.5 and 10, 5, 10; their ratios 2, 1, 4.
     assert results["other"] == train_throughput.Result(10, 1000, 2, 1.5, 3)
     assert results["dense"] == train_throughput.Result(5, 2000, 1, 1, 1)
+    assert train_throughput.summarize(speeds, 10, "other")["dense"].ratio == 0.5
+
+
+def test_rounds_end_with_the_time():
+    runners = {"dense": train_throughput.Runner(lambda steps: 1.0, lambda: None, "")}
+    assert train_throughput.measure(runners, 1, 1, rounds=9, until=0.0) == {"dense": [1.0, 1.0]}
 
 
 @pytest.mark.parametrize(
@@ -263,7 +370,8 @@ def test_rounds_take_turns_and_the_first_does_not_count():
         (["--model", "resnet5"], "model 'resnet5' is not known"),
         (["--steps", "0"], "--steps: allowed is 1 or more"),
         (["--rounds", "1"], "--rounds: allowed is 2 or more"),
-        (["--rounds", "9", "--steps", "101"], "--steps: allowed with 9 rounds is 100 or less"),
+        (["--minutes", "nan"], "--minutes: allowed is more than 0"),
+        (["--rounds", "9", "--steps", "101"], "--steps: allowed with 9 rounds is 99 or less"),
         (["--model", "digits-cnn", "--torch"], "--torch: allowed with --model resnet18"),
         (["--model", "resnet18", "--image-size", "8"], "at least 32"),
     ],
@@ -281,6 +389,20 @@ def test_the_peer_in_pytorch_is_the_same_network():
 
     model = torch_resnet.resnet("resnet50")
     assert sum(p.numel() for p in model.parameters()) == 25_556_032
+
+
+def test_layers_in_pytorch_threshold_their_weights():
+    torch = pytest.importorskip("torch")
+    from benchmarks import torch_resnet
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1, bias=False))
+    weight = model[0].weight
+    torch_resnet.threshold_in_layers(model, 0.1)
+    images = torch.randn(1, 2, 4, 4)
+    soft = torch.sign(weight) * torch.clamp(weight.abs() - 0.1, min=0)
+    expected = torch.nn.functional.conv2d(images, soft)
+    torch.testing.assert_close(model(images), expected)
+    assert [p is weight for p in model.parameters()] == [True]
 
 
 # --- compaction ---------------------------------------------------------------------------------

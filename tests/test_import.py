@@ -183,6 +183,17 @@ def test_the_zoo_without_flax_says_what_to_install():
     assert done.stderr.splitlines()[-1].endswith("pip install 'lats-optax[models]'")
 
 
+def test_the_throughput_benchmark_runs_where_flax_is_and_no_other():
+    missing = [name for name in OPTIONAL if name not in ("chex", "flax")]  # optax may need chex
+    program = (
+        f"import sys\nsys.modules.update(dict.fromkeys({missing!r}))\n"
+        "from benchmarks import train_throughput\ntrain_throughput.parse(['--tiny'])"
+    )
+    command = [sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_public_name_is_there():
     assert sorted(lats_optax.__all__) == lats_optax.__all__
     for name in lats_optax.__all__:

@@ -10,7 +10,7 @@ import pytest
 
 import lats_optax
 from lats_optax import cli, models
-from lats_optax.training import experiment
+from lats_optax.training import experiment, parts
 from lats_optax.training.config import ModelConfig, PruneConfig, TrainConfig
 from lats_optax.training.optimizer import make_optimizer
 from lats_optax.training.parallel import PmapEngine
@@ -137,15 +137,15 @@ def test_the_step_of_a_preset_needs_no_data(name):
     """Shapes alone: state and metrics of the real step, at the real size."""
     classes, size, parameters, pruned = NETWORKS[name]
     config = PRESETS[name].config
-    model = experiment.make_model(config, classes, PmapEngine.axis_name)
+    model = parts.make_model(config, classes, PmapEngine.axis_name)
     optimizer = make_optimizer(config, steps_per_epoch=10)
     (phase,) = optimizer.phases
-    step = experiment.bind_step(config, model, phase)
+    step = parts.bind_step(config, model, phase)
     batch = {
         "image": jax.ShapeDtypeStruct((1, 2, size, size, 3), jnp.float32),
         "label": jax.ShapeDtypeStruct((1, 2), jnp.int32),
     }
-    state = jax.eval_shape(experiment.bind_state(config, model, phase, (size, size, 3)))
+    state = jax.eval_shape(parts.bind_state(config, model, phase, (size, size, 3)))
     mean = lambda tree: jax.lax.pmean(tree, "replica")  # noqa: E731
     replicas = jax.vmap(
         lambda state, batch: step(state, batch, mean),
@@ -207,7 +207,7 @@ def test_options_reach_the_model():
         neuron="plif",
         stem="cifar",
     )
-    model = experiment.make_model(TrainConfig(model=config), num_classes=7)
+    model = parts.make_model(TrainConfig(model=config), num_classes=7)
     assert isinstance(model, models.SEWResNet)
     assert (model.depth, model.num_classes, model.dtype) == (34, 7, jnp.bfloat16)
     assert (model.width, model.classifier_bias, model.steps) == (0.5, False, 2)
@@ -215,7 +215,7 @@ def test_options_reach_the_model():
 
 
 def test_options_that_are_not_given_are_the_models_own():
-    model = experiment.make_model(TrainConfig(model=ModelConfig("sew-resnet18")), num_classes=7)
+    model = parts.make_model(TrainConfig(model=ModelConfig("sew-resnet18")), num_classes=7)
     fields = {field.name: field.default for field in dataclasses.fields(models.SEWResNet)}
     for name in ModelConfig("sew-resnet18").__dataclass_fields__.keys() - {"name", "dtype"}:
         assert getattr(model, name) == fields[name]

@@ -1,24 +1,31 @@
-"""Two processes of two devices each train as one process of four does."""
+"""Two processes of two devices each train as one process of four does, by either engine."""
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import fsspec
 import jax
 import numpy as np
 import pytest
 
-from lats_optax.training.checkpoint import load_variables
-from lats_optax.training.config import PruneConfig
+from lats_optax.training import loop
+from lats_optax.training.checkpoint import load_state, load_variables
+from lats_optax.training.config import ParallelConfig, PruneConfig
 from lats_optax.training.export import load_model, save_model
-from lats_optax.training.logging import read_metrics
+from lats_optax.training.interruption import PreemptedError
+from lats_optax.training.logging import MetricsLog, read_metrics
+from lats_optax.training.parallel import PrimaryError
+from lats_optax.training.replicas import ReplicaError
 from tests import stores, tiny
+from tests.runs import at_step
 
 COMMAND = """
 import sys
@@ -34,27 +41,7 @@ with pytest.MonkeyPatch.context() as patch:
     sys.exit(cli.train(["digits", "--data.batch-size", "8", *join.split(), *arguments]))
 """
 
-PROGRAM = """
-import sys
-from pathlib import Path
-import jax, pytest
-from tests import test_processes
-_, port, index, workdir, mode = sys.argv
-with pytest.MonkeyPatch.context() as patch:
-    test_processes.tiny.add_to_zoo(patch)
-    result = test_processes.tiny.train(
-        test_processes.config(
-            Path(workdir),
-            mode,
-            distributed=True,
-            coordinator=f"127.0.0.1:{port}",
-            process_count=2,
-            process_index=int(index),
-        )
-    )
-print(f"ended with {test_processes.digest(result.state)}.")
-"""
-
+PROGRAM = "import sys; from tests import test_processes; test_processes.train(*sys.argv[1:])"
 
 RUNS = {
     "during-training": PruneConfig(target_sparsity=0.75),
@@ -62,18 +49,107 @@ RUNS = {
     "at-initialization": PruneConfig(0.75, mode="at-initialization", search_epochs=1),
     "fine-tuning": PruneConfig(mode="fine-tuning"),
 }
+# Of two processes with two devices each: within each process, and across both.
+ENGINES = {
+    "pmap": ParallelConfig(),
+    "jit over 2": ParallelConfig("jit", fsdp=2),
+    "jit over 4": ParallelConfig("jit", fsdp=4),
+}
 
 
-def config(workdir, mode, **changes):
+def config(workdir, mode, engine="pmap", **changes):
     fine = mode == "fine-tuning"
     initial = workdir.parent / "initial.safetensors" if fine else None
-    changes |= {"prune": RUNS[mode], "initial": initial, "average_decay": 0.9}
-    return tiny.config(workdir, epochs=2, **changes)
+    changes = {"prune": RUNS[mode], "initial": initial, "epochs": 2} | changes
+    return tiny.config(
+        workdir, parallel=ENGINES[engine], average_decay=0.9, recalibrate=2, **changes
+    )
+
+
+def train(port, index, workdir, mode, engine, stop_at=0, epochs=2, resume=""):
+    """What each of two processes does: trains, looks at what it has, and says so in a line."""
+    own = config(
+        Path(workdir),
+        mode,
+        engine,
+        epochs=int(epochs),
+        resume=bool(resume),
+        distributed=True,
+        coordinator=f"127.0.0.1:{port}",
+        process_count=2,
+        process_index=int(index),
+    )
+    kind = tiny.ENGINES[own.parallel.engine]
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.add_to_zoo(patch)
+        patch.setattr("lats_optax.training.parallel._DIVIDED_FROM", 16)
+        if index == "1":  # which does not write the checkpoints
+            at_step(patch, int(stop_at), lambda: os.kill(os.getpid(), signal.SIGTERM), kind)
+        experiment = tiny.build(own)
+        try:
+            result = loop.fit(experiment)
+        except PreemptedError as error:
+            print(f"ended: {error}")
+            return
+    engine, state = experiment.parallel, result.state
+    kernel = state.params["Conv_0"]["kernel"]
+    sums = engine.sums(experiment.eval_sums, state, eval_batches(experiment))
+    found = {
+        "digest": digest(engine.to_host(state)),
+        "parts": len({str(shard.index) for shard in kernel.addressable_shards}),
+        "whole": kernel.is_fully_addressable,
+        "labels": labels_by_device(engine),
+        "evaluated": sum(float(one["weight"]) for one in sums),
+        "odd": odd_replica(engine, state.params),
+        "full": full_disk(engine, Path(workdir).parent / "full"),
+    }
+    print(f"ended: {json.dumps(found)}")
+
+
+def eval_batches(experiment):
+    engine = experiment.parallel
+    return experiment.dataset.eval_batches(
+        8 // 2, shard_index=engine.process_index, shard_count=engine.process_count
+    )
+
+
+def labels_by_device(engine):
+    """What each device of this process gets of a batch 0 … 7, of which the process has a half."""
+    own = np.arange(4) + 4 * engine.process_index
+    found = {s.device: s.data for s in engine.shard({"label": own})["label"].addressable_shards}
+    return [found[device].ravel().tolist() for device in engine.local_devices]
+
+
+def odd_replica(engine, params):
+    """What is said where one device of process 1 has another bias than the three others."""
+    bias = engine.place({"bias": np.zeros(3, np.float32)})["bias"]
+    own = [shard.data for shard in bias.addressable_shards]
+    if engine.process_index == 1:
+        own[1] = own[1].at[0].set(1)
+    odd = jax.make_array_from_single_device_arrays(bias.shape, bias.sharding, own)
+    engine.check_replicas(params, 7)
+    try:
+        engine.check_replicas({"bias": odd}, 7)
+    except ReplicaError as error:
+        return str(error)
+
+
+def full_disk(engine, workdir):
+    """What is raised where process 0 cannot write the log."""
+    workdir.mkdir(exist_ok=True)
+    try:
+        with MetricsLog(workdir, 0, 1, engine) as log:
+            if engine.is_primary:
+                with open("/dev/full", "w") as full:
+                    os.dup2(full.fileno(), log._file.fileno())
+            log.write({"split": "test", "step": 1, "epoch": 1.0, "loss": 0.5, "accuracy": 0.5})
+    except (OSError, PrimaryError) as error:
+        return type(error).__name__
 
 
 def digest(state):
     """What a process ends with, in one word."""
-    leaves = jax.tree.leaves(jax.device_get(state))
+    leaves = jax.tree.leaves(state)
     return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()
 
 
@@ -119,16 +195,28 @@ def read_until(process, word):
     pytest.fail("".join(lines))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", RUNS)
-def test_two_processes_train_as_one(tmp_path, monkeypatch, mode):
+@pytest.mark.parametrize(
+    ("mode", "engine"),
+    [
+        ("during-training", "jit over 4"),
+        pytest.param("early", "jit over 2", marks=pytest.mark.slow),
+        *(pytest.param(mode, "pmap", marks=pytest.mark.slow) for mode in RUNS),
+    ],
+)
+def test_two_processes_train_as_one(tmp_path, monkeypatch, mode, engine):
     tiny.add_to_zoo(monkeypatch)
     save_model(tmp_path / "initial.safetensors", tiny.Model(), tiny.variables(), tiny.SHAPE)
-    with two(PROGRAM, str(tmp_path / "two"), mode) as processes:
+    with two(PROGRAM, str(tmp_path / "two"), mode, engine) as processes:
         outputs = outputs_of(processes)
     assert "epoch" in outputs[0]
-    ends = [re.search("ended with (.*)\\.", output)[1] for output in outputs]
-    assert ends[0] == ends[1]
+    ends = [json.loads(re.search("ended: (.*)", output)[1]) for output in outputs]
+    assert ends[0]["digest"] == ends[1]["digest"]
+    assert [end["labels"] for end in ends] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+    assert [end["full"] for end in ends] == ["OSError", "PrimaryError"]
+    for end in ends:
+        assert (end["parts"], end["whole"]) == ((1, True) if engine == "pmap" else (2, False))
+        assert end["evaluated"] == tiny.TEST
+        assert re.search(r"after step 7 .*: bias on device \d+\. --resume", end["odd"])
 
     one = tiny.train(config(tmp_path / "one", mode), jax.devices()[:4])
     saved = load_model(tmp_path / "two" / "model.safetensors")
@@ -156,7 +244,8 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch, mode):
 def test_two_processes_stop_and_go_on_at_one_step(tmp_path):
     run = tmp_path / "run"
     arguments = ("--workdir", str(run), "--checkpoint-every", "1", "--epochs")
-    with two(COMMAND, *arguments, "2000") as processes:
+    engine = ("--parallel.engine", "jit", "--parallel.fsdp", "4")
+    with two(COMMAND, *arguments, "2000", *engine) as processes:
         # Both train; the one that does not write the checkpoints is told to stop.
         read_until(processes[0], "epoch ")
         processes[1].send_signal(signal.SIGTERM)
@@ -167,7 +256,7 @@ def test_two_processes_stop_and_go_on_at_one_step(tmp_path):
     *_, before, newest = sorted(int(p.name) for p in (run / "checkpoints").glob("[0-9]*"))
     assert newest == steps[0]
 
-    # Both go back to the one before.
+    # Both go back to the one before, and on with the other engine.
     (run / "checkpoints" / str(newest) / "MANIFEST").unlink()
     with two(COMMAND, *arguments, "2000", "--resume") as processes:
         warning = read_until(processes[0], "warning: ")
@@ -209,3 +298,35 @@ def test_two_processes_train_in_a_store(tmp_path, monkeypatch):
         for end in ends[1:]:
             jax.tree.map(np.testing.assert_array_equal, ends[0], end)
         assert not (place / ".lock").exists()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_other_processes_and_the_other_engine(tmp_path, monkeypatch):
+    tiny.add_to_zoo(monkeypatch)
+    run, epochs = tmp_path / "run", 8
+
+    def in_two(engine, *more):
+        arguments = (str(run), "during-training", engine)
+        with two(PROGRAM, *arguments, *map(str, more)) as processes:
+            return [re.search("ended: (.*)", output)[1] for output in outputs_of(processes)]
+
+    def in_one(workdir, **changes):
+        own = config(workdir, "during-training", epochs=epochs, **changes)
+        return tiny.train(own, jax.devices()[:4])
+
+    straight = in_one(tmp_path / "straight")
+    says = in_two("jit over 4", 9, epochs)
+    stopped = int(load_state(run).step)
+    assert says == [f"interrupted after step {stopped}; --resume goes on from there"] * 2
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(KeyboardInterrupt):
+            in_one(run, resume=True)
+    assert 9 <= stopped < load_state(run).step < 6 * epochs
+    in_two("jit over 2", 0, epochs, "resume")
+
+    found, expected = load_state(run), load_state(straight.config.workdir)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a == 0, b == 0), found.params, expected.params
+    )

@@ -1,7 +1,6 @@
 """A run that is ready to begin: everything that a config names, found, checked and put together.
 
-Nothing is trained or written here. The parts are functions of their own, so that a step can be had
-without a data set, and a data set without a model.
+Nothing is trained or written here. What needs neither a data set nor a file is in `parts`.
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ import optax
 from flax import linen as nn
 
 import lats_optax
-from lats_optax import data, masks, models
+from lats_optax import data, masks
 from lats_optax.training import config as configs
 from lats_optax.training import limits, workdir
 from lats_optax.training.checkpoint import Checkpoints
@@ -26,20 +25,9 @@ from lats_optax.training.export import SavedModel, variables_of
 from lats_optax.training.initial import load_initial
 from lats_optax.training.optimizer import Optimizer, Phase, make_optimizer
 from lats_optax.training.parallel import Engine, join_processes, make_engine
-from lats_optax.training.step import (
-    Batch,
-    Metrics,
-    Reduce,
-    TrainState,
-    create_state,
-    eval_step,
-    split_in_order,
-    statistics_step,
-    train_step,
-)
+from lats_optax.training.parts import bind_state, bind_step, make_model
+from lats_optax.training.step import Batch, Metrics, TrainState, eval_step, statistics_step
 
-TrainStep = Callable[[TrainState, Batch, Reduce[Any]], tuple[TrainState, Metrics]]
-Split = Callable[[Batch, int], Batch]
 Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 Sums = Callable[[TrainState, Batch], Any]
 
@@ -260,70 +248,6 @@ def _check_resumable(config: TrainConfig, parallel: Engine) -> bool:
     if saved is not None:
         configs.check_resumable(saved, config)
     return saved is not None
-
-
-def make_model(config: TrainConfig, num_classes: int, axis_name: str | None = None) -> nn.Module:
-    """The model that a config names; its batch statistics are averaged over the axis of an engine.
-
-    Raises:
-      ValueError: there is no such model, it has no such option, or a value is not allowed.
-    """
-    options = config.model.options
-    if "neuron" in options:
-        options["neuron"] = models.Neuron(options["neuron"])
-    return models.create(
-        config.model.name,
-        num_classes=num_classes,
-        dtype=jnp.dtype(config.model.dtype),
-        axis_name=axis_name,
-        **options,
-    )
-
-
-def bind_step(
-    config: TrainConfig, model: nn.Module, phase: Phase, split: Split = split_in_order
-) -> TrainStep:
-    """The training step of a phase, a pure function that no data set or device is needed for.
-
-    Args:
-      config: the run.
-      model: of `make_model`.
-      phase: of `make_optimizer`.
-      split: that of the engine.
-
-    Returns:
-      `(state, batch, mean over replicas) -> (state, metrics)`, for `Engine.compile_update`: see
-      `step.train_step`.
-    """
-    return partial(
-        train_step,
-        apply=model.apply,
-        transform=phase.transform,
-        label_smoothing=config.label_smoothing,
-        accumulate=config.optimizer.accumulate,
-        split=split,
-        average_decay=config.average_decay,
-        average_since=phase.start if phase.from_scratch else 0,
-        skip_non_finite=config.non_finite == "skip",
-    )
-
-
-def bind_state(
-    config: TrainConfig, model: nn.Module, phase: Phase, image_shape: tuple[int, ...]
-) -> Callable[..., TrainState]:
-    """What makes the state before a phase's first step, a pure function.
-
-    Args:
-      config: the run.
-      model: of `make_model`.
-      phase: of `make_optimizer`.
-      image_shape: (height, width, channels).
-
-    Returns:
-      `(variables=None) -> state`: see `step.create_state`.
-    """
-    average = config.average_decay is not None
-    return partial(create_state, model, phase.transform, image_shape, config.seed, average)
 
 
 def load_data(config: TrainConfig) -> data.Dataset:

@@ -15,6 +15,7 @@ from lats_optax.atomic import replacing, set_filename
 from lats_optax.storage import URL, growing
 from lats_optax.training import statistics
 from lats_optax.training.events import EventFile
+from lats_optax.training.parallel import Engine
 from lats_optax.training.statistics import LayerStatistics
 from lats_optax.training.workdir import METRICS
 
@@ -30,13 +31,20 @@ class MetricsLog:
     Records of later steps, by a run that was interrupted after its last checkpoint, are dropped:
     they will be written again.
 
+    Of several processes the primary one writes. All of them make it, write to it and leave it
+    together, and each hears where that fails.
+
     Args:
       workdir: directory of the run, on a disk or in a store. A store cannot append: there the files
         grow on this machine and are copied as a whole, by `sync` and once a minute.
       step: the last step that is done.
       total_steps: steps of the whole run.
-      enabled: False in the processes that keep silent.
+      parallel: the processes; None: this one alone.
       check: called before files are copied; raises where they must not be.
+
+    Raises:
+      OSError: a file cannot be read or written; names it. Later methods likewise.
+      PrimaryError: the same, in the other processes.
     """
 
     def __init__(
@@ -44,15 +52,18 @@ class MetricsLog:
         workdir: Path | URL,
         step: int,
         total_steps: int,
-        enabled: bool = True,
+        parallel: Engine | None = None,
         check: Callable[[], None] = lambda: None,
     ):
-        self._enabled, self._check = enabled, check
+        self._check = check
+        self._enabled = parallel is None or parallel.is_primary
+        self._on_primary = _at_once if parallel is None else parallel.on_primary
         self.records: list[Record] = []
         # None: quiet where standard error is not a terminal.
-        disable = None if enabled else True
+        disable = None if self._enabled else True
         self._bar = tqdm.tqdm(total=total_steps, initial=step, unit="step", disable=disable)
-        if enabled:
+
+        def begin() -> None:
             self.records = [r for r in read_metrics(workdir / METRICS) if r["step"] <= step]
             self._place, self._synced = contextlib.ExitStack(), time.monotonic()
             directory, self._copy = self._place.enter_context(growing(workdir))
@@ -60,6 +71,8 @@ class MetricsLog:
             self._rewrite(path)
             self._file = path.open("a", buffering=1, encoding="utf-8")
             self._events = EventFile(directory, first_step=step + 1)
+
+        self._on_primary(begin)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -70,15 +83,11 @@ class MetricsLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # In turn, and all of them: on a disk that is full, closing a file may fail too.
-        with contextlib.ExitStack() as stack:
-            if self._enabled:
-                stack.enter_context(self._place)
-                stack.callback(self._send)
-                stack.enter_context(self._writing())
-                stack.callback(self._file.close)
-                stack.callback(self._events.close)
-            stack.callback(self._bar.close)
+        with contextlib.closing(self._bar):
+            if kind is None:
+                self._on_primary(self._close)
+            elif self._enabled:  # after an error the others may not be there
+                self._close()
 
     def advance(self) -> None:
         """Counts a step."""
@@ -98,12 +107,14 @@ class MetricsLog:
 
     def write(self, record: Record) -> None:
         """Writes a record: `split`, `step`, `epoch`, and metrics, which are floats."""
-        self._append(record)
-        if not self._enabled:
-            return
-        with self._writing():
+
+        def scalars() -> None:
             for name in record.keys() - {"split", "step"}:
                 self._events.add_scalar(f"{record['split']}/{name}", record[name], record["step"])
+
+        self._append(record, scalars)
+        if not self._enabled:
+            return
         if record["split"] == "train":
             self._bar.set_postfix(loss=record["loss"], accuracy=record["accuracy"], refresh=False)
         else:
@@ -112,10 +123,8 @@ class MetricsLog:
     def write_weights(self, step: int, epoch: float, layers: Mapping[str, LayerStatistics]) -> None:
         """Writes what has become of the weights of each layer, with histograms for TensorBoard."""
         record = {"split": "weights", "step": step, "epoch": epoch, **statistics.counts(layers)}
-        self._append(record)
-        if not self._enabled:
-            return
-        with self._writing():
+
+        def histograms() -> None:
             for name in ("pruned", "revived"):
                 self._events.add_scalar(f"weights/{name}", record[name], step)
                 for path, counts in record["layers"].items():
@@ -125,22 +134,39 @@ class MetricsLog:
                 self._events.add_histogram(f"sparse/{path}", layer.weights, step)
                 if layer.latent is not None:
                     self._events.add_histogram(f"latent/{path}", layer.latent, step)
-        pruned, revived = record["pruned"], record["revived"]
-        self._bar.write(f"epoch {epoch:7.2f}  weights pruned {pruned:,}  revived {revived:,}")
 
-    def _append(self, record: Record) -> None:
-        self.records.append(record)
+        self._append(record, histograms)
         if self._enabled:
+            pruned, revived = record["pruned"], record["revived"]
+            self._bar.write(f"epoch {epoch:7.2f}  weights pruned {pruned:,}  revived {revived:,}")
+
+    def _append(self, record: Record, add_events: Callable[[], None]) -> None:
+        """Keeps a record, and writes it with its events."""
+        self.records.append(record)
+
+        def write() -> None:
             with self._writing():
                 self._file.write(json.dumps(record) + "\n")
+                add_events()
             if time.monotonic() - self._synced > _SYNC_SECONDS:
                 self.sync()
+
+        self._on_primary(write)
 
     def _send(self) -> None:
         """Copies the files to the store, if the run is in one."""
         self._check()
         self._copy()
         self._synced = time.monotonic()
+
+    def _close(self) -> None:
+        # In turn, and all of them: on a disk that is full, closing a file may fail too.
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._place)
+            stack.callback(self._send)
+            stack.enter_context(self._writing())
+            stack.callback(self._file.close)
+            stack.callback(self._events.close)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -154,6 +180,10 @@ class MetricsLog:
     def _rewrite(self, path: Path) -> None:
         with replacing(path) as kept:
             kept.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
+
+
+def _at_once(act: Callable[[], None]) -> None:
+    act()
 
 
 def read_metrics(path: Path | URL) -> list[Record]:

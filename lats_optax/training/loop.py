@@ -24,7 +24,7 @@ from lats_optax.training import statistics, workdir
 from lats_optax.training.checkpoint import Checkpoints
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.experiment import Experiment
-from lats_optax.training.export import save_model
+from lats_optax.training.export import ModelFile, save_model
 from lats_optax.training.finite import NonFiniteError, means, non_finite_paths
 from lats_optax.training.interruption import Interruption
 from lats_optax.training.logging import MetricsLog
@@ -74,6 +74,7 @@ def fit(experiment: Experiment) -> RunResult:
       WorkdirInUseError: another run is writing there.
       CheckpointError: no checkpoint to go on from is whole, or one cannot be written.
       OSError: another file cannot be written.
+      PrimaryError: in the other processes, where one of these is true of process 0.
       NonFiniteError: training diverged.
       CorruptRecordError: a record cannot be read, without `config.data.skip_corrupt`.
       KeyboardInterrupt: after the checkpoint; after the last step, when all files are written.
@@ -100,8 +101,8 @@ def _fit(experiment: Experiment, check: Callable[[], None]) -> RunResult:
         checkpoints = Checkpoints(config.workdir, parallel, config.keep_checkpoints)
         batches = stack.enter_context(contextlib.closing(experiment.train_batches()))
         state, step, support, skipped = _begin(experiment, checkpoints, batches)
-        log = MetricsLog(config.workdir, step, total, parallel.is_primary, check)
-        stack.enter_context(log)
+        log = stack.enter_context(MetricsLog(config.workdir, step, total, parallel, check))
+
         run = _Run(experiment, checkpoints, log)
         evaluation = Evaluation({}, {}, support)
         window = _Window([], time.perf_counter())
@@ -139,7 +140,8 @@ def _fit(experiment: Experiment, check: Callable[[], None]) -> RunResult:
             state, evaluation = _evaluate(run, state, evaluation.support)
         test, weights = evaluation.test, evaluation.weights
         host = parallel.to_host(state)
-        files = write_models(experiment, host, test) if parallel.is_primary else {}
+        files = dict[str, ModelFile]()
+        parallel.on_primary(lambda: files.update(write_models(experiment, host, test)))
 
     if interruption.requested:
         raise KeyboardInterrupt(

@@ -162,6 +162,18 @@ class Engine(abc.ABC):
         Returns at once: the arrays are on their way while the devices do other work.
         """
 
+    @abc.abstractmethod
+    def abstract(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        """What a step is lowered with where there are no arrays, nor the devices themselves.
+
+        Args:
+          state: shapes.
+          batch: shapes of the whole batch, over all processes.
+
+        Returns:
+          Shapes as `place` and `shard` would have arrays of them.
+        """
+
     def split(self, batch: Batch, count: int) -> Batch:
         """What a step sees of a batch, in parts in which every device has a share: see `step`."""
         return split_in_order(batch, count)
@@ -312,6 +324,17 @@ class PmapEngine(Engine):
         }
         return jax.device_put(rows, self._placed(_REPLICA))
 
+    def abstract(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        """The batch with an axis of all devices."""
+        count = len(self.devices)
+
+        def divided(leaf: Any) -> jax.ShapeDtypeStruct:
+            rows, *rest = leaf.shape
+            shape = (count, rows // count, *rest)
+            return jax.ShapeDtypeStruct(shape, leaf.dtype)  # type: ignore[no-untyped-call]
+
+        return state, jax.tree.map(divided, batch)
+
     def compile_update(self, step: Callable[..., tuple[Any, Any]]) -> Callable[[Any, Any], Any]:
         """The mean is over the replicas."""
 
@@ -392,11 +415,19 @@ class JitEngine(Engine):
 
     def shard(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """The arrays of all processes as one, divided over all devices."""
-        rows = _named(self._mesh, (_BATCH, _FSDP))
         return {
-            name: jax.make_array_from_process_local_data(rows, array)  # type: ignore[no-untyped-call]
+            name: jax.make_array_from_process_local_data(self._rows, array)  # type: ignore[no-untyped-call]
             for name, array in batch.items()
         }
+
+    def abstract(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        """With where the parts of each array are."""
+
+        def laid(leaf: Any, layout: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)  # type: ignore[no-untyped-call]
+
+        divided = jax.tree.map(lambda leaf: laid(leaf, self._layout(leaf)), state)
+        return divided, jax.tree.map(lambda leaf: laid(leaf, self._rows), batch)
 
     def split(self, batch: Batch, count: int) -> Batch:
         """Parts of every device's own examples, so that no example moves."""
@@ -432,6 +463,11 @@ class JitEngine(Engine):
         if self.process_count == 1:
             return jax.device_get(tree)
         return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), tree)
+
+    @property
+    def _rows(self) -> jax.sharding.NamedSharding:
+        """Where the examples of a batch are."""
+        return _named(self._mesh, (_BATCH, _FSDP))
 
     def _layout(self, leaf: Any) -> jax.sharding.NamedSharding:
         """Where the parts of an array are."""
