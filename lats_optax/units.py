@@ -253,9 +253,10 @@ def heads(number: int | None = None, *, shrinkage: Elementwise = prox_l1) -> Uni
     """Whole attention heads: their queries, keys, values, and rows of the output projection.
 
     Leaves are found by their names: ``query``, ``key``, ``value`` and ``out`` as Flax has them,
-    ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj`` as Llama has, ``qkv`` and ``proj`` as vision
-    transformers have, ``c_attn`` and ``c_proj`` as GPT-2; these have all three in one leaf. Where several query heads share keys and values
-    (grouped-query attention) they are one group with these.
+    ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj`` as Llama has; ``qkv`` and ``proj`` as vision
+    transformers have, ``c_attn`` and ``c_proj`` as GPT-2, where one leaf has all three. Where
+    several query heads share keys and values (grouped-query attention) they are one group with
+    these.
 
     Args:
       number: of heads in a layer; of those of keys and values, where these are fewer. Default

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -266,7 +265,7 @@ def _places(
     """Name in the state dict -> place, of everything but the counters."""
     check(channels >= 1, "channels", channels, "1 or more")
     size = form.image(model, {name: array.shape for name, array in arrays.items()})
-    images = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
+    images = np.broadcast_to(np.float32(0), (1, size, size, channels))
     # A model may compute in float64, at which JAX else warns.
     with jax.enable_x64(True):
         shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)

@@ -3,11 +3,11 @@
 Here belong the encoder's block and its two parts, and the network that cuts images into patches.
 """
 
+import math
 from functools import partial
 from typing import ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
@@ -37,6 +37,7 @@ class Attention(nn.Module):
       dtype: of the computation; the softmax is in float32 at least.
 
     Example:
+      >>> import jax
       >>> x = jnp.ones((2, 5, 12))
       >>> params = jax.eval_shape(Attention(heads=3).init, jax.random.key(0), x)["params"]
       >>> params["qkv"]["kernel"].shape, params["proj"]["kernel"].shape
@@ -56,7 +57,11 @@ class Attention(nn.Module):
         projected = dense(3 * channels, name="qkv")(x)
         each = (batch, tokens, 3, self.heads, channels // self.heads)
         queries, keys, values = jnp.moveaxis(projected.reshape(each), 2, 0)
-        mixed = jax.nn.dot_product_attention(queries, keys, values)
+        # The softmax of `jax.nn.dot_product_attention` is in float32 where the rest is in float64.
+        at_least = jnp.promote_types(x.dtype, jnp.float32)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", queries, keys, preferred_element_type=at_least)
+        weights = nn.softmax(scores / math.sqrt(queries.shape[-1])).astype(x.dtype)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, values)
         return dense(channels, name="proj")(mixed.reshape(x.shape))
 
 
@@ -68,6 +73,7 @@ class MLP(nn.Module):
       dtype: of the computation.
 
     Example:
+      >>> import jax
       >>> init = MLP(hidden=48).init_with_output
       >>> jax.eval_shape(init, jax.random.key(0), jnp.ones((2, 5, 12)))[0].shape
       (2, 5, 12)
@@ -93,6 +99,7 @@ class Block(nn.Module):
       dtype: of the computation.
 
     Example:
+      >>> import jax
       >>> init = Block(heads=3, hidden=48).init
       >>> params = jax.eval_shape(init, jax.random.key(0), jnp.ones((2, 5, 12)))["params"]
       >>> sorted(params)
@@ -137,6 +144,7 @@ class VisionTransformer(Network, kw_only=True):
         patches, or of other sizes than at initialization.
 
     Example:
+      >>> import jax
       >>> model = VisionTransformer(size="small", num_classes=1000)
       >>> init = partial(model.init_with_output, train=False)
       >>> logits, variables = jax.eval_shape(init, jax.random.key(0), jnp.ones((2, 224, 224, 3)))
