@@ -275,7 +275,7 @@ def test_options_that_are_not_given_are_the_models_own(name, kind, options):
         (["--model.name", "vgg16-bn"], ["(1, 8, 8, 1)", "at least 32"]),
         (["--model.name", "vit-tiny"], ["(1, 8, 8, 1)", "at least 16"]),
         (["--model.name", "vit-tiny", "--model.patch-size", "3"], ["multiples of patch_size, 3"]),
-        (["--model.name", "vit-tiny", "--model.depth", "0"], ["depth is 0", "1 to 1000"]),
+        (["--model.name", "vit-tiny", "--model.depth", "0"], ["depth is 0", "1 to 100"]),
         (["--model.patch-size", "2"], ["'digits-cnn'", "'patch_size'", "'width'"]),
         (["--model.width", "0"], ["width is 0.0", "to 1000"]),
         (["--model.classifier-bias", "maybe"], ["--model.classifier-bias", "maybe"]),

@@ -82,7 +82,7 @@ def variables_from_torch(
     Example:
       >>> from lats_optax import models
       >>> model = models.create("resnet20", num_classes=10)
-      >>> init, images = partial(model.init, train=False), jnp.zeros((1, 32, 32, 3))
+      >>> init, images = partial(model.init, train=False), np.zeros((1, 32, 32, 3), np.float32)
       >>> shapes = jax.eval_shape(init, jax.random.key(0), images)
       >>> variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, leaf.dtype), shapes)
       >>> latent = variables_to_torch(variables, model)
