@@ -1,4 +1,4 @@
-"""Units of a network that several leaves hold together: attention heads, hidden units of a gate.
+"""Units of a network that several leaves hold together: attention heads, hidden units.
 
 Here belong operators of groups that span leaves. Groups within one leaf are in `groups.py`.
 """
@@ -24,11 +24,11 @@ _LAST = r"(/(kernel|w|weight))?$"
 _HEADS = {
     rf"\b(query|key|value|q_proj|k_proj|v_proj){_LAST}": "outputs",
     rf"\b(qkv|c_attn|in_proj){_LAST}": "fused",
-    rf"\b(out|o_proj|out_proj|c_proj){_LAST}": "inputs",
+    rf"\b(out|o_proj|out_proj|c_proj|proj){_LAST}": "inputs",
 }
 _HIDDEN = {
-    rf"\b(gate_proj|up_proj|gate|up|wi_\d|w1|w3){_LAST}": "outputs",
-    rf"\b(down_proj|down|wo|w2){_LAST}": "inputs",
+    rf"\b(gate_proj|up_proj|gate|up|wi_\d|w1|w3|fc1){_LAST}": "outputs",
+    rf"\b(down_proj|down|wo|w2|fc2){_LAST}": "inputs",
 }
 
 
@@ -253,9 +253,10 @@ def heads(number: int | None = None, *, shrinkage: Elementwise = prox_l1) -> Uni
     """Whole attention heads: their queries, keys, values, and rows of the output projection.
 
     Leaves are found by their names: ``query``, ``key``, ``value`` and ``out`` as Flax has them,
-    ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj`` as Llama has, ``qkv``, ``c_attn`` and
-    ``c_proj`` where one leaf has all three. Where several query heads share keys and values
-    (grouped-query attention) they are one group with these.
+    ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj`` as Llama has; ``qkv`` and ``proj`` as vision
+    transformers have, ``c_attn`` and ``c_proj`` as GPT-2, where one leaf has all three. Where
+    several query heads share keys and values (grouped-query attention) they are one group with
+    these.
 
     Args:
       number: of heads in a layer; of those of keys and values, where these are fewer. Default
@@ -287,10 +288,11 @@ def heads(number: int | None = None, *, shrinkage: Elementwise = prox_l1) -> Uni
 
 
 def hidden_units(*, shrinkage: Elementwise = prox_l1) -> Units:
-    """Hidden units of gated feed-forward networks: columns of gate and up, rows of down.
+    """Hidden units of feed-forward networks: columns of what enters them, rows of what leaves.
 
     Leaves are found by their names: ``gate_proj``, ``up_proj`` and ``down_proj`` as Llama has them,
-    and ``wi_0``, ``wi_1``, ``wo``, ``w1``, ``w2``, ``w3``. For others, :func:`units`.
+    ``fc1`` and ``fc2`` as vision transformers, and ``wi_0``, ``wi_1``, ``wo``, ``w1``, ``w2``,
+    ``w3``. For others, :func:`units`.
 
     Args:
       shrinkage: what is applied to the root mean square of a unit.

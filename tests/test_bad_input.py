@@ -256,6 +256,11 @@ digits --model.steps 4 => 'width', 'classifier_bias'
 digits --model.connection ADD => 'width', 'classifier_bias'
 digits --model.neuron if => 'width', 'classifier_bias'
 digits --model.stem cifar => 'width', 'classifier_bias'
+digits --model.depth 9 => 'width', 'classifier_bias'
+digits --model.patch-size 4 => 'width', 'classifier_bias'
+digits --model.name vit-tiny --model.depth 1000000000 => 1 to 100
+digits --model.name vit-tiny --model.patch-size -4 => 1 or more
+digits --model.name vit-tiny --model.patch-size 4 --model.width 0.001 => to 1000
 digits-lats --prune.structure blocks --prune.block 1099511627776 1 => <= 2147483647
 digits-lats --prune.distribution uniform --prune.layer-sparsity ( 0.5 => regular expression
 digits-lats --prune.distribution uniform --prune.layer-sparsity nothing 0.5 => stem/kernel

@@ -130,10 +130,17 @@ def test_prepared_and_trained_on(tmp_path, capfd, monkeypatch, compile_once):
     assert "test accuracy" in out
 
 
-def test_the_presets_differ_in_what_is_pruned_alone():
-    dense, sparse = PRESETS["fashion-mnist"].config, PRESETS["fashion-mnist-lats"].config
+@pytest.mark.parametrize(
+    ("name", "pruned", "target"),
+    [
+        ("fashion-mnist", "fashion-mnist-lats", 0.95),
+        ("fashion-mnist-vit", "fashion-mnist-vit-target", 0.9),
+    ],
+)
+def test_the_presets_differ_in_what_is_pruned_alone(name, pruned, target):
+    dense, sparse = PRESETS[name].config, PRESETS[pruned].config
     assert not dense.prune.enabled
-    assert sparse.prune == PruneConfig(target_sparsity=0.95)
+    assert sparse.prune == PruneConfig(target_sparsity=target)
     assert dense == dataclasses.replace(sparse, prune=dense.prune, workdir=dense.workdir)
 
 

@@ -70,7 +70,7 @@ def test_a_preset_trains_resumes_and_is_evaluated(
     kernels = {
         path: leaf
         for path, leaf in traverse_util.flatten_dict(variables["params"], sep="/").items()
-        if leaf.ndim >= 2 and not path.startswith(prune.exclude or ("none",))
+        if path.endswith("/kernel") and not path.startswith(prune.exclude or ("none",))
     }
     size = sum(leaf.size for leaf in kernels.values())
     zeros = sum(int((leaf == 0).sum()) for leaf in kernels.values())

@@ -150,7 +150,7 @@ def test_warm_up_is_that_of_the_trainer():
 )
 def test_a_preset_gives_its_own_schedule(name):
     config = PRESETS[name].config
-    found = lineup.build(lineup.Request(preset=name, epochs=6, steps_per_epoch=10))
+    found = lineup.build(lineup.Request(preset=name, epochs=10, steps_per_epoch=10))
     prune = config.prune
     label = f"pgh:{prune.beta}" if prune.schedule == "pgh" else prune.schedule
     assert list(found.curves) == [label]

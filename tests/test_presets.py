@@ -60,6 +60,24 @@ SEW_CIFAR = CIFAR | {
     "model.stem": "cifar",
     "optimizer.weight_decay": 0.0,
 }
+VIT = {
+    "data.name": "imagenet2012",
+    "data.batch_size": 1024,
+    "model.name": "vit-small",
+    "model.width": None,
+    "model.patch_size": None,
+    "optimizer.name": "adamw",
+    "optimizer.learning_rate": 1e-3,
+    "optimizer.momentum": 0.9,
+    "optimizer.beta2": 0.999,
+    "optimizer.weight_decay": 0.1,
+    "optimizer.decay_norm": False,
+    "optimizer.clip_norm": 1.0,
+    "optimizer.warmup_epochs": 8,
+    "optimizer.decay": "step",
+    "label_smoothing": 0.0,
+    "epochs": 90,
+}
 DENSE = {"prune.target_sparsity": None, "prune.final_threshold": None}
 
 
@@ -91,6 +109,8 @@ SETTINGS = {
     "imagenet-sew-resnet18-dense": SEW | DENSE,
     "imagenet-sew-resnet18-lats": SEW | sparse(0.9, "epoch-lats", exclude=("classifier",)),
     "imagenet-sew-resnet18-s-lats": SEW | sparse(0.9, "s-lats", exclude=("classifier",)),
+    "imagenet-vit-s16-dense": VIT | DENSE,
+    "imagenet-vit-s16-target": VIT | sparse(0.8, "lats") | {"prune.operator": None},
     "cifar10-resnet20-dense": on_cifar("resnet20", 1e-4) | DENSE,
     "cifar10-resnet20-lats": on_cifar("resnet20", 1e-4) | sparse(0.9, "lats"),
     "cifar10-resnet32-dense": on_cifar("resnet32", 1e-4) | DENSE,
@@ -104,6 +124,7 @@ SETTINGS = {
 
 def test_every_preset_is_in_the_table():
     run_here = {"digits", "digits-lats", "fashion-mnist", "fashion-mnist-lats"}
+    run_here |= {"fashion-mnist-vit", "fashion-mnist-vit-target"}
     assert PRESETS.keys() - run_here == SETTINGS.keys()
     for name, preset in PRESETS.items():
         assert preset.config.workdir == Path("runs") / name
@@ -129,6 +150,13 @@ NETWORKS = {
     "imagenet-mobilenet-v1-s-lats": (1000, 224, 4_230_976, 4_209_088),
     # With a dense classifier of 512 × 1000 weights and 1000 biases, and 9,600 of normalisation.
     "imagenet-sew-resnet18-s-lats": (1000, 224, 11_689_512, 11_689_512 - 513_000 - 9_600),
+    # Patches, twelve blocks of 12 c² and a classifier, of c = 384 channels.
+    "imagenet-vit-s16-target": (1000, 224, 22_050_664, 768 * 384 + 144 * 384**2 + 384_000),
+    # Of c = 96: kernels, then biases and norms, the class token and 50 positions.
+    "fashion-mnist-vit-target": (
+        *(10, 28, 16 * 96 + 48 * 96**2 + 960 + (96 + 4 * 13 * 96 + 2 * 96 + 10) + 96 + 50 * 96),
+        16 * 96 + 48 * 96**2 + 960,
+    ),
 }
 
 
@@ -141,11 +169,12 @@ def test_the_step_of_a_preset_needs_no_data(name):
     optimizer = make_optimizer(config, steps_per_epoch=10)
     (phase,) = optimizer.phases
     step = parts.bind_step(config, model, phase)
+    channels = 1 if config.data.name == "fashion_mnist" else 3
     batch = {
-        "image": jax.ShapeDtypeStruct((1, 2, size, size, 3), jnp.float32),
+        "image": jax.ShapeDtypeStruct((1, 2, size, size, channels), jnp.float32),
         "label": jax.ShapeDtypeStruct((1, 2), jnp.int32),
     }
-    state = jax.eval_shape(parts.bind_state(config, model, phase, (size, size, 3)))
+    state = jax.eval_shape(parts.bind_state(config, model, phase, (size, size, channels)))
     mean = lambda tree: jax.lax.pmean(tree, "replica")  # noqa: E731
     replicas = jax.vmap(
         lambda state, batch: step(state, batch, mean),
@@ -212,13 +241,25 @@ def test_options_reach_the_model():
     assert (model.depth, model.num_classes, model.dtype) == (34, 7, jnp.bfloat16)
     assert (model.width, model.classifier_bias, model.steps) == (0.5, False, 2)
     assert (model.connection, model.neuron, model.stem) == ("IAND", models.Neuron("plif"), "cifar")
+    config = ModelConfig("vit-base", width=0.5, depth=3, patch_size=8)
+    model = parts.make_model(TrainConfig(model=config), num_classes=7)
+    assert isinstance(model, models.VisionTransformer)
+    assert (model.size, model.width, model.depth, model.patch_size) == ("base", 0.5, 3, 8)
 
 
-def test_options_that_are_not_given_are_the_models_own():
-    model = parts.make_model(TrainConfig(model=ModelConfig("sew-resnet18")), num_classes=7)
-    fields = {field.name: field.default for field in dataclasses.fields(models.SEWResNet)}
-    for name in ModelConfig("sew-resnet18").__dataclass_fields__.keys() - {"name", "dtype"}:
-        assert getattr(model, name) == fields[name]
+@pytest.mark.parametrize(
+    ("name", "kind", "options"),
+    [
+        ("sew-resnet18", models.SEWResNet, {"steps", "connection", "neuron", "stem"}),
+        ("vit-tiny", models.VisionTransformer, {"depth", "patch_size"}),
+    ],
+)
+def test_options_that_are_not_given_are_the_models_own(name, kind, options):
+    model = parts.make_model(TrainConfig(model=ModelConfig(name)), num_classes=7)
+    fields = {field.name: field.default for field in dataclasses.fields(kind)}
+    for option in options | {"width", "classifier_bias"}:
+        assert getattr(ModelConfig(name), option) is None
+        assert getattr(model, option) == fields[option]
 
 
 @pytest.mark.parametrize(
@@ -232,6 +273,10 @@ def test_options_that_are_not_given_are_the_models_own():
         (["--model.name", "sew-resnet18", "--model.stem", "big"], ["'big'", "'cifar'"]),
         (["--model.name", "sew-resnet18", "--model.steps", "0"], ["steps is 0", "1 or more"]),
         (["--model.name", "vgg16-bn"], ["(1, 8, 8, 1)", "at least 32"]),
+        (["--model.name", "vit-tiny"], ["(1, 8, 8, 1)", "at least 16"]),
+        (["--model.name", "vit-tiny", "--model.patch-size", "3"], ["multiples of patch_size, 3"]),
+        (["--model.name", "vit-tiny", "--model.depth", "0"], ["depth is 0", "1 to 100"]),
+        (["--model.patch-size", "2"], ["'digits-cnn'", "'patch_size'", "'width'"]),
         (["--model.width", "0"], ["width is 0.0", "to 1000"]),
         (["--model.classifier-bias", "maybe"], ["--model.classifier-bias", "maybe"]),
     ],

@@ -31,6 +31,7 @@ FORMS = [
     ("sew-resnet18", {}, "spikingjelly"),
     ("sew-resnet34", {"neuron": PLIF}, None),
     ("sew-resnet50", {"neuron": PLIF}, None),
+    ("vit-tiny", {"depth": 2}, "timm"),
 ]
 each_form = pytest.mark.parametrize(
     ("name", "options", "layout"), FORMS, ids=[f"{name}-{layout}" for name, _, layout in FORMS]

@@ -65,6 +65,25 @@ LAYOUTS = {
             "down_proj/kernel": ((8, EMBED), lambda u: np.s_[u]),
         },
     ),
+    "timm's heads": (
+        groups.heads(HEADS),
+        HEADS,
+        {
+            "attn/qkv/kernel": (
+                (EMBED, 3 * HEADS * FEATURES),
+                lambda u: np.s_[:, [p * 12 + u * 3 + f for p in range(3) for f in range(3)]],
+            ),
+            "attn/proj/kernel": ((HEADS * FEATURES, EMBED), lambda u: np.s_[3 * u : 3 * u + 3]),
+        },
+    ),
+    "timm's units": (
+        groups.hidden_units(),
+        8,
+        {
+            "mlp/fc1/kernel": ((EMBED, 8), lambda u: np.s_[:, u]),
+            "mlp/fc2/kernel": ((8, EMBED), lambda u: np.s_[u]),
+        },
+    ),
     "named": (
         groups.units({"first": -1, "second": -2}),
         5,

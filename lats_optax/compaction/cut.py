@@ -50,8 +50,8 @@ def compact(
     constant channels are normalised by the batch.
 
     Args:
-      model: one of the zoo's, or a ``flax.linen.Sequential`` of convolutions, dense layers, batch
-        normalisation in evaluation and functions. Other modules keep their channels.
+      model: a convolutional one of the zoo, or a ``flax.linen.Sequential`` of convolutions, dense
+        layers, batch normalisation in evaluation and functions. Other modules keep their channels.
       variables: ``{"params": …, "batch_stats": …}``, with zeros for what has been pruned.
       sample: an input of a ``Sequential``, or a ``jax.ShapeDtypeStruct`` of one; a batch of one is
         enough. The zoo needs none.

@@ -26,6 +26,7 @@ from lats_optax.models.resnet import CifarResNet, ResNet
 from lats_optax.models.sew_resnet import SEWResNet
 from lats_optax.models.spiking import Neuron, Surrogate
 from lats_optax.models.vgg import VGG16BN
+from lats_optax.models.vit import VisionTransformer
 
 __all__ = [
     "VGG16BN",
@@ -39,6 +40,7 @@ __all__ = [
     "ResNet",
     "SEWResNet",
     "Surrogate",
+    "VisionTransformer",
     "create",
     "describe",
     "in_zoo",
@@ -51,6 +53,7 @@ _MODELS: dict[str, partial[Any]] = {
     "mobilenet-v1": partial(MobileNetV1),
     "vgg16-bn": partial(VGG16BN),
     **{f"sew-resnet{depth}": partial(SEWResNet, depth=depth) for depth in (18, 34, 50)},
+    **{f"vit-{size}": partial(VisionTransformer, size=size) for size in ("tiny", "small", "base")},
 }
 
 

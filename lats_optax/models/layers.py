@@ -186,6 +186,21 @@ class Network(nn.Module, kw_only=True):
           bias_init: what its bias, (num_classes,), is drawn from.
 
         Returns:
+          Logits (…, num_classes), as `logits`.
+        """
+        return self.logits(x.mean(axis=(-3, -2)), kernel_init, bias_init)
+
+    def logits(
+        self, x: Array, kernel_init: Initializer, bias_init: Initializer = nn.initializers.zeros
+    ) -> Array:
+        """A linear layer named ``classifier``; arguments are those of `classify`, but for ``x``.
+
+        Args:
+          x: (…, channels).
+          kernel_init: what the kernel is drawn from.
+          bias_init: what the bias is drawn from.
+
+        Returns:
           Logits (…, num_classes), in float32 or, where ``dtype`` is float64, in that.
         """
         logits = nn.Dense(
@@ -195,7 +210,7 @@ class Network(nn.Module, kw_only=True):
             kernel_init=kernel_init,
             bias_init=bias_init,
             name="classifier",
-        )(x.mean(axis=(-3, -2)))
+        )(x)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -54,8 +53,9 @@ def variables_from_torch(
       state_dict: name -> array (a NumPy or JAX array or a tensor of PyTorch), of float16, bfloat16,
         float32 or float64. The names may all begin with ``module.``, and the whole may be wrapped
         as ``{"state_dict": …}`` or ``{"model": …}``. ``num_batches_tracked`` is passed over.
-      model: a `ResNet`, `CifarResNet`, `MobileNetV1`, `VGG16BN` or `SEWResNet`; its classifier may
-        be given as a linear layer or as a 1×1 convolution.
+      model: a `ResNet`, `CifarResNet`, `MobileNetV1`, `VGG16BN`, `SEWResNet` or
+        `VisionTransformer`; its classifier may be given as a linear layer or as a 1×1 convolution
+        where the published code has either.
       threshold: d ≥ 0, in the units of the weights, where they are latent ones of LATS: all
         convolutions are thresholded, and a classifier without a bias (one with a bias is dense in
         the published code). Or a function of the epochs done, such as `s_lats_threshold` or
@@ -67,8 +67,8 @@ def variables_from_torch(
       channels: of the images.
 
     Returns:
-      ``{"params": …, "batch_stats": …}``: NumPy arrays of their own, with the dtypes of
-      ``state_dict``; pruned entries are +0.0.
+      ``{"params": …, "batch_stats": …}``, the latter where the model has any: NumPy arrays of
+      their own, with the dtypes of ``state_dict``; pruned entries are +0.0.
 
     Raises:
       ValueError: tensors are unknown, missing, misshapen or of another dtype (all of them are
@@ -82,7 +82,7 @@ def variables_from_torch(
     Example:
       >>> from lats_optax import models
       >>> model = models.create("resnet20", num_classes=10)
-      >>> init, images = partial(model.init, train=False), jnp.zeros((1, 32, 32, 3))
+      >>> init, images = partial(model.init, train=False), np.zeros((1, 32, 32, 3), np.float32)
       >>> shapes = jax.eval_shape(init, jax.random.key(0), images)
       >>> variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, leaf.dtype), shapes)
       >>> latent = variables_to_torch(variables, model)
@@ -96,8 +96,9 @@ def variables_from_torch(
     al., "Soft Threshold Weight Reparameterization for Learnable Sparsity" (ICML 2020).
     """
     strength = _strength(threshold, epoch, _own_epoch(state_dict))
-    places = _places(model, channels)
+    form = form_of(model)
     tensors = _arrays(_unwrapped(state_dict))
+    places = _places(model, form, channels, tensors)
     kernels = {name for name, place in places.items() if place.path.endswith("/kernel")}
     own = {f"{name.removesuffix('weight')}{_OWN_THRESHOLD}": name for name in kernels}
     wanted = {
@@ -140,7 +141,7 @@ def variables_to_torch(
         whose classifier is a 1×1 convolution, (classes, features, 1, 1). The others have one each:
         a `MobileNetV1` ``"lats"``; a `VGG16BN` ``"torchvision"`` (its features; the classifier is
         one linear layer); a `CifarResNet` ``"akamaster"`` (pytorch_resnet_cifar10); a `SEWResNet`
-        ``"spikingjelly"``.
+        ``"spikingjelly"``; a `VisionTransformer` ``"timm"``.
       channels: of the images.
 
     Returns:
@@ -153,13 +154,13 @@ def variables_to_torch(
 
     Example: see `variables_from_torch`.
     """
-    places = _places(model, channels)
-    layouts = form_of(model).layouts
-    layout = layouts[0] if layout is None else layout
-    check_choice(f"layout of {type(model).__name__}", layout, layouts)
+    form = form_of(model)
+    layout = form.layouts[0] if layout is None else layout
+    check_choice(f"layout of {type(model).__name__}", layout, form.layouts)
     known = isinstance(variables, Mapping)
     check(known, "variables", variables, "a mapping with 'params' and 'batch_stats'")
     arrays = _arrays(_flat(variables))
+    places = _places(model, form, channels, arrays)
     flax_shapes = {place.path: {place.shape} for place in places.values()}
     _check_fit("the variables", arrays, flax_shapes, model)
     tensors = {
@@ -258,11 +259,13 @@ class _Place(NamedTuple):
     shapes: dict[str, Shape]
 
 
-def _places(model: nn.Module, channels: int) -> dict[str, _Place]:
+def _places(
+    model: nn.Module, form: Form, channels: int, arrays: Mapping[str, np.ndarray]
+) -> dict[str, _Place]:
     """Name in the state dict -> place, of everything but the counters."""
-    form: Form = form_of(model)
     check(channels >= 1, "channels", channels, "1 or more")
-    images = jnp.zeros((1, 32, 32, channels))
+    size = form.image(model, {name: array.shape for name, array in arrays.items()})
+    images = np.broadcast_to(np.float32(0), (1, size, size, channels))
     # A model may compute in float64, at which JAX else warns.
     with jax.enable_x64(True):
         shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
@@ -383,13 +386,14 @@ def _arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def _to_flax(tensor: np.ndarray, path: str) -> np.ndarray:
     if not path.endswith("/kernel"):
         return tensor.copy()
-    if path == "params/classifier/kernel":
+    # A classifier may be a 1×1 convolution.
+    if tensor.ndim == 2 or path == "params/classifier/kernel":
         return tensor.reshape(tensor.shape[:2]).T.copy()
     return tensor.transpose(2, 3, 1, 0).copy()
 
 
 def _to_torch(array: np.ndarray, shape: Shape) -> np.ndarray:
-    outputs_first = {4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim)
+    outputs_first = {4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim, range(array.ndim))
     return array.transpose(outputs_first).reshape(shape).copy()
 
 

@@ -3,8 +3,10 @@
 Here belong names and layouts, one `Form` an architecture; `torch_io.py` moves arrays by them.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 
@@ -12,6 +14,7 @@ from lats_optax.models.mobilenet import MobileNetV1
 from lats_optax.models.resnet import CifarResNet, ResNet
 from lats_optax.models.sew_resnet import SEWResNet
 from lats_optax.models.vgg import VGG16BN
+from lats_optax.models.vit import VisionTransformer
 
 _ENDS = {"stem": "conv1", "stem_norm": "bn1", "stem_neuron": "sn1", "classifier": "fc"}
 _KINDS = {"conv": "conv", "norm": "bn", "neuron": "sn"}
@@ -30,6 +33,7 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
     "tau_logit": "w",
+    **{leaf: leaf for leaf in ("cls_token", "pos_embed")},
 }
 
 
@@ -61,6 +65,24 @@ def _vgg(layer: str) -> str:
     return f"features.{place + layer.endswith('_norm')}"
 
 
+def _vit(layer: str) -> str:
+    ends = {"patch_embed": "patch_embed.proj", "classifier": "head"}
+    in_block = re.sub(r"^block(\d+)/", lambda block: f"blocks.{int(block[1]) - 1}/", layer)
+    return ends.get(layer) or in_block.replace("/", ".")
+
+
+def _any_image(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return 32
+
+
+def _vit_image(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The size of square images with as many patches as there are positions."""
+    tables = [shape for name, shape in shapes.items() if name.endswith("pos_embed")]
+    # What does not fit is found later, against the size that timm has.
+    rows = math.isqrt(tables[0][1]) if tables and len(tables[0]) == 3 else 14
+    return max(rows, 1) * int(model.patch_size)
+
+
 class Form(NamedTuple):
     """How PyTorch code has an architecture.
 
@@ -69,11 +91,14 @@ class Form(NamedTuple):
         the classifier alone: of ``"lats"`` it is a 1×1 convolution, else a linear layer.
       module: the layer's path in the zoo -> the module's in PyTorch.
       note: what an error adds for someone whose weights do not fit.
+      image: from the model and the shapes of its arrays, by path or by name, height and width of
+        images that it takes.
     """
 
     layouts: tuple[str, ...]
     module: Callable[[str], str]
     note: str = ""
+    image: Callable[[Any, Mapping[str, tuple[int, ...]]], int] = _any_image
 
     def name(self, path: str) -> str:
         """The name of an array in a state dict, from its path in the variables.
@@ -83,7 +108,8 @@ class Form(NamedTuple):
         'layer2.0.downsample.1.running_mean'
         """
         layer, _, leaf = path.partition("/")[2].rpartition("/")
-        return f"{self.module(layer)}.{_LEAVES[leaf]}"
+        module = self.module(layer)
+        return f"{module}.{_LEAVES[leaf]}" if module else _LEAVES[leaf]
 
 
 _FORMS: dict[type[nn.Module], Form] = {
@@ -97,6 +123,14 @@ _FORMS: dict[type[nn.Module], Form] = {
         "This VGG16BN is the one for small images: the features of torchvision's vgg16_bn without "
         "the biases of its convolutions (subtracted from the running_mean that follows, such a "
         "bias changes nothing), and one linear layer, classifier, instead of three.",
+    ),
+    VisionTransformer: Form(
+        ("timm",),
+        _vit,
+        "A VisionTransformer has what timm's vit_tiny_patch16_224 and its larger kin have: a class "
+        "token, learned positions, a norm before the classifier. Its depth and patch_size have to "
+        "be those of the weights, and its images have to be square.",
+        _vit_image,
     ),
 }
 

@@ -96,6 +96,10 @@ class ModelConfig:
     """Spiking neuron: `if`, integrate-and-fire; `lif`, leaky; `plif`, leaky at a trained rate."""
     stem: str | None = None
     """First layers of a spiking network: `imagenet`, or `cifar` for images of 32×32."""
+    depth: int | None = None
+    """Blocks of a vision transformer."""
+    patch_size: int | None = None
+    """Height and width of a vision transformer's patches, in pixels."""
 
     @property
     def options(self) -> dict[str, Any]:
