@@ -32,6 +32,7 @@ import optax
 import lats_optax
 from benchmarks import shapes
 from lats_optax.prox import prox_l1
+from lats_optax.parts import by_path
 from lats_optax.quantile import kth_smallest
 from lats_optax.selection import quantiles
 
@@ -132,7 +133,8 @@ def bytes_accessed(compiled: Any) -> float:
 def selection(latent: list[jax.Array], target: float) -> jax.Array:
     """The quantile as the closed loop selects it, in all its passes."""
     rank = round(target * sum(leaf.size for leaf in latent))
-    return quantiles(jnp.asarray(True), jnp.zeros(1), [latent], jnp.asarray([rank]), prox_l1)
+    weights = by_path(latent)
+    return quantiles(jnp.asarray(True), jnp.zeros(1), weights, jnp.asarray([rank]), prox_l1)
 
 
 def measure(rounds: int, repeats: int) -> dict[str, Figures]:
