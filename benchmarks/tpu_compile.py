@@ -109,7 +109,7 @@ def lower_step(config: TrainConfig, engine: Engine, batch_per_chip: int) -> Any:
         "image": jax.ShapeDtypeStruct((images, *IMAGE_SHAPE), jnp.dtype(config.model.dtype)),
         "label": jax.ShapeDtypeStruct((images,), jnp.int32),
     }
-    step = parts.bind_step(config, model, phase, engine.split)
+    step = parts.bind_step(config, model, phase, engine.split, engine.whole)
     return engine.compile_update(step).lower(*engine.abstract(state, batch))
 
 

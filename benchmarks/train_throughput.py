@@ -166,7 +166,7 @@ def jax_runner(options: argparse.Namespace, way: Step) -> Runner:
     model = parts.make_model(config, CLASSES, parallel.axis_name)
     optimizer = make_optimizer(config, STEPS_PER_EPOCH)
     phase = optimizer.phases[0]
-    pure = parts.bind_step(config, model, phase, parallel.split)
+    pure = parts.bind_step(config, model, phase, parallel.split, parallel.whole)
     if way.in_layers:
         pure = thresholded_in_layers(pure, optimizer.mask)
     step = parallel.compile_update(pure)

@@ -5,15 +5,19 @@ import math
 import os
 import re
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 import lats_optax
+from lats_optax.training import parts
 from lats_optax.training.config import ParallelConfig, PruneConfig
+from lats_optax.training.optimizer import make_optimizer
 from lats_optax.training.parallel import Engine, JitEngine, PmapEngine
 from lats_optax.training.step import split_in_order
 from tests import tiny
@@ -138,6 +142,36 @@ def test_a_device_holds_its_part_alone():
     text = jax.jit(tx.update).lower(*arguments).compile().as_text()
     assert sum(sizes(text, "all-gather") + sizes(text, "all-to-all")) < 1000
     assert 0 < sum(sizes(text, "all-reduce")) < 10_000
+
+
+class Separable(nn.Module):
+    """Activations far larger than weights, and kernels of one axis that can be divided."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        for features in (8, 16):
+            for size, groups in ((1, 1), (3, features)):
+                kernel = (size, size)
+                x = nn.Conv(features, kernel, feature_group_count=groups, use_bias=False)(x)
+                x = nn.BatchNorm(use_running_average=not train)(x)
+            x = nn.relu(x)
+        return nn.Dense(8)(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("fsdp", [2, 8])
+def test_weights_are_gathered_and_activations_stay(fsdp):
+    config, model, shape = tiny.config(Path("unused")), Separable(), (8, 8, 4)
+    phase, engine = make_optimizer(config, 10).phases[0], JitEngine(fsdp=fsdp)
+    state = jax.eval_shape(parts.bind_state(config, model, phase, shape))
+    batch = {
+        "image": jax.ShapeDtypeStruct((32, *shape), jnp.float32),
+        "label": jax.ShapeDtypeStruct((32,), jnp.int32),
+    }
+    step = engine.compile_update(parts.bind_step(config, model, phase, engine.split, engine.whole))
+    text = step.lower(*engine.abstract(state, batch)).compile().as_text()
+    weights = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    kinds = ("all-gather", "all-to-all", "collective-permute")
+    assert sum(sum(sizes(text, kind)) for kind in kinds) < 2 * weights
 
 
 def sizes(text, kind):

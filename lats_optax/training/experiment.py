@@ -67,8 +67,11 @@ class Experiment:
     @functools.cached_property
     def updates(self) -> tuple[Update, ...]:
         """Of each phase `(state, sharded batch) -> (state, metrics)`, which uses up the state."""
-        bind = partial(bind_step, self.config, self.model, split=self.parallel.split)
-        return tuple(self.parallel.compile_update(bind(phase)) for phase in self.optimizer.phases)
+        parallel = self.parallel
+        bind = partial(
+            bind_step, self.config, self.model, split=parallel.split, whole=parallel.whole
+        )
+        return tuple(parallel.compile_update(bind(phase)) for phase in self.optimizer.phases)
 
     @functools.cached_property
     def eval_sums(self) -> Sums:

@@ -5,7 +5,7 @@ Two engines with one interface, `Engine`:
 - `PmapEngine`: `jax.pmap`. The state is the same on every device and has no device axis; a batch
   has one: (local devices, examples a device, ...). A step sees a device's own part of the batch.
 - `JitEngine`: `jax.jit` over a mesh of two axes. Both divide the batch; the second divides every
-  large array of the state too (FSDP), so that a model may be larger than a device. A step sees the
+  large array of the state too (FSDP), of which a step gathers the weights alone. A step sees the
   whole batch, and the compiler finds out who has what.
 """
 
@@ -177,6 +177,10 @@ class Engine(abc.ABC):
     def split(self, batch: Batch, count: int) -> Batch:
         """What a step sees of a batch, in parts in which every device has a share: see `step`."""
         return split_in_order(batch, count)
+
+    def whole(self, params: Any) -> Any:
+        """Within a step, the parameters as a forward pass takes them: see `step`."""
+        return params
 
     @abc.abstractmethod
     def compile_update(self, step: Callable[..., tuple[Any, Any]]) -> Callable[[Any, Any], Any]:
@@ -440,6 +444,14 @@ class JitEngine(Engine):
 
         return {name: cut(x) for name, x in batch.items()}
 
+    def whole(self, params: Any) -> Any:
+        """Every parameter on every device.
+
+        Left alone, the compiler divides activations as it finds the kernels divided: it then moves
+        these, which are far larger, and keeps whole ones.
+        """
+        return jax.lax.with_sharding_constraint(params, _named(self._mesh))  # type: ignore[no-untyped-call]
+
     def compile_update(self, step: Callable[..., tuple[Any, Any]]) -> Callable[[Any, Any], Any]:
         """The step sees the whole batch: its mean is that over all devices."""
 
@@ -455,7 +467,8 @@ class JitEngine(Engine):
         """The step sees the whole batch: its sum is that over all devices."""
         everywhere = _named(self._mesh)
         return jax.jit(
-            lambda state, batch: step(state, batch, lambda tree: tree), out_shardings=everywhere
+            lambda state, batch: step(self.whole(state), batch, lambda tree: tree),
+            out_shardings=everywhere,
         )
 
     def to_host(self, tree: Any) -> Any:

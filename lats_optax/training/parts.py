@@ -46,7 +46,11 @@ def make_model(config: TrainConfig, num_classes: int, axis_name: str | None = No
 
 
 def bind_step(
-    config: TrainConfig, model: nn.Module, phase: Phase, split: Split = split_in_order
+    config: TrainConfig,
+    model: nn.Module,
+    phase: Phase,
+    split: Split = split_in_order,
+    whole: Callable[[Any], Any] = lambda params: params,
 ) -> TrainStep:
     """The training step of a phase, a pure function that no data set or device is needed for.
 
@@ -55,6 +59,7 @@ def bind_step(
       model: of `make_model`.
       phase: of `make_optimizer`.
       split: that of the engine.
+      whole: that of the engine.
 
     Returns:
       `(state, batch, mean over replicas) -> (state, metrics)`, for `Engine.compile_update`: see
@@ -67,6 +72,7 @@ def bind_step(
         label_smoothing=config.label_smoothing,
         accumulate=config.optimizer.accumulate,
         split=split,
+        whole=whole,
         average_decay=config.average_decay,
         average_since=phase.start if phase.from_scratch else 0,
         skip_non_finite=config.non_finite == "skip",

@@ -90,6 +90,7 @@ def train_step(
     label_smoothing: float,
     accumulate: int = 1,
     split: Callable[[Batch, int], Batch] = split_in_order,
+    whole: Callable[[Any], Any] = lambda params: params,
     average_decay: float | None = None,
     average_since: int = 0,
     skip_non_finite: bool = False,
@@ -113,6 +114,7 @@ def train_step(
       label_smoothing: mass spread evenly over all classes.
       accumulate: parts of the batch, a divisor of n.
       split: `(batch, count) -> parts`, the batch with a new first axis.
+      whole: takes the parameters to how the model needs them on the devices.
       average_decay: a, in [0, 1); None where the state has no averages.
       skip_non_finite: a step whose loss or gradients are not finite is taken with gradients of
         zero, and without its batch statistics. The optimizer counts it, so that a schedule or a
@@ -126,7 +128,7 @@ def train_step(
 
     def loss_fn(params: Any, stats: Any, part: Batch) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         logits, updated = apply(
-            {"params": params, "batch_stats": stats},
+            {"params": whole(params), "batch_stats": stats},
             part["image"],
             train=True,
             mutable=["batch_stats"],
