@@ -142,21 +142,28 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Perplexity over the settings, a line for each method."""
+    """Perplexity over the settings: per cents as a line for each method, patterns as dots."""
     dense, *cases = rows
     settings = list(dict.fromkeys(row.setting for row in cases))
     with figure(path, (8, 4.5)) as empty:
         axes = empty.subplots()
         axes.axhline(dense.perplexity, label=dense.method, **style(0))
         for at, method in enumerate(dict.fromkeys(row.method for row in cases), 1):
-            found = [row.perplexity for row in cases if row.method == method]
-            axes.plot(settings, found, marker="o", label=method, **style(at))
+            own = [row for row in cases if row.method == method]
+            found = np.array([row.perplexity for row in own])
+            axes.plot(settings, found, "o", color=style(at)["color"])
+            patterns = [":" in row.setting for row in own]
+            axes.plot(settings, np.where(patterns, np.nan, found), label=method, **style(at))
         axes.set(
             yscale="log",
+            ylim=(0.9 * dense.perplexity, 36 * dense.perplexity),
             xlabel="zeros",
             ylabel="perplexity",
             title="One-shot pruning: perplexity of held-out text",
         )
+        ticks = dense.perplexity * 2.0 ** np.arange(6)
+        axes.set_yticks(ticks, [f"{tick:.0f}" for tick in ticks])
+        axes.minorticks_off()
         axes.legend()
 
 
