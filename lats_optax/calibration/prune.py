@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from lats_optax import masks
 from lats_optax.calibration.budgets import Budget, Pattern, PerLayer, PerOutput, as_pattern
@@ -283,9 +283,10 @@ def _solve(
     parts = []
     for turn, start in enumerate(range(0, len(whole), together)):
         some = slice(start, start + together)
-        device = devices[(number + turn) % len(devices)]
+        # A device alone would leave arrays of explicit types their mesh.
+        one = SingleDeviceSharding(devices[(number + turn) % len(devices)])
         arrays = (whole[some], gram.matrices[some], zeros[some])
-        found = solve_matrices(solver, kind, *(jax.device_put(each, device) for each in arrays))
+        found = solve_matrices(solver, kind, *(jax.device_put(each, one) for each in arrays))
         parts.append([jax.device_put(each, _home(leaf)) for each in found])
     return parts
 

@@ -33,9 +33,9 @@ def minimize_l1(
       What ``w0`` is.
 
     Example:
-      >>> minimize_l1(jnp.eye(2)[None, None], jnp.array([[[3.0], [-0.5]]]), 1.0, 20)
-      Array([[[2.],
-              [0.]]], dtype=float32)
+      >>> w = minimize_l1(jnp.eye(2)[None, None], jnp.array([[[3.0], [-0.5]]]), 1.0, 20)
+      >>> f"{w[0, 0, 0]:.3f} {w[0, 1, 0]:.3f}"
+      '2.000 0.000'
 
     Source: Beck and Teboulle, "A fast iterative shrinkage-thresholding algorithm" (2009); the
     monotone one, "Fast gradient-based algorithms for constrained total variation" (2009).
@@ -78,9 +78,9 @@ def lasso(w: jax.Array, gram: jax.Array, budget: Budget) -> jax.Array:
     Example:
       >>> from lats_optax.calibration.budgets import PerOutput
       >>> gram = jnp.array([[1.0, 0.9], [0.9, 1.0]])[None, None]
-      >>> lasso(jnp.array([[[0.5], [1.0]]]), gram, PerOutput(1)).round(2)
-      Array([[[0.  ],
-              [1.44]]], dtype=float32)
+      >>> w = lasso(jnp.array([[[0.5], [1.0]]]), gram, PerOutput(1))
+      >>> f"{w[0, 0, 0]:.3f} {w[0, 1, 0]:.3f}"
+      '0.000 1.446'
     """
     gram, size = unit(damped(gram))
     w0 = w * size
