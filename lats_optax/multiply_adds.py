@@ -180,7 +180,7 @@ def _sparse_dot(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) ->
     return _product(eqn, factors, tally, times * math.prod(stored) * math.prod(free))
 
 
-def _callee(eqn: JaxprEqn) -> Jaxpr | ClosedJaxpr | None:
+def callee(eqn: JaxprEqn) -> Jaxpr | ClosedJaxpr | None:
     """The jaxpr that a call runs on its own inputs; that of a reduction is for scalars."""
     ends = [*map(_shape, eqn.invars)], [*map(_shape, eqn.outvars)]
     for value in eqn.params.values():
@@ -195,12 +195,19 @@ def _callee(eqn: JaxprEqn) -> Jaxpr | ClosedJaxpr | None:
 
 def _other(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
     """Calls of other jaxprs, and primitives of which nothing in particular is known."""
-    if (inner := _callee(eqn)) is not None:
+    if (inner := callee(eqn)) is not None:
         return walk(inner, inputs, tally, times)
-    arrays = any(_shape(atom) for atom in eqn.invars)
-    if arrays and eqn.primitive.name not in _NO_PRODUCT:
+    if may_multiply(eqn):
         return _opaque(eqn, inputs, tally, times)
     return [combine(inputs)] * len(eqn.outvars)
+
+
+def may_multiply(eqn: JaxprEqn) -> bool:
+    """Whether a primitive may multiply arrays and cannot be looked into."""
+    rule = _RULES.get(eqn.primitive.name)
+    if rule is None:
+        return eqn.primitive.name not in _NO_PRODUCT and any(map(_shape, eqn.invars))
+    return rule is _opaque
 
 
 def _opaque(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:

@@ -11,19 +11,22 @@ from sklearn.datasets import load_diabetes
 from sklearn.linear_model import Lasso
 
 from lats_optax import examples
-from lats_optax.examples import char_transformer, equinox_mlp, lasso_path
+from lats_optax.examples import char_transformer, equinox_mlp, lasso_path, prune_llm
 
 PROGRAMS = {
     "char_transformer": char_transformer,
     "equinox_mlp": equinox_mlp,
     "lasso_path": lasso_path,
+    "prune_llm": prune_llm,
 }
+# The option of each that says how long it takes.
+LENGTHS = dict.fromkeys(PROGRAMS, "--steps") | {"prune_llm": "--windows"}
 COMMAND = "python -m lats_optax.examples."
 
 
 def test_every_example_is_listed_with_its_command():
     modules = {module.name for module in pkgutil.iter_modules(examples.__path__)}
-    assert modules - {"__main__", "options"} == set(PROGRAMS)
+    assert modules - {"__main__", "options", "llm"} == set(PROGRAMS)
     assert set(re.findall(rf"{re.escape(COMMAND)}(\w+)", examples.__doc__)) == set(PROGRAMS)
     for name, program in PROGRAMS.items():
         assert f"    {COMMAND}{name}\n" in program.__doc__
@@ -32,7 +35,10 @@ def test_every_example_is_listed_with_its_command():
 @pytest.mark.parametrize(
     ("name", "args", "said"),
     [
-        *((name, ["--steps", "0"], "--steps: '0' is not allowed") for name in PROGRAMS),
+        *(
+            (name, [option, "0"], f"{option}: '0' is not allowed")
+            for name, option in LENGTHS.items()
+        ),
         *((name, ["--stepz", "9"], "unrecognized arguments: --stepz 9") for name in PROGRAMS),
         ("equinox_mlp", ["--steps", "many"], "--steps: 'many' is not allowed"),
         ("equinox_mlp", ["--sparsity", "1"], "--sparsity: '1' is not allowed; allowed are numbers"),

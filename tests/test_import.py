@@ -50,11 +50,12 @@ ALLOWED = {
     "compaction": {"models"},
     "data": {"core"},
     "drawing": {"core"},
+    "calibration": {"core"},
     "training": {"core", "models", "compaction", "data", "drawing"},
     "inspection": {"core", "models", "drawing", "training"},
     "cli": {"core", "models", "data", "training", "inspection"},
     "commands": {"cli"},
-    "examples": {"core"},
+    "examples": {"core", "models", "calibration", "drawing"},
 }
 OPTIONAL = (
     *("chex", "equinox", "flax", "fsspec", "gguf", "grain", "matplotlib", "orbax", "PIL"),
