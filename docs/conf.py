@@ -27,7 +27,7 @@ exclude_patterns = ["_build", "extensions"]
 html_theme = "furo"
 html_title = f"lats_optax {version}"
 html_static_path = ["_static"]
-html_css_files = ["wide_tables.css"]
+html_css_files = ["tables_and_formulas.css"]
 html_copy_source = False
 html_show_sourcelink = False
 
@@ -40,7 +40,7 @@ myst_heading_anchors = 3
 # Every notebook is run whenever the documents are built; one that fails is an error.
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 300
+nb_execution_timeout = 900
 nb_merge_streams = True
 
 # Docstrings are reStructuredText in which `name` is code.
