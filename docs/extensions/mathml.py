@@ -3,6 +3,7 @@
 Docutils translates the LaTeX. What it does not know is an error of the build, not of a reader.
 """
 
+import re
 from typing import Any
 
 from docutils import nodes
@@ -12,6 +13,9 @@ from docutils.utils.math.latex2mathml import tex2mathml
 
 def _translated(node: nodes.Node, *, as_block: bool) -> str:
     """The element `math` of a formula."""
+    if re.search(r"\\frac[^{]|\\operatorname\{[^}]*\\", node.astext()):
+        # Docutils would read \frac12 as 12 over what follows, and print a command in a name.
+        raise ValueError(f"formula {node.astext()!r}: write \\frac{{1}}{{2}}, and names of letters")
     try:
         return tex2mathml(node.astext(), as_block=as_block)
     except MathError as error:
