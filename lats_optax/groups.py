@@ -219,8 +219,8 @@ def blocks(rows: int, columns: int, *, shrinkage: Elementwise = prox_l1) -> Tile
 
     Hardware that multiplies matrices tile by tile can skip one that is zero: 1 × n and n × 1 for
     the vector units of CPUs, 4 × 4 or 16 × 16 for GPUs, 8 × 128 for TPUs. Where a layer's sides are
-    not multiples of the tile's, the tiles at its end are smaller, and |g| is the number of weights
-    that they have. Layers that are stacked along leading axes are tiled one by one.
+    not multiples of the tile's, the tiles at its end are smaller, and ``|g|`` is the number of
+    weights that they have. Layers that are stacked along leading axes are tiled one by one.
 
     Args:
       rows: inputs in a tile, >= 1.

@@ -133,7 +133,7 @@ class Elementwise(abc.ABC):
         """An x with ``shrink(x, d) == w``, where there is one."""
 
     def least(self, x: jax.Array) -> jax.Array:
-        """The least strength that sends each entry to zero: |x|, unless a subclass differs."""
+        """The least strength that sends each entry to zero: ``|x|``, unless a subclass differs."""
         return jnp.abs(x)
 
     def magnitude(self, x: jax.Array) -> jax.Array:
@@ -155,7 +155,8 @@ class Elementwise(abc.ABC):
 class GroupOperator(abc.ABC):
     """The base of operators of groups: an elementwise operator on each group's root mean square.
 
-    For each group g of |g| weights, r = ||x_g|| / sqrt|g| and the shrinkage P of a penalty phi_d:
+    For each group g of ``|g|`` weights, ``r = ||x_g|| / sqrt|g|`` and the shrinkage P of a penalty
+    phi_d:
 
     ``argmin_z 1/2 ||z - x_g||^2 + |g| phi_d(||z|| / sqrt|g|) = x_g P_d(r) / r``
 

@@ -294,7 +294,7 @@ def prox_group_lasso(
 ) -> Any:
     """The proximal operator of the group lasso, block soft thresholding.
 
-    For each group g of |g| weights:
+    For each group g of ``|g|`` weights:
     ``argmin_z 1/2 ||z - x_g||^2 + d sqrt|g| ||z|| = x_g max(1 - d sqrt|g| / ||x_g||, 0)``
 
     Args:
@@ -336,8 +336,8 @@ def prox_power(p: float) -> Elementwise:
 
     It is the proximal operator of the penalty phi with ``phi'(z) = (z^p + d^p)^(1/p) - z`` for
     z > 0. The slope is d at zero, as that of ``d |z|``, and falls to zero: a large weight is hardly
-    shrunk. For p > 1 phi is concave in |z|, so it is not convex. With p = 3 it is the operator of
-    Feather.
+    shrunk. For p > 1 phi is concave in ``|z|``, so it is not convex. With p = 3 it is the operator
+    of Feather.
 
     Args:
       p: 1 <= p <= inf.

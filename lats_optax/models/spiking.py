@@ -31,13 +31,11 @@ _SURROGATES: dict[str, Callable[[Array, float], Array]] = {
 class Surrogate:
     """The derivative that a spike, a step of x = potential − threshold, is given.
 
-    | name | derivative at x |
-    |---|---|
-    | ``"atan"`` | α/2 / (1 + (π/2 · αx)²) |
-    | ``"sigmoid"`` | α · σ(αx) · σ(−αx) |
-    | ``"softsign"`` | α/2 / (1 + α|x|)² |
-    | ``"triangle"`` | α · max(1 − α|x|, 0) |
-    | ``"rectangle"`` | α where α|x| < 1/2, else 0 |
+    - ``"atan"``: ``α/2 / (1 + (π/2 · αx)²)``
+    - ``"sigmoid"``: ``α · σ(αx) · σ(−αx)``
+    - ``"softsign"``: ``α/2 / (1 + α|x|)²``
+    - ``"triangle"``: ``α · max(1 − α|x|, 0)``
+    - ``"rectangle"``: α where ``α|x| < 1/2``, else 0
 
     Attributes:
       name: one of these.
@@ -101,7 +99,7 @@ def _fire_jvp(
 class Neuron:
     """An integrate-and-fire neuron: how it charges, fires and resets.
 
-    At each step, for an input x and a potential v that begins at ``rest``:
+    At each step, for an input x and a potential v that begins at ``rest``::
 
         charge  h = v + x                        "if": integrate-and-fire
                 h = v + (x − (v − rest)) / τ     "lif": leaky; "plif": leaky with a trained τ
