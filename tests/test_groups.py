@@ -15,6 +15,7 @@ from jax import lax
 
 import lats_optax
 from lats_optax import groups, prox, proximal_step, soft_threshold, sparsity, target_sparsity
+from lats_optax.compatibility import enable_x64
 from lats_optax.quantile import kth_smallest, kth_smallest_of_each
 from tests import properties
 from tests.properties import GROUPS, cosine, magnitude, shrink
@@ -71,7 +72,7 @@ def compiled(name):
 
 def apply(name, x, d):
     """The operator in float64."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         return jax.tree.map(np.asarray, compiled(name)(x, d))
 
 
@@ -240,7 +241,7 @@ def test_both_derivatives_agree_with_differences(name):
         pulled = jax.vjp(OPERATORS[name], x, d)[1](slope)
         return slope, jnp.sum(pulled[0] * direction) + 0.3 * pulled[1]
 
-    with jax.enable_x64(True):
+    with enable_x64(True):
         slope, back = map(np.asarray, slopes(x, d, direction))
     h = 1e-6
     ahead, behind = (shrink(name, x + s * h * direction, d + s * h * 0.3) for s in (1, -1))

@@ -16,6 +16,7 @@ CORE = {
         "arguments",
         "arithmetic",
         "atomic",
+        "compatibility",
         "controllers",
         "distributions",
         "files",
