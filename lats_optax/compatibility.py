@@ -36,12 +36,11 @@ def joined(path: Iterable[Any]) -> str:
     >>> joined(path)
     'a/0'
     """
-    try:
+    if jax.__version_info__ >= (0, 6):
         return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
-    except TypeError:
-        kinds = ("key", "idx", "name")  # of dicts, sequences and attributes
-        names = (next((getattr(k, kind) for kind in kinds if hasattr(k, kind)), k) for k in path)
-        return "/".join(map(str, names))
+    kinds = ("key", "idx", "name")  # of dicts, sequences and attributes
+    names = (next((getattr(k, kind) for kind in kinds if hasattr(k, kind)), k) for k in path)
+    return "/".join(map(str, names))
 
 
 def flatten_with_path(tree: Any, is_leaf: Callable[[Any, Any], bool]) -> Any:
@@ -50,11 +49,10 @@ def flatten_with_path(tree: Any, is_leaf: Callable[[Any, Any], bool]) -> Any:
     >>> flatten_with_path({"a": (1, 2)}, lambda path, node: len(path) == 1)[0]
     [((DictKey(key='a'),), (1, 2))]
     """
-    try:
+    if jax.__version_info__ >= (0, 7):
         return jax.tree_util.tree_flatten_with_path(tree, is_leaf, is_leaf_takes_path=True)
-    except TypeError:
-        found: list[tuple[Any, Any]] = []
-        return found, jax.tree.structure(_walk(tree, (), is_leaf, found))
+    found: list[tuple[Any, Any]] = []
+    return found, jax.tree.structure(_walk(tree, (), is_leaf, found))
 
 
 def _walk(node: Any, path: Any, is_leaf: Callable[[Any, Any], bool], found: list[Any]) -> Any:
