@@ -165,7 +165,7 @@ def inspect(args: Sequence[str] | None = None) -> int:
         what = "Tables and pictures of threshold schedules and of sparse models."
         request = _in_one_line(parse, kinds, "lats-inspect", what, args)
         of = lineup if isinstance(request, lineup.Request) else model_file
-        return of.report_on(of.build(request), request.out)
+        return of.report_on(of.build(request), of.picture(request))
 
     return _run("lats-inspect", args, inspected, print)
 
