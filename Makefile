@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 
 # What the optimizer core is tested by: files that import nothing beyond jax, optax and the packages
 # of the extra test-core, and the examples in its docstrings.
-CORE_TESTS := $(addsuffix .py,$(addprefix tests/test_,compatibility convex distributions files \
+CORE_TESTS := $(addsuffix .py,$(addprefix tests/test_,compatibility distributions files \
 	finalize groups import masks n_of_m operations optax_contract phases power prox pruned reference \
 	sixteen_bits sparsity target thresholds transforms transforms_errors transforms_jax \
 	transforms_optax units)) \

@@ -9,6 +9,7 @@ import pytest
 import lats_optax
 from lats_optax import finalize, prox, soft_threshold, target_sparsity
 from lats_optax.masks import select
+from tests import versions
 
 SGD = optax.sgd(0.1, momentum=0.9)
 GROUPS = prox.Axes(axes=0)
@@ -67,7 +68,7 @@ TRANSFORMS = {
         None,
     ),
     "partition": (
-        optax.partition(
+        versions.partition(
             {"a": optax.chain(SGD, grows()), "b": optax.chain(SGD, grows(mask=True))}, KERNELS
         ),
         None,

@@ -17,7 +17,7 @@ import lats_optax
 from lats_optax import groups, prox, proximal_step, soft_threshold, sparsity, target_sparsity
 from lats_optax.compatibility import enable_x64
 from lats_optax.quantile import kth_smallest, kth_smallest_of_each
-from tests import properties
+from tests import properties, versions
 from tests.properties import GROUPS, cosine, magnitude, shrink
 
 OPERATORS = {
@@ -375,7 +375,7 @@ def test_finalize_with_an_operator_for_each_part():
     grows = {
         name: soft_threshold(lambda t: 0.4 * t, operator=OPERATORS[name]) for name in parts.values()
     }
-    tx = optax.partition(grows, parts)
+    tx = versions.partition(grows, parts)
     params = {"conv": jnp.asarray(weights("filters", (3, 3, 2, 4)), jnp.float32)}
     params["dense"] = jnp.asarray(weights("input_channels", (6, 5)), jnp.float32)
 

@@ -40,7 +40,7 @@ def masked(soft):
 
 def partitioned(soft):
     adam = optax.adam(0.01)
-    return optax.partition({"a": optax.chain(SGD, soft(None)), "b": adam}, CONV)
+    return versions.partition({"a": optax.chain(SGD, soft(None)), "b": adam}, CONV)
 
 
 WRAPPERS = {"chained": chained, "inner": around, "masked": masked, "partition": partitioned}

@@ -48,7 +48,7 @@ def test_masked_and_partition(case):
         optax.masked(case.make(), {"conv": False, "dense": True}),
         optax.masked(optax.set_to_zero(), {"conv": True, "dense": False}),
     )
-    partition = optax.partition(
+    partition = versions.partition(
         {"pruned": case.make(), "still": optax.set_to_zero()}, {"conv": "still", "dense": "pruned"}
     )
     for wrapped in (masked, partition):
@@ -236,7 +236,7 @@ def test_map_params_under_wrappers():
     params = dense_start()
     for tx in (
         optax.masked(soft_threshold(0.1), {"conv": False, "dense": True}),
-        optax.partition(
+        versions.partition(
             {"a": soft_threshold(0.1), "b": optax.adam(0.1)}, {"conv": "b", "dense": "a"}
         ),
         optax.MultiSteps(soft_threshold(0.1, inner=optax.adam(0.1)), 2),

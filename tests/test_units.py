@@ -209,7 +209,7 @@ def test_a_head_that_is_dead_is_as_good_as_gone():
 def test_sharded_leaves_have_the_same_heads():
     tree = modules("llama")
     mesh = jax.make_mesh((2,), ("d",))
-    rows = jax.NamedSharding(mesh, jax.P("d"))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
     tx = soft_threshold(target_sparsity(0.5, RATE, 1), operator=groups.heads(SHARED))
 
     def after(params):

@@ -22,12 +22,14 @@ varying_types = pytest.mark.skipif(
     reason=f"types that tell over which axes a value varies came with jax 0.7; this is jax {_JAX}",
 )
 
-# optax.tree came with optax 0.2.5.
+# Both have these names from optax 0.2.5 on.
 tree = getattr(optax, "tree", None) or types.SimpleNamespace(
     get=optax.tree_utils.tree_get,
     map_params=optax.tree_utils.tree_map_params,
     set=optax.tree_utils.tree_set,
 )
+
+partition = optax.partition if hasattr(optax, "partition") else optax.multi_transform
 
 
 def auto_mesh(sizes, names):

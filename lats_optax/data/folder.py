@@ -263,9 +263,7 @@ def _images(root: Path, below: Path, classes: tuple[str, ...]) -> tuple[ImageFil
             stacklevel=2,
         )
     if not found:
-        raise ValueError(
-            f"{below} has no images; allowed: a subfolder with images for each class"
-        )
+        raise ValueError(f"{below} has no images; allowed: a subfolder with images for each class")
     return tuple(found)
 
 
