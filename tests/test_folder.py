@@ -276,7 +276,7 @@ def test_single_images_cannot_be_held_out(tmp_path):
 
 
 def test_a_data_set_that_is_not_there_names_the_command(tmp_path):
-    with pytest.raises(ValueError, match="what lats-prepare folder has made"):
+    with pytest.raises(ValueError, match="lats-prepare folder PATH --name mine"):
         data.load("mine", tmp_path)
 
 

@@ -316,11 +316,14 @@ def check_known(name: str) -> None:
             f"perhaps you meant {' or '.join(map(repr, near))}"
             if near
             else (
-                "allowed: 'digits', 'synthetic', image classification sets of "
-                "https://www.tensorflow.org/datasets/catalog, and what lats-prepare folder has made"
+                "allowed: 'digits', 'synthetic', and image classification sets of "
+                "https://www.tensorflow.org/datasets/catalog"
             )
         )
-        raise ValueError(f"data set {name!r} is not known; {suggestion}")
+        raise ValueError(
+            f"data set {name!r} is not known; {suggestion}. Of a folder of images, lats-prepare "
+            f"folder PATH --name {plain} makes one"
+        )
 
 
 def image_and_label(builder: "tfds.core.DatasetBuilder") -> tuple[str, str]:
