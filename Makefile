@@ -13,7 +13,7 @@ CORE_TESTS := $(addsuffix .py,$(addprefix tests/test_,compatibility distribution
 	$(filter-out $(addprefix lats_optax/,cli.py commands.py drawing.py),$(wildcard lats_optax/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-oldest test-newest dist smollm2 lint format bench bench-quality bench-quality-full clean
+.PHONY: help install demo test test-all test-oldest test-newest dist smollm2 lint format bench bench-compare bench-quality bench-quality-full clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1|/' | column -t -s '|'
@@ -72,8 +72,11 @@ format: install  ## let ruff mend what it can
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-bench: install  ## bytes and time of one optimizer update, against optax.sgd
-	$(BIN)/python -m benchmarks.optimizer_step
+bench: install  ## bytes and time of one optimizer update, against optax.sgd (JSON=FILE keeps them)
+	$(BIN)/python -m benchmarks.optimizer_step $(if $(JSON),--json $(JSON))
+
+bench-compare: install  ## what moved beyond noise: make bench-compare BEFORE=FILE AFTER=FILE
+	$(BIN)/python -m benchmarks.compare $(BEFORE) $(AFTER)
 
 bench-quality: install  ## accuracy of pruning methods at equal sparsity, a few of each (under 20 minutes)
 	$(BIN)/python -m benchmarks.quality --quick --jobs 2 --out runs/quick.jsonl --rates benchmarks/results/quality.jsonl
