@@ -94,13 +94,14 @@ def main(arguments: list[str] | None = None) -> int:
             if old != new:
                 print(f"{what} differ: {old} before, {new} after")
                 break
-    print(f"{'figure':<58} {'before':>10} {'after':>10} {'ratio':>6} {'noise':>6}  verdict")
     changes = [compare(first[key], second[key]) for key in both]
-    for change in changes:
-        name = f"{change.figure.benchmark}: {change.figure.name}, {change.figure.unit}"
+    names = [f"{benchmark}: {name}, {unit}" for benchmark, name, unit, _ in both]
+    width = max(map(len, names))
+    print(f"{'figure':<{width}} {'before':>10} {'after':>10} {'ratio':>6} {'noise':>6}  verdict")
+    for name, change in zip(names, changes):
         noise = "" if change.noise is None else f"{change.noise:6.1%}"
         print(
-            f"{name:<58} {change.before:10.4g} {change.after:10.4g} {change.ratio:6.3f} "
+            f"{name:<{width}} {change.before:10.4g} {change.after:10.4g} {change.ratio:6.3f} "
             f"{noise:>6}  {change.verdict}"
         )
     if missing := len(first.keys() ^ second.keys()):
