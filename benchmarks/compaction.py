@@ -26,6 +26,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -34,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from benchmarks import records
 from lats_optax import compaction, models
 from lats_optax.operations import count_operations
 from lats_optax.prox import prox_group_lasso
@@ -182,8 +184,10 @@ def pictures(name: str, options: argparse.Namespace) -> jax.Array:
     return jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
 
 
-def measure(name: str, found: list[Variant], rounds: int) -> list[Row]:
-    """Rounds of all variants in turn."""
+def measure(
+    name: str, found: list[Variant], rounds: int, json: Path | None = None, **settings: Any
+) -> list[Row]:
+    """Rounds of all variants in turn; `json` gets them, with the settings."""
     times: list[list[float]] = [[] for _ in found]
     for turn in range(rounds + 1):
         order = range(len(found))
@@ -192,6 +196,17 @@ def measure(name: str, found: list[Variant], rounds: int) -> list[Row]:
             found[index].run().block_until_ready()
             if turn:  # what comes first is not counted
                 times[index].append(time.perf_counter() - start)
+    for unit, base in (("ms", None), ("times the time of dense", times[0])):
+        values = {
+            f"{name}, {variant.zeros}": [
+                1e3 * mine if base is None else mine / dense
+                for mine, dense in zip(own, base or own)
+            ]
+            for variant, own in zip(found, times)
+        }
+        records.write(
+            json, "compaction", values, unit=unit, lower_is_better=True, settings=settings
+        )
     rows = []
     for variant, own in zip(found, times):
         ratios = [dense / mine for dense, mine in zip(times[0], own)]
@@ -229,6 +244,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=float, default=1.0, help="multiplier of all channels")
     parser.add_argument("--multiple-of", type=int, default=1, help="channels are rounded to")
     parser.add_argument("--rounds", type=int, default=15)
+    records.add_argument(parser)
     options = parser.parse_args(arguments)
     for name, least in (("batch_size", 1), ("image_size", 1), ("multiple_of", 1), ("rounds", 2)):
         value = getattr(options, name)
@@ -264,7 +280,10 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     )
     rows = []
     for name in options.models:
-        rows += measure(name, list(variants(name, options)), options.rounds)
+        kept = ("batch_size", "image_size", "width", "multiple_of")
+        settings = {key: getattr(options, key) for key in kept}
+        found = list(variants(name, options))
+        rows += measure(name, found, options.rounds, options.json, **settings)
         print_table(rows[-sum(row.model == name for row in rows) :])
     return rows
 

@@ -22,6 +22,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -29,6 +30,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from benchmarks import records
 from lats_optax.data.decoding import decode
 from lats_optax.data.images import ImageNetPreprocessing, random_crop_box
 from lats_optax.data.normalisation import IMAGENET_MEAN, IMAGENET_STD, Normalisation
@@ -174,8 +176,10 @@ def all_ways(size: int) -> dict[str, Way]:
     }
 
 
-def measure(encoded: list[bytes], size: int, seconds: float) -> dict[str, tuple[float, float]]:
-    """(images per second, ratio to plain Pillow) of every way."""
+def measure(
+    encoded: list[bytes], size: int, seconds: float, json: Path | None = None
+) -> dict[str, tuple[float, float]]:
+    """(images per second, ratio to plain Pillow) of every way; `json` gets those of all rounds."""
     ways = all_ways(size)
     names = list(ways)
     speeds: dict[str, list[float]] = {name: [] for name in names}
@@ -194,11 +198,20 @@ def measure(encoded: list[bytes], size: int, seconds: float) -> dict[str, tuple[
                 speeds[name].append(PER_ROUND / (time.process_time() - start))
         turn += 1
     base = speeds["train: plain Pillow"]
-    return {
-        name: (
-            statistics.median(values),
-            statistics.median(own / plain for own, plain in zip(values, base)),
+    ratios = {
+        name: [own / plain for own, plain in zip(values, base)] for name, values in speeds.items()
+    }
+    for unit, of in (("images/s", speeds), ("ratio to plain Pillow", ratios)):
+        records.write(
+            json,
+            "input_pipeline",
+            of,
+            unit=unit,
+            lower_is_better=False,
+            settings={"images": len(encoded), "size": size},
         )
+    return {
+        name: (statistics.median(values), statistics.median(ratios[name]))
         for name, values in speeds.items()
     }
 
@@ -234,6 +247,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="height and width of the output")
     parser.add_argument("--scale", type=int, default=1, help="times 500×375 pixels")
     parser.add_argument("--seconds", type=float, default=30)
+    records.add_argument(parser)
     options = parser.parse_args()
     for name in ("images", "size", "scale", "seconds"):
         if getattr(options, name) <= 0:
@@ -251,7 +265,7 @@ def main() -> None:
         f"{len(encoded)} JPEG files of {WIDTH * options.scale}×{HEIGHT * options.scale}, "
         f"{statistics.mean(map(len, encoded)) / 1e3:.0f} kB on average, to {options.size} pixels"
     )
-    figures = measure(encoded, options.size, options.seconds)
+    figures = measure(encoded, options.size, options.seconds, options.json)
     far = distances(encoded, options.size)
     print(f"{'':<46} {'images/s':>9} {'ratio':>6} {'dB':>6}")
     for name, (speed, ratio) in figures.items():

@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 import optax
 
 import lats_optax
-from benchmarks import shapes
+from benchmarks import records, shapes
 from lats_optax.parts import by_path
 from lats_optax.prox import prox_l1
 from lats_optax.quantile import kth_smallest
@@ -137,8 +138,10 @@ def selection(latent: list[jax.Array], target: float) -> jax.Array:
     return quantiles(jnp.asarray(True), jnp.zeros(1), weights, jnp.asarray([rank]), prox_l1)
 
 
-def measure(rounds: int, repeats: int) -> dict[str, Figures]:
-    """Bytes and times of all optimizers on the device at hand."""
+def measure(
+    rounds: int, repeats: int, json: Path | None = None, machine: str | None = None
+) -> dict[str, Figures]:
+    """Bytes and times of all optimizers on this device, and a record of them in the file `json`."""
     params = abstract_parameters()
     size = sum(leaf.size for leaf in params.values())
     programs, arguments, bytes_each = {}, {}, {}
@@ -198,6 +201,21 @@ def measure(rounds: int, repeats: int) -> dict[str, Figures]:
         for name in programs
     }
     print_table(figures)
+    recorded = {
+        "ms/step": lambda name: [1e3 * seconds for seconds in times[name]],
+        "ratio to sgd": lambda name: [own / base for own, base in zip(times[name], times["sgd"])],
+        "B/param": lambda name: [bytes_each[name]] * rounds,  # the compiled program is the same
+    }
+    for unit, values in recorded.items():
+        records.write(
+            json,
+            "optimizer_step",
+            {name: values(name) for name in programs},
+            unit=unit,
+            lower_is_better=True,
+            settings={"repeats": repeats},
+            machine=machine,
+        )
     for name, base, note in (
         ("frozen support", "sgd and one multiply", ""),
         (closed, scheduled, f", averaged over {UPDATE_EVERY} updates"),
@@ -294,6 +312,7 @@ def main() -> None:
     parser.add_argument("--sort", action="store_true", help="also time one sort (slow on CPUs)")
     parser.add_argument("--tpu", action="store_true", help="also compile for a TPU v5e")
     parser.add_argument("--gpu", action="store_true", help="also compile for an H100")
+    records.add_argument(parser)
     options = parser.parse_args()
     if 1 + options.rounds * options.repeats >= UPDATE_EVERY:
         parser.error(f"--rounds times --repeats: allowed is less than {UPDATE_EVERY - 1}")
@@ -302,7 +321,8 @@ def main() -> None:
         f"{device.device_kind} ({platform.processor() or platform.machine()}), "
         f"{os.cpu_count()} cores, jax {jax.__version__}, optax {optax.__version__}"
     )
-    measure(options.rounds, options.repeats)
+    machine = None if device.platform == "cpu" else device.device_kind
+    measure(options.rounds, options.repeats, options.json, machine)
     if options.sort:
         time_sort()
     for name in ("tpu", "gpu"):

@@ -45,6 +45,7 @@ import numpy as np
 import optax
 
 import lats_optax
+from benchmarks import records
 from benchmarks.optimizer_step import selection
 from lats_optax.target import default_update_every
 from lats_optax.training import parts
@@ -307,6 +308,30 @@ def print_table(runners: dict[str, Runner], speeds: dict[str, list[float]], batc
             print(f"{name} / {base}: {_ratio(summarize(speeds, batch, base)[name])}")
 
 
+def record(options: argparse.Namespace, speeds: dict[str, list[float]]) -> None:
+    """Writes the speeds of all rounds, and their ratios to the dense step, to `options.json`."""
+    device = jax.devices()[0]
+    dense = speeds["dense"]
+    for unit, values in {
+        "images/s": speeds,
+        "ratio to dense": {
+            name: [mine / other for mine, other in zip(own, dense)] for name, own in speeds.items()
+        },
+    }.items():
+        records.write(
+            options.json,
+            "train_throughput",
+            values,
+            unit=unit,
+            lower_is_better=False,
+            settings={
+                name: getattr(options, name)
+                for name in ("model", "batch_size", "image_size", "dtype", "steps")
+            },
+            machine=None if device.platform == "cpu" else device.device_kind,
+        )
+
+
 def _ratio(row: Result) -> str:
     return f"{row.ratio:.3f} [{row.low:.3f} … {row.high:.3f}]"
 
@@ -324,6 +349,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--torch-python", default=sys.executable, help="interpreter with PyTorch")
     parser.add_argument("--minutes", type=float, default=9, help="that it may take")
     parser.add_argument("--tiny", action="store_true", help="other defaults: whether it works")
+    records.add_argument(parser)
     known, _ = parser.parse_known_args(arguments)
     if known.tiny:
         parser.set_defaults(model="resnet18", batch_size=2, image_size=32, steps=1, rounds=2)
@@ -413,6 +439,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Result]:
     sizes = (options.batch_size, options.steps, options.rounds)
     speeds = measure(runners, *sizes, until=begin + seconds)
     print_table(runners, speeds, options.batch_size)
+    record(options, speeds)
     return summarize(speeds, options.batch_size)
 
 

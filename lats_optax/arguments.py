@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lats_optax import masks
+from lats_optax import compatibility, masks
 from lats_optax.masks import MaskOrFunction, is_dense
 from lats_optax.parts import TreeOperator, check_fits
 from lats_optax.stacked import warn_of_stacked_layers
@@ -141,7 +141,7 @@ def check_beside(name: str, tree: Any, params: Any, *, needed: Any = None) -> No
             )
     for key, value in found.items():
         if key not in used and not _stands_for_none(value):
-            where = jax.tree_util.keystr(key, simple=True, separator="/")
+            where = compatibility.joined(key)
             raise ValueError(f"{name}: at {where} it has an array, and the parameters have none")
 
 

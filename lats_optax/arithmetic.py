@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lats_optax.compatibility import with_dtype
 from lats_optax.leaves import compute_dtype
 from lats_optax.operators import Operator
 
@@ -31,7 +32,7 @@ def first_latent(w: Any, d: jax.Array, operator: Operator, dtype: Any) -> Any:
 
     if not isinstance(w, jax.ShapeDtypeStruct):
         return preimage(w, d)
-    return w.update(dtype=jnp.dtype(dtype))  # type: ignore[no-untyped-call]
+    return with_dtype(w, jnp.dtype(dtype))
 
 
 def move(theta: jax.Array, update: Any, frozen: jax.Array | None) -> jax.Array:

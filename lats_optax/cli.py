@@ -108,7 +108,14 @@ class PrepareConfig:
     """Write a data set to disk as ArrayRecord, which is what lats-train reads."""
 
     name: tyro.conf.Positional[str]
-    """`digits`, or an image classification set of TFDS: NAME, NAME/CONFIG, NAME/CONFIG:VERSION."""
+    """`digits`; an image classification set of TFDS: NAME, NAME/CONFIG, NAME/CONFIG:VERSION; or
+    `folder`, images of your own."""
+    images: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[PATH]")] = None
+    """With `folder`: where they are, one subfolder for each class, or these in train and test."""
+    called: Annotated[str | None, tyro.conf.arg(name="name")] = None
+    """With `folder`: what lats-train --data.name will call them."""
+    held_out: float | None = None
+    """With `folder`: part of each class to test on where there is no folder test; None: 0.1."""
     data_dir: str | None = None
     """Where prepared data sets are kept; None: the TFDS default."""
     manual_dir: str | None = None
@@ -120,7 +127,7 @@ class PrepareConfig:
 
 
 def prepare(args: Sequence[str] | None = None) -> int:
-    """`lats-prepare NAME [--from DIR] [--data-dir D]`: makes a data set ready for training.
+    """`lats-prepare NAME [--from DIR]`, `lats-prepare folder PATH --name NAME`: makes data ready.
 
     Args:
       args: as for `train`.
@@ -158,7 +165,7 @@ def inspect(args: Sequence[str] | None = None) -> int:
         what = "Tables and pictures of threshold schedules and of sparse models."
         request = _in_one_line(parse, kinds, "lats-inspect", what, args)
         of = lineup if isinstance(request, lineup.Request) else model_file
-        return of.report_on(of.build(request), request.out)
+        return of.report_on(of.build(request), of.picture(request))
 
     return _run("lats-inspect", args, inspected, print)
 

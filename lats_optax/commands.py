@@ -6,6 +6,9 @@ Nothing but the standard library is imported here: the optimizer installs withou
 import importlib
 import sys
 
+# What the trainer needs; the optimizer is content with an older one.
+_PYTHON = (3, 11)
+
 
 def train() -> int:
     """`lats-train`."""
@@ -33,6 +36,14 @@ def compact() -> int:
 
 
 def _run(name: str) -> int:
+    if sys.version_info < _PYTHON:
+        needed, this = (".".join(map(str, version[:3])) for version in (_PYTHON, sys.version_info))
+        print(
+            f"error: the commands need Python {needed} or newer, and this is {this}: the optimizer "
+            "alone runs on it",
+            file=sys.stderr,
+        )
+        return 1
     try:
         cli = importlib.import_module("lats_optax.cli")
     except ImportError as error:

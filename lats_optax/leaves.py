@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
+
+from lats_optax import compatibility
 
 
 def over_leaves(function: Callable[..., jax.Array], x: Any, strength: Any, **keywords: Any) -> Any:
@@ -25,7 +27,7 @@ def over_leaves(function: Callable[..., jax.Array], x: Any, strength: Any, **key
         return z if z.dtype == leaf.dtype else positive_zero(z.astype(leaf.dtype))
 
     try:
-        strengths = jax.tree.broadcast(strength, x)
+        strengths = compatibility.broadcast(strength, x)
     except ValueError as error:
         raise ValueError(
             f"strength: the structure {jax.tree.structure(strength)} is neither a scalar nor that "
@@ -96,12 +98,12 @@ def by_the_compiler(function: Callable[..., Any], *arrays: jax.Array, out: Any =
       *arrays: of one mesh.
       out: the `PartitionSpec` of its value under explicit sharding. Default (None): on all devices.
     """
-    mesh = jax.typeof(arrays[0]).sharding.mesh
-    if AxisType.Explicit not in mesh.axis_types:
+    sharding = compatibility.explicit_sharding(arrays[0])
+    if sharding is None:
         return function(*arrays)
     if out is None:
         shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]  # type: ignore[no-untyped-call]
         out = PartitionSpec(*(None,) * jax.eval_shape(function, *shapes).ndim)  # type: ignore[no-untyped-call]
     # Arrays may have a mesh where no `jax.set_mesh` is around them.
-    with jax.sharding.use_abstract_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
         return jax.sharding.auto_axes(function, out_sharding=out)(*arrays)

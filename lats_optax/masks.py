@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lats_optax import compatibility
+
 Mask = Any  # a pytree of bools that matches the parameters (or is a prefix of them)
 MaskOrFunction = Mask | Callable[[Any], Mask]
 
@@ -87,9 +89,7 @@ def reasons(params: Any) -> Any:
         classes[path] = type(node).__name__
         return False
 
-    flat, structure = jax.tree_util.tree_flatten_with_path(
-        params, is_leaf=note, is_leaf_takes_path=True
-    )
+    flat, structure = compatibility.flatten_with_path(params, note)
     names = jax.tree.leaves(paths(params))
     known = set(names)
     return jax.tree.unflatten(
@@ -307,7 +307,7 @@ def paths(params: Any) -> Any:
         # A box is a node whose only leaf is its attribute `value`.
         boxed = len(path) > 1 and path[-1] == _VALUE and below[path[:-1]] == 1
         shown = path[:-1] if boxed else path
-        name = jax.tree_util.keystr(shown, simple=True, separator="/") or "params"
+        name = compatibility.joined(shown) or "params"
         # A name is printed, and a lone surrogate cannot be.
         name = name.encode("utf-8", "backslashreplace").decode("utf-8")
         if name in found:
@@ -387,14 +387,12 @@ def spread(argument: str, tree: Any, params: Any) -> Any:
     """
     nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_dense)[0]
     absent = {path for path, node in nodes if is_dense(node)}
-    present = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: optax.MaskedNode() if path in absent else leaf,
-        tree,
-        is_leaf=lambda path, _: path in absent,
-        is_leaf_takes_path=True,
+    flat, structure = compatibility.flatten_with_path(tree, lambda path, _: path in absent)
+    present = jax.tree.unflatten(
+        structure, [optax.MaskedNode() if path in absent else leaf for path, leaf in flat]
     )
     try:
-        return jax.tree.broadcast(present, params)
+        return compatibility.broadcast(present, params)
     except ValueError as error:
         its, theirs = _unlike(tree, params)
         raise ValueError(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lats_optax import leaves
+from lats_optax import compatibility, leaves
 from lats_optax.numbers import check_steps, is_number
 from lats_optax.operators import Elementwise
 from lats_optax.parts import Part, Shape
@@ -129,7 +129,9 @@ class NOfM:
     def _by_group(self, function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
         """A function of an array that looks at its groups, laid out over devices as the array."""
         self._check(x.shape)
-        value: jax.Array = leaves.by_the_compiler(function, x, out=jax.typeof(x).sharding.spec)
+        sharding = compatibility.explicit_sharding(x)
+        out = None if sharding is None else sharding.spec
+        value: jax.Array = leaves.by_the_compiler(function, x, out=out)
         return value
 
     def _grouped(self, x: jax.Array) -> jax.Array:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Protocol, TypeGuard, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
 
 from lats_optax import masks
+from lats_optax.compatibility import explicit_sharding
 from lats_optax.operators import Operator, Values
 
 Shape = tuple[int, ...]
@@ -227,8 +227,8 @@ def _laid_out_as(piece: jax.Array, leaf: Any) -> jax.Array:
     """What was joined goes back to where its leaf is; the compiler knows, explicit types do not."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return piece
-    wanted = jax.typeof(leaf).sharding
-    if AxisType.Explicit in wanted.mesh.axis_types and jax.typeof(piece).sharding != wanted:
+    wanted = explicit_sharding(leaf)
+    if wanted is not None and jax.typeof(piece).sharding != wanted:
         return jax.sharding.reshard(piece, wanted)  # type: ignore[no-untyped-call]
     return piece
 

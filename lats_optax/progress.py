@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from lats_optax import masks
+from lats_optax.compatibility import get_all_with_path
 from lats_optax.states import State, find, is_state, leaf_of
 
 # Nobody trains on for so many times the run: an epoch was taken for a step.
@@ -144,7 +145,7 @@ def _cause(state: State, opt_state: Any) -> str:
             f"optax.apply_if_finite skipped {skipped:,} updates, which do not count: train for "
             "that many more, or find why gradients were not finite"
         )
-    if optax.tree.get_all_with_path(opt_state, "mini_step"):
+    if get_all_with_path(opt_state, "mini_step"):
         return (
             "Under optax.MultiSteps a step is what changes the parameters: the steps of "
             "target_sparsity are its gradient_step, not its calls"
@@ -156,7 +157,7 @@ def _cause(state: State, opt_state: Any) -> str:
 
 
 def _sum(opt_state: Any, field: str) -> int:
-    return sum(int(leaf_of(value)) for _, value in optax.tree.get_all_with_path(opt_state, field))
+    return sum(int(leaf_of(value)) for _, value in get_all_with_path(opt_state, field))
 
 
 def _dead(states: list[State], zeros: dict[str, int]) -> list[str]:
@@ -177,7 +178,7 @@ def _moved_twice(states: list[State], opt_state: Any) -> list[str]:
     before = {
         name
         for field in _MOMENTS
-        for _, moments in optax.tree.get_all_with_path(outside, field)
+        for _, moments in get_all_with_path(outside, field)
         for name in jax.tree.leaves(masks.paths(moments))
     }
     return sorted(within & before)

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import JaxprEqn, jaxprs_in_params
+from jax.extend.core import JaxprEqn
+
+from lats_optax.compatibility import jaxprs_in_params
 
 
 class Part(NamedTuple):
@@ -95,7 +97,7 @@ def given(value: Any) -> Constant:
 def computed(eqn: JaxprEqn, inputs: Sequence[Value]) -> list[Value] | None:
     """What a primitive makes of constants, once it is asked for; None of anything else."""
     thunks = [value.compute for value in inputs if isinstance(value, Constant)]
-    inner = [*jaxprs_in_params(eqn.params)]
+    inner = jaxprs_in_params(eqn.params)
     if len(thunks) < len(inputs) or None in thunks or eqn.effects or inner:
         return None
 

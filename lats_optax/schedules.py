@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lats_optax.compatibility import enable_x64
 from lats_optax.numbers import check_steps, is_number
 
 # What a table can hold (0.8 GB in float64).
@@ -98,7 +99,7 @@ def evaluate(name: str, schedule: ScalarOrSchedule, counts: np.ndarray) -> np.nd
         return np.full(counts.shape, float(schedule))
     if isinstance(schedule, ThresholdSchedule):
         return schedule(counts)
-    with jax.ensure_compile_time_eval(), jax.enable_x64(True), _on_host():
+    with jax.ensure_compile_time_eval(), enable_x64(True), _on_host():
         try:
             values = np.asarray(jax.vmap(schedule)(counts.reshape(-1)), np.float64)
             return values.reshape(counts.shape)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from lats_optax.compatibility import varying_axes
 from lats_optax.parts import TreeOperator, parts_of
 from lats_optax.quantile import Measured, Rows, below_the_largest, select
 
@@ -148,9 +149,7 @@ def _when(
 
 
 def _check_equal_on_devices(weights: Weights) -> None:
-    axes = {
-        name for array in weights.values() for name in jax.typeof(array).manual_axis_type.varying
-    }
+    axes = {name for array in weights.values() for name in varying_axes(array)}
     if axes:
         names = ", ".join(map(repr, sorted(axes)))
         raise ValueError(

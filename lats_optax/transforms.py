@@ -143,7 +143,7 @@ def soft_threshold(
       >>> optax.apply_updates(params, updates)["kernel"]
       Array([[ 0. , -0.5],
              [ 1.5,  0. ]], dtype=float32)
-      >>> float(optax.tree.get(state, "threshold"))
+      >>> float(state[-1].threshold)
       0.5
 
     Source: Chen et al., "A Unified Framework for Soft Threshold Pruning" (ICLR 2023), algorithm 1;

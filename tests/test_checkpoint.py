@@ -11,9 +11,11 @@ import optax
 import pytest
 
 import lats_optax
+from lats_optax import cli
 from lats_optax.training import loop
 from lats_optax.training.checkpoint import load_state, load_variables
 from lats_optax.training.config import PruneConfig
+from lats_optax.training.export import load_model
 from lats_optax.training.logging import read_metrics
 from tests import tiny
 from tests.runs import KilledError, assert_equal_runs, at_step, die
@@ -73,6 +75,24 @@ def test_a_signal_is_answered_with_a_checkpoint(tmp_path, monkeypatch, number):
     resumed = loop.train(dataclasses.replace(config, resume=True))
     straight = loop.train(tiny.config(tmp_path / "straight", prune=SPARSE))
     jax.tree.map(np.testing.assert_array_equal, *jax.device_get((straight.state, resumed.state)))
+
+
+@pytest.mark.parametrize("when", ["in the last step", "while the model is written"])
+def test_a_signal_after_the_last_step_still_leaves_the_model(tmp_path, monkeypatch, capfd, when):
+    tiny.install(monkeypatch)
+    stop = lambda: signal.raise_signal(signal.SIGINT)  # noqa: E731
+    with monkeypatch.context() as context:
+        if when == "in the last step":
+            at_step(context, 6, stop)
+        else:
+            write = loop.write_models
+            context.setattr(loop, "write_models", lambda *args: (stop(), write(*args))[1])
+        workdir = tmp_path / "run"
+        command = ["digits", "--workdir", str(workdir), "--epochs", "1", "--data.batch-size", "8"]
+        assert cli.train(command) == 130
+    assert "interrupted after the last step; the run is over" in capfd.readouterr().err
+    assert load_model(workdir / "model.safetensors").image_shape == tiny.SHAPE
+    assert (workdir / "checkpoints" / "6").is_dir()
 
 
 def test_a_run_may_be_resumed_when_it_is_over(tmp_path):

@@ -19,6 +19,7 @@ from sklearn import datasets, linear_model
 
 import lats_optax
 from lats_optax import prox
+from lats_optax.compatibility import enable_x64
 
 RELATIVE = 1e-6
 
@@ -33,7 +34,7 @@ class Problem(NamedTuple):
 
 def run(tx, problem, steps):
     """The weights and the intercept after so many steps from zero."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         params = {"w": jnp.zeros((problem.features, 1)), "b": jnp.zeros(1)}
 
         def step(carry, _):

@@ -14,6 +14,7 @@ import lats_optax
 from benchmarks import shapes
 from lats_optax import erdos_renyi, per_layer, soft_threshold, target_sparsity, uniform
 from lats_optax.quantile import kth_smallest_of_each
+from tests import versions
 from tests.properties import STEPS, cosine, dense_start, gradients
 
 NETWORKS = {
@@ -179,7 +180,7 @@ def test_each_layer_ends_on_its_target(name, inner):
         expected = jax.tree.leaves(target({"a": kernels[0], "b": kernels[1]}))
     zeros = [int(jnp.sum(kernel == 0)) for kernel in kernels]
     assert zeros == [round(s * kernel.size) for s, kernel in zip(expected, kernels)]
-    assert optax.tree.get(state, "threshold").shape == (2,)
+    assert versions.tree.get(state, "threshold").shape == (2,)
     assert jnp.all(params["dense"]["bias"] != 0)
 
 
@@ -195,7 +196,7 @@ def test_layers_are_pruned_as_if_they_were_alone():
     for index, name in enumerate(targets):
         alone, own = train(make(targets[name]), start[name])
         np.testing.assert_array_equal(together[name], alone)
-        assert optax.tree.get(state, "threshold")[index] == optax.tree.get(own, "threshold")
+        assert versions.tree.get(state, "threshold")[index] == versions.tree.get(own, "threshold")
 
 
 def test_kth_smallest_of_each_is_a_sort_of_each():

@@ -17,7 +17,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lats_optax import files, load_sparse, models, read_metadata, save_sparse
+from lats_optax import files, load_sparse, read_metadata, save_sparse
 from tests.signed import write_signed
 
 DTYPES = [*files._DTYPES.values()]
@@ -205,6 +205,9 @@ def test_size_at_the_shapes_of_resnet50(path, sparsity, most, clustered):
 
 
 def resnet_shapes():
+    pytest.importorskip("flax")
+    from lats_optax import models
+
     model = models.create("resnet50", num_classes=1000)
     variables = jax.eval_shape(
         lambda key, x: model.init(key, x, train=False),

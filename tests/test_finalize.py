@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 import lats_optax
 from lats_optax import finalize, prox, soft_threshold, target_sparsity
 from lats_optax.masks import select
+from tests import versions
 
 SGD = optax.sgd(0.1, momentum=0.9)
 GROUPS = prox.Axes(axes=0)
@@ -68,7 +68,7 @@ TRANSFORMS = {
         None,
     ),
     "partition": (
-        optax.partition(
+        versions.partition(
             {"a": optax.chain(SGD, grows()), "b": optax.chain(SGD, grows(mask=True))}, KERNELS
         ),
         None,
@@ -140,6 +140,7 @@ def test_the_weights_are_those_of_the_formula_and_not_their_rounded_sum():
 
 
 def test_nnx():
+    nnx = pytest.importorskip("flax.nnx")
     model = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.chain(SGD, grows()), wrt=nnx.Param)
     for _ in range(2):

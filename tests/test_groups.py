@@ -15,8 +15,9 @@ from jax import lax
 
 import lats_optax
 from lats_optax import groups, prox, proximal_step, soft_threshold, sparsity, target_sparsity
+from lats_optax.compatibility import enable_x64
 from lats_optax.quantile import kth_smallest, kth_smallest_of_each
-from tests import properties
+from tests import properties, versions
 from tests.properties import GROUPS, cosine, magnitude, shrink
 
 OPERATORS = {
@@ -71,7 +72,7 @@ def compiled(name):
 
 def apply(name, x, d):
     """The operator in float64."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         return jax.tree.map(np.asarray, compiled(name)(x, d))
 
 
@@ -240,7 +241,7 @@ def test_both_derivatives_agree_with_differences(name):
         pulled = jax.vjp(OPERATORS[name], x, d)[1](slope)
         return slope, jnp.sum(pulled[0] * direction) + 0.3 * pulled[1]
 
-    with jax.enable_x64(True):
+    with enable_x64(True):
         slope, back = map(np.asarray, slopes(x, d, direction))
     h = 1e-6
     ahead, behind = (shrink(name, x + s * h * direction, d + s * h * 0.3) for s in (1, -1))
@@ -374,7 +375,7 @@ def test_finalize_with_an_operator_for_each_part():
     grows = {
         name: soft_threshold(lambda t: 0.4 * t, operator=OPERATORS[name]) for name in parts.values()
     }
-    tx = optax.partition(grows, parts)
+    tx = versions.partition(grows, parts)
     params = {"conv": jnp.asarray(weights("filters", (3, 3, 2, 4)), jnp.float32)}
     params["dense"] = jnp.asarray(weights("input_channels", (6, 5)), jnp.float32)
 

@@ -586,6 +586,27 @@ def test_model_prints_its_table_and_writes_its_picture(files, tmp_path, capsys):
         assert image.format == "PNG"
 
 
+def test_pictures_are_beside_the_run_that_they_are_of(files, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    write_run(
+        tmp_path / "run",
+        [
+            {"split": "train", "step": n, "epoch": n, "learning_rate_sum": n, "threshold": n}
+            for n in (1, 2)
+        ],
+    )
+    shutil.copy("model.safetensors", "run")
+    for request, picture in (
+        (["schedule", "linear", "mine=run", *SHORT], "run/schedule.png"),
+        (["model", "run"], "run/model.png"),
+        (["model", "run/model.safetensors"], "run/model.png"),
+    ):
+        Path(picture).unlink(missing_ok=True)
+        assert cli.inspect(request) == 0
+        assert capsys.readouterr().out.endswith(f"picture        {picture}\n")
+        assert Path(picture).is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

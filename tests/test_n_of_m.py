@@ -12,6 +12,7 @@ import pytest
 
 import lats_optax
 from lats_optax import groups, prox, soft_threshold, sparsity, target_sparsity
+from tests import versions
 
 STEPS, RATE = 40, 0.05
 SHAPES = {
@@ -181,7 +182,7 @@ def test_a_named_sparsity_ends_with_n_of_every_m(name):
 
 def test_survivors_are_the_latent_weights_themselves():
     _, params, state = outcome("soft")
-    latent = optax.tree.get(state, "latent")
+    latent = versions.tree.get(state, "latent")
     for path in SHAPES:
         w, theta = np.asarray(params[path]), np.asarray(latent[path])
         np.testing.assert_allclose(w[w != 0], theta[w != 0], rtol=1e-5)

@@ -3,16 +3,15 @@
 import functools
 import itertools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from lats_optax import count_operations, models
+from lats_optax import count_operations
+from tests import versions
 
 
 def sparse(seed, *shape, density=0.4):
@@ -250,15 +249,12 @@ def test_a_mask_in_a_loop():
 
 
 def test_a_mask_that_each_device_computes_for_itself():
-    mesh, spec = (
-        jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,)),
-        PartitionSpec(),
-    )
+    mesh, spec = versions.auto_mesh((8,), ("d",)), PartitionSpec()
 
     def local(w, x):
         return x @ jnp.where(jnp.arange(8) > lax.axis_index("d"), w, 0)
 
-    fn = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    fn = versions.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check=False)
     assert counts(fn, W, X) == {"params": (8 * 96, 16 * NONZERO)}
 
 
@@ -370,8 +366,8 @@ def test_the_dearest_branch():
 
 
 def test_all_devices_together():
-    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
-    split = jax.shard_map(
+    mesh = versions.auto_mesh((4, 2), ("data", "model"))
+    split = versions.shard_map(
         lambda w, x: x @ w[:, :2],
         mesh=mesh,
         in_specs=(PartitionSpec(None, "model"), PartitionSpec("data")),
@@ -393,6 +389,9 @@ def test_what_cannot_be_looked_into_is_named():
 
 
 def zoo(name, size, num_classes=1000, **options):
+    pytest.importorskip("flax")
+    from lats_optax import models
+
     model = models.create(name, num_classes=num_classes, **options)
     images = shape(1, size, size, 3)
     init = functools.partial(model.init, train=False)
@@ -448,13 +447,14 @@ def test_a_sparse_model_against_its_kernels_one_by_one():
     assert at["classifier/kernel"] == 640
 
 
-class Recurrent(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.RNN(nn.OptimizedLSTMCell(7))(x)
-
-
 def test_a_recurrent_layer_whose_kernels_are_concatenated():
+    nn = pytest.importorskip("flax.linen")
+
+    class Recurrent(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.RNN(nn.OptimizedLSTMCell(7))(x)
+
     model, x = Recurrent(), shape(2, 5, 3)
     params = jax.eval_shape(model.init, jax.random.key(0), x)
     params = jax.tree.map(lambda leaf: sparse(leaf.size, *leaf.shape), params)
@@ -466,6 +466,7 @@ def test_a_recurrent_layer_whose_kernels_are_concatenated():
 
 
 def test_attention_in_nnx():
+    nnx = pytest.importorskip("flax.nnx")
     layer = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))
     graph, params, rest = nnx.split(layer, nnx.Param, ...)
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import lats_optax
 from lats_optax import groups, prox
+from tests import versions
 from tests.properties import assert_close
 
 STEPS, RATE = 60, 0.1
@@ -159,19 +160,21 @@ def test_an_empty_tree_stays_empty(name):
 
 @every
 @pytest.mark.parametrize(
-    ("kind", "around"),
+    ("make_mesh", "around"),
     [
-        (AxisType.Auto, jax.set_mesh),
-        (AxisType.Explicit, jax.set_mesh),
-        (AxisType.Explicit, contextlib.nullcontext),
+        (versions.auto_mesh, versions.set_mesh),
+        pytest.param(versions.explicit_mesh, versions.set_mesh, marks=versions.explicit_sharding),
+        pytest.param(
+            versions.explicit_mesh, contextlib.nullcontext, marks=versions.explicit_sharding
+        ),
     ],
     ids=["auto", "explicit", "explicit, of the arrays alone"],
 )
 @pytest.mark.parametrize("spec", [("d",), (None, "d")], ids=["rows", "columns"])
 def test_the_layout_of_the_parameters_is_that_of_the_state_and_of_the_updates(
-    name, kind, around, spec
+    name, make_mesh, around, spec
 ):
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
+    mesh = make_mesh((8,), ("d",))
     layout = {
         "bias": NamedSharding(mesh, PartitionSpec()),
         "kernel": NamedSharding(mesh, PartitionSpec(*spec)),

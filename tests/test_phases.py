@@ -10,6 +10,7 @@ import pytest
 
 import lats_optax
 from lats_optax import freeze, keep_support, prune_at_initialization, soft_threshold
+from tests import versions
 from tests.properties import cosine, dense_start, flat, gradients, shrink
 
 SEARCH, AFTER = 3, 4
@@ -39,7 +40,7 @@ def masked(soft):
 
 def partitioned(soft):
     adam = optax.adam(0.01)
-    return optax.partition({"a": optax.chain(SGD, soft(None)), "b": adam}, CONV)
+    return versions.partition({"a": optax.chain(SGD, soft(None)), "b": adam}, CONV)
 
 
 WRAPPERS = {"chained": chained, "inner": around, "masked": masked, "partition": partitioned}
@@ -78,7 +79,7 @@ def test_two_transforms_do_what_freeze_after_does_in_one(wrapper, threshold):
     state = freeze(state, frozen, params)
     shapes = jax.eval_shape(frozen.init, params)
     assert jax.tree.structure(shapes) == jax.tree.structure(state)
-    assert optax.tree.get(state, "latent") is None
+    assert versions.tree.get(state, "latent") is None
     params, state = run(frozen, params, state, range(SEARCH, SEARCH + AFTER))
     for name, leaf in flat(params).items():
         np.testing.assert_array_equal(leaf == 0, zeros[name])

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis.strategies import floats
 
 from lats_optax import prox
+from lats_optax.compatibility import enable_x64
 from tests.properties import shrink
 
 X = np.random.default_rng(7).normal(size=(6, 5))
@@ -20,7 +21,7 @@ each = pytest.mark.parametrize("name", OPERATORS)
 
 @pytest.fixture(autouse=True, scope="module")
 def in_double_precision():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield
 
 

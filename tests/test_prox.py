@@ -18,6 +18,7 @@ from absl.testing import parameterized
 
 import lats_optax
 from lats_optax import prox
+from lats_optax.compatibility import enable_x64
 
 elastic = prox.ElasticNet(0.5)
 by_column = prox.Axes()
@@ -147,7 +148,7 @@ def assert_matches(result, expected, dtype, size=0.0, slack=0.0):
 
 
 def x64_if(dtype):
-    return jax.enable_x64(jnp.dtype(dtype).itemsize == 8)
+    return enable_x64(jnp.dtype(dtype).itemsize == 8)
 
 
 def strength_type(dtype):
@@ -377,7 +378,7 @@ def group_power_jacobian(x, d):
 def test_jacobian(name, jacobian):
     x = np.array([[0.9, -2.0, 0.0, 0.1], [-1.5, 0.2, 0.0, -0.2], [0.4, 3.0, 0.0, 0.05]])
     d = 0.45
-    with jax.enable_x64(True):
+    with enable_x64(True):
         by_x, by_d = jax.jit(jacobian(ALL[name], argnums=(0, 1)))(jnp.asarray(x), jnp.asarray(d))
         want_x, want_d = jacobians(name, x, d)
         close = {"rtol": 1e-12, "atol": 1e-14}
@@ -432,7 +433,7 @@ COMPILED = {name: jax.jit(operator) for name, operator in ALL.items()} | {
 
 def apply(name, x, d):
     """The operator in float64."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         return np.asarray(COMPILED[name](jnp.asarray(x), jnp.asarray(d)))
 
 
@@ -592,7 +593,7 @@ def test_the_operator_sends_the_preimage_to_the_weight(name, d):
     w = np.abs(w) if name == "non_negative_l1" else w
     if name in ("l0", "power_inf"):  # values are zero or beyond a bound; nothing goes in between
         w = np.where(np.abs(w) > (math.sqrt(2 * d) if name == "l0" else d), w, 0)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         before = jax.jit(ALL[name].preimage)(jnp.asarray(w), jnp.asarray(d))
     result = apply(name, before, d)
     # Where d is larger than w, a rounding of the power's preimage is one of d.

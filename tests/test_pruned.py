@@ -2,7 +2,6 @@
 
 import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,20 +85,24 @@ def test_the_derivative_is_finite_where_nothing_moves_and_where_nothing_is_alive
     assert np.isfinite(slope(jnp.zeros_like(U))).all()
 
 
-class Normalized(nn.Module):
+def normalized():
     """Two convolutions, batch normalization after each, and a classifier."""
+    nn = pytest.importorskip("flax.linen")
 
-    @nn.compact
-    def __call__(self, x):
-        for width in (16, 32):
-            x = nn.Conv(width, (3, 3), strides=2, use_bias=False)(x)
-            x = nn.relu(nn.BatchNorm(use_running_average=False, use_bias=True)(x))
-        return nn.Dense(4)(x.mean(axis=(1, 2)))
+    class Normalized(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for width in (16, 32):
+                x = nn.Conv(width, (3, 3), strides=2, use_bias=False)(x)
+                x = nn.relu(nn.BatchNorm(use_running_average=False, use_bias=True)(x))
+            return nn.Dense(4)(x.mean(axis=(1, 2)))
+
+    return Normalized()
 
 
 def trained(steps=240, **how):
     """The loss and the report of a network at 98 %, where straight-through kills layers."""
-    model = Normalized()
+    model = normalized()
     prototypes = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
     labels = jax.random.randint(jax.random.key(2), (steps, 64), 0, 4)
     noise = jax.random.normal(jax.random.key(3), (steps, 64, 8, 8, 1))

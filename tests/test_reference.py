@@ -15,6 +15,8 @@ import optax
 import pytest
 
 import lats_optax
+from lats_optax.compatibility import enable_x64
+from tests import versions
 
 REFERENCE = Path(__file__).parent / "reference"
 CONVOLUTIONS = ("conv1", "conv2", "fc")
@@ -92,8 +94,8 @@ def start(strategy, run, tx):
     state = tx.init(params)
     if strategy == "constant":
         latent = {name: params[name] for name in CONVOLUTIONS}
-        latent |= {name: optax.tree.get(state, "latent")[name] for name in NORMS}
-        state = optax.tree.set(state, latent=latent)
+        latent |= {name: versions.tree.get(state, "latent")[name] for name in NORMS}
+        state = versions.tree.set(state, latent=latent)
         final = float(run["final_threshold"])
         params |= lats_optax.prox.prox_l1({name: params[name] for name in CONVOLUTIONS}, final)
     return params, state
@@ -103,7 +105,7 @@ def trained(strategy):
     """Losses, thresholds, latent weights and parameters after every step, as NumPy arrays."""
     run = recording(f"trajectory_{strategy}")
     steps, batch = int(run["steps"]), int(run["batch_size"])
-    with jax.enable_x64(True):
+    with enable_x64(True):
         tx = lats_optax.soft_threshold(
             threshold(strategy, run),
             inner=optax.chain(
@@ -122,7 +124,7 @@ def trained(strategy):
             )
             updates, state = tx.update(gradients, state, params)
             params = optax.apply_updates(params, updates)
-            seen = {name: optax.tree.get(state, name) for name in ("threshold", "latent")}
+            seen = {name: versions.tree.get(state, name) for name in ("threshold", "latent")}
             return (params, state), seen | {"loss": loss, "params": params}
 
         @jax.jit

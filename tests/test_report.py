@@ -182,6 +182,10 @@ def test_picture_shows_what_was_recorded(tmp_path, monkeypatch):
     for line in axes["Test accuracy"].get_lines():
         np.testing.assert_allclose(line.get_xdata(), np.arange(1, 11))
         np.testing.assert_allclose(line.get_ydata(), 100 - 50 / np.arange(1, 11))
+    # All of the curve is to be seen, its beginning too.
+    low, high = axes["Test accuracy"].get_ylim()
+    assert 0 <= low < 50
+    assert 95 < high < 100
 
     bars = axes["Zeros in each layer at the end"]
     assert [text.get_text() for text in bars.get_yticklabels()] == [

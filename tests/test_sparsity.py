@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lats_optax import prunable, select, sparsity
+from tests import versions
 
 MASKS = {
     "default": prunable,
@@ -120,7 +121,7 @@ def test_a_mask_of_another_structure():
 
 
 def test_parameters_on_several_devices():
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = versions.auto_mesh((8,), ("d",))
     kernel = jnp.arange(64.0).reshape(8, 8) % 3
     sharded = jax.device_put(kernel, NamedSharding(mesh, PartitionSpec("d")))
     assert sparsity({"k": sharded}) == sparsity({"k": kernel})

@@ -16,8 +16,10 @@ from sklearn.datasets import load_digits
 
 import lats_optax
 from lats_optax import lats_threshold, prox, soft_threshold
+from lats_optax.compatibility import enable_x64
 from lats_optax.quantile import kth_smallest
 from lats_optax.target import Plan, control
+from tests import versions
 
 # The law of LATS to the last step, soft thresholding, and straight-through.
 to_the_end = functools.partial(lats_optax.target_sparsity, law=lats_optax.constant_l1(), reach=1.0)
@@ -117,7 +119,7 @@ def test_a_trained_model_ends_at_its_target(model, optimizer, seed, target):
         rows = rng.integers(TRAINING, size=64)
         updates, state = update(slopes_of(model)(params, rows), state, params)
         params = optax.apply_updates(params, updates)
-        thresholds.append(float(optax.tree.get(state, "threshold")))
+        thresholds.append(float(versions.tree.get(state, "threshold")))
     # What had risen too far would have to fall, and revive weights, when nothing trains them more.
     assert max(thresholds) <= 1.005 * thresholds[-1]
     report = lats_optax.sparsity(params)
@@ -388,7 +390,7 @@ RANKS = (0, 1, 2, 9, 16, 17)
 @hypothesis.given(data=st.data())
 def test_kth_smallest_of_any_numbers(dtype, data):
     values = np.asarray(data.draw(st.lists(NUMBERS[dtype], min_size=17, max_size=17)))
-    with jax.enable_x64(dtype == "float64"), np.errstate(over="ignore"):
+    with enable_x64(dtype == "float64"), np.errstate(over="ignore"):
         values = values.astype(jnp.dtype(dtype))
         got = selections_of(dtype)(values[:12].reshape(3, 4), values[12:])
         wide = values.astype(got[0].dtype)
@@ -424,7 +426,7 @@ def test_kth_smallest_under_vmap_and_a_magnitude_of_its_own():
 
 @pytest.mark.parametrize("spec", [("d",), (None, "d")])
 def test_sharded_arrays_stay_where_they_are(spec):
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = versions.auto_mesh((8,), ("d",))
     x = np.random.default_rng(0).normal(size=(64, 48)).astype(np.float32)
     sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
     program = jax.jit(lambda x: kth_smallest([x], 1000)).lower(sharded).compile()

@@ -17,6 +17,7 @@ from lats_optax import (
     s_lats_threshold,
     threshold_from_l1,
 )
+from lats_optax.compatibility import enable_x64
 
 STEPS = 400
 
@@ -200,7 +201,7 @@ def test_host_counts_give_float64_and_device_counts_the_default_float(name):
     ):
         assert result.dtype == jnp.float32
         np.testing.assert_array_equal(result, expected)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         result = jax.jit(threshold)(jnp.int32(37))
         assert result.dtype == jnp.float64
         assert result == table[37]
@@ -248,7 +249,7 @@ def test_l1_to_threshold_and_back(name, l1):
     back = l1_from_threshold(threshold, schedule)
     counts = np.arange(STEPS)
     moving = np.array([scalar(t) > 0 for t in range(STEPS)])
-    with jax.enable_x64(True):
+    with enable_x64(True):
         mu = L1[l1] if not callable(L1[l1]) else [float(L1[l1](t)) for t in range(STEPS)]
     expected = np.where(moving, mu, 0)
     np.testing.assert_allclose(back(counts), expected, rtol=1e-6)
@@ -272,7 +273,7 @@ def test_a_threshold_that_returns_to_zero(peak):
         [peak],
     )
     back = threshold_from_l1(l1_from_threshold(threshold, 0.1), 0.1, 60)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         expected = [float(threshold(t)) for t in range(61)]
     np.testing.assert_allclose(back.table, expected, rtol=1e-6, atol=1e-15)
     assert np.all(back.table >= 0)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import lats_optax
 from lats_optax import keep_support, soft_threshold
+from tests import versions
 from tests.properties import CASES, flat, kinds, oracle, run, shrink
 
 
@@ -189,7 +190,7 @@ def test_frozen_survivors_follow_plain_sgd_and_zeros_stay(threshold, inner, dtyp
     for t, slope in enumerate(jnp.asarray(slopes, dtype)):
         if t == FROZEN_FROM:
             alive = np.asarray(w, float) != 0
-            theta = shrink("l1", theta, float(optax.tree.get(state, "threshold")))
+            theta = shrink("l1", theta, float(versions.tree.get(state, "threshold")))
             assert 0 < alive.sum() < alive.size
         decayed = theta if inner or t >= FROZEN_FROM else np.asarray(w, float)
         trace = STRONG * trace + np.asarray(slope, float) + HEAVY * decayed
@@ -197,9 +198,9 @@ def test_frozen_survivors_follow_plain_sgd_and_zeros_stay(threshold, inner, dtyp
         w, state = step(w, state, slope)
         if t >= FROZEN_FROM:
             theta = np.where(alive, theta, 0.0)
-            assert float(optax.tree.get(state, "threshold")) == 0
+            assert float(versions.tree.get(state, "threshold")) == 0
             np.testing.assert_array_equal(np.asarray(w, float) != 0, alive)
-            np.testing.assert_allclose(optax.tree.get(state, "latent"), theta, atol=5e-6)
+            np.testing.assert_allclose(versions.tree.get(state, "latent"), theta, atol=5e-6)
             slack = dict(atol=5e-6) if dtype == jnp.float32 else dict(atol=2**-7, rtol=2**-7)
             np.testing.assert_allclose(np.asarray(w, float), theta, **slack)
 

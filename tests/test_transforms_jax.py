@@ -5,17 +5,17 @@ import functools
 import operator
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lats_optax
 from lats_optax import masks, prox, select, soft_threshold, target_sparsity
+from lats_optax.compatibility import enable_x64
+from tests import versions
 from tests.properties import (
     FEW,
     STEPS,
@@ -94,6 +94,7 @@ def test_a_mask_that_is_a_callable_tree():
 
 
 def test_linen():
+    nn = pytest.importorskip("flax.linen")
     model = nn.Sequential([nn.Conv(2, (3, 3)), nn.relu, nn.Dense(3)])
     inputs = jnp.ones((1, 4, 4, 1))
     params = jax.jit(model.init)(jax.random.key(0), inputs)["params"]
@@ -114,16 +115,17 @@ def test_linen():
     assert lats_optax.sparsity(step(params, tx.init(params))).zeros == 12
 
 
-class Net(nnx.Module):
-    def __init__(self, rngs):
-        self.conv = nnx.Conv(1, 2, (3, 3), rngs=rngs)
-        self.head = nnx.Sequential(nnx.relu, nnx.Linear(2, 3, rngs=rngs))
-
-    def __call__(self, x):
-        return self.head(self.conv(x))
-
-
 def test_nnx_optimizer():
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(1, 2, (3, 3), rngs=rngs)
+            self.head = nnx.Sequential(nnx.relu, nnx.Linear(2, 3, rngs=rngs))
+
+        def __call__(self, x):
+            return self.head(self.conv(x))
+
     model = Net(nnx.Rngs(0))
     weights = nnx.state(model, nnx.Param)
     paths = ["conv/bias", "conv/kernel", "head/layers/1/bias", "head/layers/1/kernel"]
@@ -147,7 +149,7 @@ def test_nnx_optimizer():
         step(model, optimizer)
     after = nnx.state(model, nnx.Param)
     assert lats_optax.sparsity(after).zeros == 12
-    threshold = optax.tree.get(optimizer.opt_state, "threshold")
+    threshold = versions.tree.get(optimizer.opt_state, "threshold")
     assert float(threshold[...]) > 0
 
     # The same on the pure dictionary, without nnx.Optimizer.
@@ -289,7 +291,7 @@ def on_one_device(request):
 @pytest.mark.parametrize("spec", [("d",), (None, "d")], ids=["rows", "columns"])
 def test_sharded_parameters(on_one_device, spec, jitted_init):
     name, tx, (expected, _, expected_state, _) = on_one_device
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = versions.auto_mesh((8,), ("d",))
     layout = {
         "bias": NamedSharding(mesh, PartitionSpec()),
         "kernel": NamedSharding(mesh, PartitionSpec(*spec)),
@@ -343,7 +345,7 @@ def test_pmap_without_a_device_axis_in_the_state(threshold):
 def test_types_are_kept(threshold, latent_dtype, dtype):
     case = Case(threshold=threshold, latent_dtype=latent_dtype)
     for x64 in [True] if dtype == "float64" else [False, True]:
-        with jax.enable_x64(x64):
+        with enable_x64(x64):
             params = {"kernel": jnp.asarray(np.linspace(-1, 1, 12).reshape(3, 4), dtype)}
             tx = case.bare()
             state = jax.eval_shape(tx.init, params)
@@ -366,7 +368,7 @@ def test_inner_sees_latent_weights_of_their_own_type():
 
 
 def test_float64_reaches_the_target_in_float64():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         # Magnitudes that float32 cannot tell apart.
         kernel = 1 + jnp.arange(20.0).reshape(4, 5) * 1e-12
         tx = soft_threshold(target_sparsity(0.5, 0.1, 1))

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from lats_optax import prox, soft_threshold, target_sparsity
+from tests import versions
 from tests.properties import (
     FEW,
     STEPS,
@@ -47,7 +48,7 @@ def test_masked_and_partition(case):
         optax.masked(case.make(), {"conv": False, "dense": True}),
         optax.masked(optax.set_to_zero(), {"conv": True, "dense": False}),
     )
-    partition = optax.partition(
+    partition = versions.partition(
         {"pruned": case.make(), "still": optax.set_to_zero()}, {"conv": "still", "dense": "pruned"}
     )
     for wrapped in (masked, partition):
@@ -189,7 +190,7 @@ def test_extra_arguments_reach_inner(around):
         state = tx.init(params)
         for value in values:
             _, state = update(ones, state, params, value=jnp.asarray(value))
-        last[name] = float(optax.tree.get(state, "scale"))
+        last[name] = float(versions.tree.get(state, "scale"))
     assert last["falling"] == 1.0
     assert last["rising"] < 1.0
     with pytest.raises(TypeError, match="value"):
@@ -212,7 +213,7 @@ def test_map_params_visits_what_is_like_the_parameters(case):
     tx, state, params = case.make(), run(case).states[-1], case.start()
     shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
     seen = []
-    mapped = optax.tree.map_params(
+    mapped = versions.tree.map_params(
         tx,
         lambda leaf: seen.append(leaf.shape) or jnp.zeros_like(leaf),
         state,
@@ -235,7 +236,7 @@ def test_map_params_under_wrappers():
     params = dense_start()
     for tx in (
         optax.masked(soft_threshold(0.1), {"conv": False, "dense": True}),
-        optax.partition(
+        versions.partition(
             {"a": soft_threshold(0.1), "b": optax.adam(0.1)}, {"conv": "b", "dense": "a"}
         ),
         optax.MultiSteps(soft_threshold(0.1, inner=optax.adam(0.1)), 2),
@@ -243,17 +244,19 @@ def test_map_params_under_wrappers():
         soft_threshold(0.1, mask={"conv": {"kernel": False}, "dense": True}),
     ):
         state = tx.init(params)
-        mapped = optax.tree.map_params(tx, jnp.negative, state)
+        mapped = versions.tree.map_params(tx, jnp.negative, state)
         assert jax.tree.structure(mapped) == jax.tree.structure(state)
-        latent = optax.tree.get(mapped, "latent")["dense"]["kernel"]
-        np.testing.assert_array_equal(latent, -optax.tree.get(state, "latent")["dense"]["kernel"])
+        latent = versions.tree.get(mapped, "latent")["dense"]["kernel"]
+        np.testing.assert_array_equal(
+            latent, -versions.tree.get(state, "latent")["dense"]["kernel"]
+        )
 
 
 @pytest.mark.parametrize("case", FEW[:4], ids=str)
 def test_the_threshold_can_be_read(case):
     record = run(case)
     for state in record.states:
-        threshold = optax.tree.get(state, "threshold")
+        threshold = versions.tree.get(state, "threshold")
         assert threshold.dtype == jnp.float32
         assert threshold.shape == ()
         assert threshold is case.own_state(state).threshold
@@ -262,7 +265,7 @@ def test_the_threshold_can_be_read(case):
 def test_the_threshold_of_a_closed_loop_can_be_set():
     tx = soft_threshold(target_sparsity(0.5, cosine, STEPS))
     params = dense_start()
-    state = optax.tree.set(tx.init(params), threshold=jnp.asarray(2.0))
+    state = versions.tree.set(tx.init(params), threshold=jnp.asarray(2.0))
     zeros = jax.tree.map(jnp.zeros_like, params)
     _, state = tx.update(zeros, state, params)
     magnitudes = np.sort(

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
 
 import lats_optax
 from lats_optax import groups, prox, select, soft_threshold, target_sparsity
+from tests import versions
 
 STEPS, RATE = 30, 0.05
 EMBED, HEADS, FEATURES, SHARED = 6, 4, 3, 2
@@ -181,12 +181,13 @@ def test_a_preimage_gives_the_weights_back(layout):
     operator, _, _ = LAYOUTS[layout]
     tree = modules(layout)
     state = soft_threshold(0.3, operator=operator).init(tree)
-    again = operator(optax.tree.get(state, "latent"), 0.3)
+    again = operator(versions.tree.get(state, "latent"), 0.3)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), again, tree)
 
 
 def test_a_head_that_is_dead_is_as_good_as_gone():
     x = jax.random.normal(jax.random.key(0), (2, 7, 12))
+    nn = pytest.importorskip("flax.linen")
     attention = nn.MultiHeadDotProductAttention(num_heads=4, use_bias=False)
     params = attention.init(jax.random.key(1), x)["params"]
     operator = groups.heads()
@@ -208,7 +209,7 @@ def test_a_head_that_is_dead_is_as_good_as_gone():
 def test_sharded_leaves_have_the_same_heads():
     tree = modules("llama")
     mesh = jax.make_mesh((2,), ("d",))
-    rows = jax.NamedSharding(mesh, jax.P("d"))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
     tx = soft_threshold(target_sparsity(0.5, RATE, 1), operator=groups.heads(SHARED))
 
     def after(params):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lats_optax.data import digits, fashion_mnist
+from lats_optax.data import digits, fashion_mnist, folder
 from lats_optax.data.tfds_source import (
     PrepareError,
     check_known,
@@ -47,11 +47,16 @@ def prepare(
     manual_dir: str | None = None,
     from_dir: str | None = None,
     overwrite: bool = False,
+    *,
+    images: str | None = None,
+    called: str | None = None,
+    held_out: float | None = None,
 ) -> str:
     """Writes a data set as ArrayRecord, unless it is there.
 
     Args:
-      name: ``digits``, or a data set of TFDS: ``name``, ``name/config`` or ``name/config:version``.
+      name: ``digits``, or a data set of TFDS: ``name``, ``name/config`` or ``name/config:version``;
+        or ``folder``, images of one's own.
       data_dir: directory that holds TFDS data sets; ``None`` is TFDS's default. One on gs:// gets a
         copy of what is prepared in a temporary directory, which has to have room for it.
       manual_dir: directory with what cannot be downloaded, such as ImageNet's tar files; ``None``
@@ -60,17 +65,27 @@ def prepare(
         there; what it lacks is downloaded. Fashion-MNIST's have to be the four that it consists
         of, however they are compressed; all others have to have the checksums that TFDS knows.
       overwrite: remove what is there of that version first.
+      images: for ``folder``, where they are, in a subfolder for each class.
+      called: for ``folder``, the name that the data set gets.
+      held_out: for ``folder``, the part of the images that is tested on, as in `folder.read`.
 
     Returns:
       The directory that it is in.
 
     Raises:
       ValueError: there is no data set of that name, config or version, or it is not for image
-        classification, or ``from_dir`` does not suit it.
+        classification, or ``from_dir`` does not suit it, or ``images`` is no such folder.
       OSError: a directory cannot be read or written.
       PrepareError: TFDS cannot prepare it here; a file in ``from_dir`` is missing or damaged.
     """
     directory = expand_directory(data_dir)
+    if name == "folder":
+        if from_dir is not None or manual_dir is not None:
+            raise ValueError("--from and --manual-dir are not allowed with folder PATH")
+        return _prepare_folder(images, folder.check_name(called), held_out, directory, overwrite)
+    own = {"PATH": images, "--name": called, "--held-out": held_out}
+    if given := [f"{option} is {value!r}" for option, value in own.items() if value is not None]:
+        raise ValueError(f"{' and '.join(given)}; allowed: none, but for lats-prepare folder")
     if directory is not None and isinstance(place := as_path(directory, "data_dir"), URL):
         return _prepare_in_store(place, name, manual_dir, from_dir, overwrite)
     if from_dir is not None and name in ("digits", "synthetic"):
@@ -99,6 +114,41 @@ def prepare(
         else:
             _prepare_from(files, name, builder)
     return builder.data_dir
+
+
+def _prepare_folder(
+    images: str | None, name: str, held_out: float | None, data_dir: str | None, overwrite: bool
+) -> str:
+    """A data set of one's own images, on this machine or copied to a store."""
+    import tensorflow_datasets as tfds
+
+    if images is None:
+        raise ValueError("PATH is missing; allowed: lats-prepare folder PATH --name NAME")
+    found = folder.read(images, held_out)
+    root = as_path(data_dir or os.fspath(tfds.core.constants.DATA_DIR))
+    there = root / name / folder.VERSION
+    if there.is_dir() and not overwrite:
+        again = f"lats-prepare folder {images} --name {name}"
+        builder = open_builder(f"{name}:{folder.VERSION}", data_dir, again)
+        if folder.differs(found, builder):
+            raise ValueError(
+                f"data set {name!r} is in {there} already, made of other images; allowed: another "
+                "--name, or --overwrite"
+            )
+        return str(there)
+    if isinstance(root, URL):
+        with temporary() as directory:
+            return str(copy_to_store(_write_folder(name, found, str(directory)), directory, root))
+    return _write_folder(name, found, data_dir)
+
+
+def _write_folder(name: str, found: folder.Folder, data_dir: str | None) -> str:
+    builder = folder.make_builder(name, found, data_dir)
+    shutil.rmtree(builder.data_dir, ignore_errors=True)
+    with _quiet():
+        # What was there has left its format in the builder.
+        folder.make_builder(name, found, data_dir).download_and_prepare(file_format="array_record")
+    return os.fspath(builder.data_dir)
 
 
 def _prepare_in_store(

@@ -189,12 +189,16 @@ def copy_to_store(made: str | os.PathLike[str], directory: Path, place: URL) -> 
     return target
 
 
-def open_builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
+def open_builder(
+    name: str, data_dir: str | None, command: str | None = None
+) -> "tfds.core.DatasetBuilder":
     """The newest version of a data set that is on disk.
 
     Args:
       name: ``name``, ``name/config``, ``name:version`` or ``name/config:version``.
       data_dir: directory that holds TFDS data sets; ``None`` is TFDS's default.
+      command: what prepares it, but for the directory. Default (None): ``lats-prepare`` and its
+        name.
 
     Raises:
       ValueError: TFDS knows no data set of that name, and none is there.
@@ -205,7 +209,8 @@ def open_builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
 
     parsed = parse_name(name)
     root = data_dir or os.fspath(tfds.core.constants.DATA_DIR)
-    command = f"lats-prepare {name}" + (f" --data-dir {data_dir}" if data_dir else "")
+    command = command or f"lats-prepare {name}"
+    command += f" --data-dir {data_dir}" if data_dir else ""
     path = os.path.join(root, parsed.name)
     if not as_path(path).is_dir():
         check_known(name)
@@ -315,7 +320,10 @@ def check_known(name: str) -> None:
                 "https://www.tensorflow.org/datasets/catalog"
             )
         )
-        raise ValueError(f"data set {name!r} is not known; {suggestion}")
+        raise ValueError(
+            f"data set {name!r} is not known; {suggestion}. Of a folder of images, lats-prepare "
+            f"folder PATH --name {plain} makes one"
+        )
 
 
 def image_and_label(builder: "tfds.core.DatasetBuilder") -> tuple[str, str]:

@@ -23,6 +23,7 @@ from sklearn.datasets import load_diabetes
 from sklearn.linear_model import lasso_path
 
 import lats_optax
+from lats_optax.compatibility import enable_x64
 from lats_optax.examples.options import Parser, count
 
 ALPHAS = np.geomspace(0.4, 0.001, 12)
@@ -64,7 +65,7 @@ def solve(steps: int) -> Paths:
     rate = float(1 / np.linalg.eigvalsh(x.T @ x / len(y))[-1])  # 1 / the largest curvature
     # The threshold of an L1 coefficient of 1. Thresholds are proportional to it.
     threshold = lats_optax.threshold_from_l1(1.0, rate, steps)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         ours = {
             "proximal_step": descend(
                 lambda alpha: optax.chain(

@@ -62,11 +62,13 @@ class Request:
     """With shape milestones: the epochs after which the learning rate is multiplied by factor."""
     factor: float = 0.1
     """With shape milestones: what it is multiplied by."""
-    out: Path | URL = Path("schedule.png")
-    """The picture to write; one that is there is replaced."""
+    out: Path | URL | None = None
+    """The picture to write; one that is there is replaced. None: schedule.png in the work directory
+    of the first run that is looked at, or else here."""
 
     def __post_init__(self) -> None:
-        schedule.check_picture(self.out)
+        if self.out is not None:
+            schedule.check_picture(self.out)
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"preset is {self.preset!r}; allowed: {', '.join(PRESETS)}.")
         if self.final is not None:
@@ -119,6 +121,13 @@ class Lineup:
     described: str
 
 
+def picture(request: Request) -> Path | URL:
+    """Where the picture goes."""
+    places = (sources.workdir_of(source) for source in request.schedules)
+    beside = next((place for place in places if place is not None), Path())
+    return request.out or beside / "schedule.png"
+
+
 def build(request: Request) -> Lineup:
     """Finds and evaluates what was asked for; writes nothing.
 
@@ -141,9 +150,7 @@ def build(request: Request) -> Lineup:
     learning_rates(run.learning_rate, run.steps)
     curves: dict[str, Curve] = {}
     for source in request.schedules or (_own_schedule(request, run.config),):
-        # A path may have an equals sign of its own.
-        label, _, named = ("", "", source) if Path(source).exists() else source.rpartition("=")
-        label = label or named
+        label, named = sources.labelled(source)
         if label in curves:
             raise ValueError(f"schedule {label!r} is there twice; LABEL={named} tells them apart")
         curves[label] = sources.find_curve(label, named, run)

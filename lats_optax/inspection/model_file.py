@@ -32,11 +32,12 @@ class Request:
     """For a file that does not say it: which model of the zoo the parameters are of."""
     image_shape: tuple[int, int, int] | None = None
     """Height, width and channels of the image that operations are counted for; None: the file's."""
-    out: Path | URL = Path("model.png")
-    """The picture to write; one that is there is replaced."""
+    out: Path | URL | None = None
+    """The picture to write; one that is there is replaced. None: model.png beside the model."""
 
     def __post_init__(self) -> None:
-        check_picture(self.out)
+        if self.out is not None:
+            check_picture(self.out)
         if self.image_shape is not None and min(self.image_shape) < 1:
             raise ValueError(f"image_shape is {self.image_shape}; allowed: three of 1 or more.")
         if self.model is not None and self.image_shape is None:
@@ -63,6 +64,15 @@ class Inspected:
     call: str
     file_bytes: int
     dense_bytes: int
+
+
+def picture(request: Request) -> Path | URL:
+    """Where the picture goes.
+
+    Raises:
+      FileNotFoundError: there is no such file beside which it would be.
+    """
+    return request.out or find_model(request.file).parent / "model.png"
 
 
 def build(request: Request) -> Inspected:

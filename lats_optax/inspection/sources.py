@@ -65,6 +65,24 @@ class Run:
         return self.config.epochs * self.steps_per_epoch
 
 
+def labelled(source: str) -> tuple[str, str]:
+    """What a curve is called and what it is of, from LABEL=SCHEDULE or SCHEDULE.
+
+    >>> labelled("mine=pgh:0.1"), labelled("lats")
+    (('mine', 'pgh:0.1'), ('lats', 'lats'))
+    """
+    # A path may have an equals sign of its own.
+    label, _, named = ("", "", source) if Path(source).exists() else source.rpartition("=")
+    return label or named, named
+
+
+def workdir_of(source: str) -> Path | URL | None:
+    """The work directory of the run whose record a user names; None for all else."""
+    named = labelled(source)[1]
+    file, _ = (None, None) if named.startswith("lats:") else _file(named)
+    return file.parent if file is not None and file.suffix == ".jsonl" else None
+
+
 def find_curve(label: str, source: str, run: Run) -> Curve:
     """The curve of what a user names: a method, MODULE:ATTRIBUTE or a file.
 

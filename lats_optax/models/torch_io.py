@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from lats_optax.compatibility import enable_x64
 from lats_optax.models import torch_files
 from lats_optax.models.fit import Shape, misfits
 from lats_optax.models.layers import check, check_choice
@@ -267,7 +268,7 @@ def _places(
     size = form.image(model, {name: array.shape for name, array in arrays.items()})
     images = np.broadcast_to(np.float32(0), (1, size, size, channels))
     # A model may compute in float64, at which JAX else warns.
-    with jax.enable_x64(True):
+    with enable_x64(True):
         shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
     return {
         form.name(path): _Place(
@@ -402,7 +403,7 @@ def _thresholded(
 ) -> dict[str, np.ndarray]:
     latent = {path: flat[path] for path in strengths}
     # Compiled at once, for one by one it takes seconds; x64 keeps what is float64.
-    with jax.enable_x64(True):
+    with enable_x64(True):
         sparse = jax.device_get(jax.jit(prox_l1)(latent, dict(strengths)))
     return flat | {path: np.array(kernel) for path, kernel in sparse.items()}
 

@@ -186,12 +186,11 @@ def _draw_sparsity(axes: "Axes", runs: Sequence[Run]) -> None:
 def _draw_accuracy(axes: "Axes", runs: Sequence[Run]) -> None:
     _draw_metric(axes, runs, "test", "accuracy", scale=100)
     axes.set(title="Test accuracy", ylabel="accuracy (%)")
-    # The first quarter climbs from chance; the runs differ in what follows.
-    records = [_records(run.metrics, "test", "accuracy") for run in runs]
-    later = [100 * r["accuracy"] for tests in records for r in tests[len(tests) // 4 :]]
-    if later:
-        margin = max(0.08 * (max(later) - min(later)), 0.5)
-        axes.set_ylim(min(later) - margin, max(later) + margin)
+    records = [r for run in runs for r in _records(run.metrics, "test", "accuracy")]
+    if records:
+        values = [100 * r["accuracy"] for r in records]
+        margin = max(0.05 * (max(values) - min(values)), 0.5)
+        axes.set_ylim(min(values) - margin, max(values) + margin)
 
 
 def _draw_layers(axes: "Axes", runs: Sequence[Run]) -> None:
