@@ -93,6 +93,17 @@ def varying_axes(array: Any) -> frozenset[str]:
     return manual.varying if manual is not None else getattr(kind, "vma", frozenset())
 
 
+def manual_axes(params: Mapping[str, Any]) -> frozenset[str]:
+    """``params["newly_manual_axes"]`` of a `shard_map` in a jaxpr: jax 0.10.1.
+
+    Before, it was `manual_axes`; and before jax 0.7 the other axes were given.
+    """
+    for name in ("newly_manual_axes", "manual_axes"):
+        if name in params:
+            return frozenset(params[name])
+    return frozenset(params["mesh"].axis_names) - params["auto"]
+
+
 def jaxprs_in_params(params: Mapping[str, Any]) -> list[jax.extend.core.Jaxpr]:
     """`jax.extend.core.jaxprs_in_params`: jax 0.10."""
     if hasattr(jax.extend.core, "jaxprs_in_params"):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, primitives
 
+from lats_optax.compatibility import manual_axes
 from lats_optax.provenance import (
     ACTIVATION,
     UNKNOWN,
@@ -162,7 +163,7 @@ def _cond(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[
 
 
 def _shard_map(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
-    mesh, axes = eqn.params["mesh"].shape, eqn.params["newly_manual_axes"]
+    mesh, axes = eqn.params["mesh"].shape, manual_axes(eqn.params)
     devices = math.prod(mesh[axis] for axis in axes)
     outputs = walk(eqn.params["jaxpr"], _anywhere(inputs), tally, times * devices)
     return _anywhere(outputs)

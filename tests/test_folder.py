@@ -288,6 +288,7 @@ def test_trained_on(tmp_path, capfd, monkeypatch, compile_once):
     tiny.add_to_zoo(monkeypatch)
     command = ["fashion-mnist-lats", "--data.name", "mine", "--data.data-dir", str(data_dir)]
     command += ["--data.batch-size", "8", "--model.name", "tiny", "--model.width", "None"]
+    command += ["--prune.target-sparsity", "0.5"]
     assert cli.train([*command, "--epochs", "1", "--workdir", str(workdir)]) == 0
     assert "test accuracy" in capfd.readouterr().out
     assert (workdir / "model.safetensors").is_file()
