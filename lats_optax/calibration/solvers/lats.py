@@ -35,7 +35,7 @@ class Lats:
       damping: added to the diagonal, as a part of its mean.
     """
 
-    steps: int = 15
+    steps: int = 20
     refit: int = 8
     reach: float = 0.6
     damping: float = DAMPING
