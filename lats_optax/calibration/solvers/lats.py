@@ -69,7 +69,7 @@ class Lats:
 def lats(w: jax.Array, gram: jax.Array, budget: Budget) -> jax.Array:
     """The least error of the outputs under a budget: a search by thresholding, then least squares.
 
-    In units in which the damped Gram matrix G has a diagonal of 1, with latent weights theta:
+    In units in which the damped Gram matrix G has a diagonal of 1, with latent weights theta::
 
         x      = (G + rho I)^-1 (G W0 + rho (w - u))     a proximal step on the squared error
         theta  = x + u
