@@ -27,7 +27,7 @@ exclude_patterns = ["_build", "extensions"]
 html_theme = "furo"
 html_title = f"lats_optax {version}"
 html_static_path = ["_static"]
-html_css_files = ["tables_and_formulas.css"]
+html_css_files = ["custom.css"]
 html_copy_source = False
 html_show_sourcelink = False
 
