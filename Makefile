@@ -5,12 +5,14 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 # What the optimizer core is tested by: files that import nothing beyond jax, optax and the packages
-# of the extra test-core, and the examples in its docstrings.
-CORE_TESTS := $(addsuffix .py,$(addprefix tests/test_,compatibility distributions files \
-	finalize groups import masks n_of_m operations optax_contract phases power prox pruned reference \
-	sixteen_bits sparsity target thresholds transforms transforms_errors transforms_jax \
+# of the extra test-core, and the examples in its docstrings. The first ones are those that tell
+# versions of jax apart, and take two minutes.
+VERSION_TESTS := $(addsuffix .py,$(addprefix tests/test_,compatibility import masks operations \
+	optax_contract phases power sparsity transforms transforms_errors transforms_jax \
 	transforms_optax units)) \
 	$(filter-out $(addprefix lats_optax/,cli.py commands.py drawing.py),$(wildcard lats_optax/*.py))
+CORE_TESTS := $(VERSION_TESTS) $(addsuffix .py,$(addprefix tests/test_,distributions files finalize \
+	groups n_of_m prox pruned reference sixteen_bits target thresholds))
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all test-oldest test-newest dist smollm2 docs lint format bench bench-compare bench-quality bench-quality-full clean

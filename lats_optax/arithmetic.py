@@ -69,7 +69,7 @@ def living_difference(target: jax.Array, w: jax.Array, update: Any) -> jax.Array
     rounded = difference(target, w, update)
     target = _alive(target.astype(compute_dtype(w.dtype)), w.dtype)
     lost = (rounded == -w.astype(rounded.dtype)) & (target != 0)
-    return jnp.where(lost, rounded * (1 - _finfo(rounded.dtype).eps), rounded)
+    return jnp.where(lost, rounded * (1 - float(_finfo(rounded.dtype).eps)), rounded)
 
 
 def wider(update: Any, w: jax.Array) -> Any:
