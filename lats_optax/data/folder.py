@@ -155,7 +155,7 @@ def make_builder(name: str, folder: Folder, data_dir: str | None) -> "tfds.core.
     """
     import tensorflow_datasets as tfds
 
-    class Images(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class Images(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         """One folder's images."""
 
         VERSION = tfds.core.Version(VERSION)
