@@ -58,7 +58,7 @@ def flatten_with_path(tree: Any, is_leaf: Callable[[Any, Any], bool]) -> Any:
 def _walk(node: Any, path: Any, is_leaf: Callable[[Any, Any], bool], found: list[Any]) -> Any:
     """Collects the leaves below a node; a tree of its structure."""
     below, structure = jax.tree_util.tree_flatten_with_path(node, lambda child: child is not node)
-    if is_leaf(path, node) or structure == jax.tree.structure(0):  # type: ignore[operator]
+    if is_leaf(path, node) or jax.tree_util.all_leaves([node]):
         found.append((path, node))
         return 0
     children = [_walk(child, (*path, *keys), is_leaf, found) for keys, child in below]
