@@ -4,12 +4,13 @@
     ```
 
 The function is called with the list of the words behind it, in the root of the repository, and its
-output is read as Markdown.
+output is read as Markdown. Its headings, if any, begin with ### and are of one level.
 """
 
 import contextlib
 import importlib
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,17 @@ class Printed(SphinxDirective):
     optional_arguments = 9
 
     def run(self) -> list[nodes.Node]:
-        """The nodes of the Markdown."""
+        """The nodes of the Markdown: what is before its headings, then a section for each."""
         target, *arguments = self.arguments
-        return self.parse_text_to_nodes(printed(target, arguments), allow_section_headings=True)
+        before, *parts = re.split(r"^### ", printed(target, arguments), flags=re.MULTILINE)
+        found = self.parse_text_to_nodes(before)
+        for part in parts:
+            title, _, text = part.partition("\n")
+            section = nodes.section(names=[nodes.fully_normalize_name(title)])
+            section += [nodes.title(title, title), *self.parse_text_to_nodes(text)]
+            self.state.document.note_implicit_target(section, section)
+            found.append(section)
+        return found
 
 
 def printed(target: str, arguments: list[str]) -> str:
