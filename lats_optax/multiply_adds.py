@@ -169,6 +169,12 @@ def _shard_map(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> 
     return _anywhere(outputs)
 
 
+def _pmap(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
+    devices = eqn.params["global_axis_size"]
+    outputs = walk(eqn.params["call_jaxpr"], _anywhere(inputs), tally, times * devices)
+    return _anywhere(outputs)
+
+
 def _sparse_dot(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
     """A product with a BCOO or BCSR array: of its stored entries, zeros among them included."""
     data, indices, *_, right = map(_shape, eqn.invars)
@@ -342,6 +348,7 @@ _RULES: dict[str, Callable[[JaxprEqn, list[Value], Tally, int], list[Value]]] = 
     "while": _while,
     "cond": _cond,
     "shard_map": _shard_map,
+    "xla_pmap": _pmap,  # what jax.pmap is before jax 0.8
     "bcoo_dot_general": _sparse_dot,
     "bcsr_dot_general": _sparse_dot,
     **dict.fromkeys(("slice", "split", "unstack"), _pieces),

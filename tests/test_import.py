@@ -189,10 +189,9 @@ def test_a_command_without_the_trainer_is_one_line(command):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_on_an_older_python_is_one_line(command):
-    program = (
-        f"sys.version_info = (3, 10, 13); from lats_optax import commands; commands.{command}()"
-    )
-    done = without("tyro", program)
+    # What is imported before sees its own version.
+    program = "from lats_optax import commands; sys.version_info = (3, 10, 13)"
+    done = without("tyro", f"{program}; commands.{command}()")
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: the commands need Python 3.11 or newer, and this is 3.10.13")
