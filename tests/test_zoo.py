@@ -358,7 +358,7 @@ def test_initial_weights(name, path, variance, uniform):
 
 
 def test_models_know_nothing_of_pruning_or_training():
-    """The zoo imports itself, the writer of files and fallbacks; latent weights take a threshold."""
+    """The zoo imports itself, writers of files, fallbacks; latent weights take a threshold."""
     shared = tuple(f"from lats_optax.{name}" for name in ("models", "atomic", "compatibility"))
     for file in Path(models.__file__).parent.glob("*.py"):
         for line in file.read_text().splitlines():
