@@ -6,13 +6,13 @@ INSTALLED := .venv/.installed
 
 # What the optimizer core is tested by: files that import nothing beyond jax, optax and the packages
 # of the extra test-core, and the examples in its docstrings. The first ones are those that tell
-# versions of jax apart, and take two minutes.
+# versions of jax apart, and take less than two minutes.
 VERSION_TESTS := $(addsuffix .py,$(addprefix tests/test_,compatibility import masks operations \
-	optax_contract phases power sparsity transforms transforms_errors transforms_jax \
-	transforms_optax units)) \
+	optax_contract sparsity transforms_errors)) \
 	$(filter-out $(addprefix lats_optax/,cli.py commands.py drawing.py),$(wildcard lats_optax/*.py))
 CORE_TESTS := $(VERSION_TESTS) $(addsuffix .py,$(addprefix tests/test_,distributions files finalize \
-	groups n_of_m prox pruned reference sixteen_bits target thresholds))
+	groups n_of_m phases power prox pruned reference sixteen_bits target thresholds transforms \
+	transforms_jax transforms_optax units))
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all test-oldest test-newest dist smollm2 docs lint format bench bench-compare bench-quality bench-quality-full clean

@@ -338,8 +338,19 @@ def _anywhere(values: Sequence[Value]) -> list[Value]:
 _ZEROS_STAY = (
     *("abs", "asin", "asinh", "atan", "atanh", "cbrt", "ceil", "convert_element_type", "copy"),
     *("copy_p", "device_put", "erf", "expm1", "floor", "imag", "log1p", "mesh_cast", "name"),
-    *("neg", "optimization_barrier", "pvary", "real", "reduce_precision", "reshard", "round"),
-    *("sharding_constraint", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh"),
+    *("neg", "optimization_barrier", "pbroadcast", "pvary", "real", "reduce_precision"),
+    *(
+        "reshard",
+        "round",
+        "sharding_constraint",
+        "sign",
+        "sin",
+        "sinh",
+        "sqrt",
+        "square",
+        "tan",
+        "tanh",
+    ),
 )
 _RULES: dict[str, Callable[[JaxprEqn, list[Value], Tally, int], list[Value]]] = {
     "dot_general": _dot,

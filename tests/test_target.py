@@ -456,8 +456,10 @@ def test_the_program_sorts_nothing_and_selects_within_a_conditional():
     assert " sort(" not in program
     assert " conditional(" in program
     # The loop over the digits lies within a branch: the entry computation has none.
-    entry = program[program.index("\nENTRY ") :]
-    assert " while(" not in entry
+    entry = program[program.index("\nENTRY ") :].splitlines()
+    loops = [line for line in entry if " while(" in line]
+    # Older versions have one over the few steps that a selection may be due at.
+    assert not [line for line in loops if "jit(searchsorted)" not in line]
     assert " while(" in program
 
 
