@@ -7,9 +7,10 @@ INSTALLED := .venv/.installed
 # What the optimizer core is tested by: files that import nothing beyond jax, optax and the packages
 # of the extra test-core, and the examples in its docstrings. The first ones are those that tell
 # versions of jax apart, and take less than two minutes.
+CORE := $(filter-out lats_optax/cli.py lats_optax/commands.py,$(wildcard lats_optax/*.py)) \
+	$(addprefix lats_optax/,analysis checks control files latent operators pruning)
 VERSION_TESTS := $(addsuffix .py,$(addprefix tests/test_,compatibility import masks operations \
-	optax_contract sparsity transforms_errors)) \
-	$(filter-out $(addprefix lats_optax/,cli.py commands.py drawing.py),$(wildcard lats_optax/*.py))
+	optax_contract sparsity transforms_errors)) $(CORE)
 CORE_TESTS := $(VERSION_TESTS) $(addsuffix .py,$(addprefix tests/test_,distributions files finalize \
 	groups n_of_m phases power prox pruned reference sixteen_bits target thresholds transforms \
 	transforms_jax transforms_optax units))

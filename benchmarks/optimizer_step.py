@@ -32,7 +32,7 @@ import optax
 
 import lats_optax
 from benchmarks import records, shapes
-from lats_optax.parts import by_path
+from lats_optax.operators.parts import by_path
 from lats_optax.prox import prox_l1
 from lats_optax.quantile import kth_smallest
 from lats_optax.selection import quantiles

@@ -8,7 +8,7 @@ from lats_optax.finalize import finalize
 from lats_optax.laws import Law, constant_l1, sparsity_curve, threshold_curve
 from lats_optax.masks import prunable, restrict, select, support
 from lats_optax.operations import OperationsReport, ParameterOperations, count_operations
-from lats_optax.operators import Elementwise, GroupOperator, Operator
+from lats_optax.operators.protocol import Elementwise, GroupOperator, Operator
 from lats_optax.phases import freeze, prune_at_initialization
 from lats_optax.pruned import PrunedUpdate, bounded
 from lats_optax.schedules import ThresholdSchedule

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from lats_optax import compatibility, masks
 from lats_optax.masks import MaskOrFunction, is_dense
-from lats_optax.parts import TreeOperator, check_fits
-from lats_optax.stacked import warn_of_stacked_layers
+from lats_optax.operators.parts import TreeOperator, check_fits
+from lats_optax.operators.stacked import warn_of_stacked_layers
 
 
 def check_transform(name: str, value: Any) -> None:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lats_optax.compatibility import with_dtype
-from lats_optax.leaves import compute_dtype
-from lats_optax.operators import Operator
+from lats_optax.operators.leaves import compute_dtype
+from lats_optax.operators.protocol import Operator
 
 
 def first_latent(w: Any, d: jax.Array, operator: Operator, dtype: Any) -> Any:

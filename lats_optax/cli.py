@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from lats_optax import data
-from lats_optax.storage import StoreError
+from lats_optax.files.storage import StoreError
 from lats_optax.training import demo as demonstration
 from lats_optax.training import experiment as experiments
 from lats_optax.training import loop, pictures

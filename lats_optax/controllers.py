@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from lats_optax.numbers import check_threshold
-from lats_optax.parts import TreeOperator, by_path, parts_of
+from lats_optax.operators.parts import TreeOperator, by_path, parts_of
 from lats_optax.prox import prox_l1
 from lats_optax.pruned import STRAIGHT_THROUGH, PrunedUpdate
 from lats_optax.schedules import ScalarOrSchedule, is_distribution

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from lats_optax import masks
-from lats_optax.leaves import compute_dtype
-from lats_optax.parts import TreeOperator, as_operator, parts_of
+from lats_optax.operators.leaves import compute_dtype
+from lats_optax.operators.parts import TreeOperator, as_operator, parts_of
 from lats_optax.progress import misgivings
 from lats_optax.states import Latent, latents
 

@@ -1,7 +1,8 @@
 """Structured pruning: groups of weights that live and die together, in the terms of a layer.
 
 Here belong the operators that `soft_threshold` takes for whole channels, filters and blocks. That
-of n weights of every m is in `n_of_m.py`; those of units that span leaves are in `units.py`.
+of n weights of every m is in `operators/n_of_m.py`; those of units that span leaves are in
+`operators/units.py`.
 Layouts are Flax's: the last axis of a kernel counts outputs, the one before it inputs, and those
 before that, of a convolution, are its kernel positions. Where one array holds several layers, as
 `flax.linen.scan` and `jax.vmap` stack them, the first axes count layers (`stacked_axes`).
@@ -16,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lats_optax import leaves
-from lats_optax.n_of_m import n_of_m
 from lats_optax.numbers import check_steps
-from lats_optax.operators import Elementwise, GroupOperator
+from lats_optax.operators import leaves
+from lats_optax.operators.n_of_m import n_of_m
+from lats_optax.operators.protocol import Elementwise, GroupOperator
+from lats_optax.operators.stacked import check_stacked_axes
+from lats_optax.operators.units import heads, hidden_units, units
 from lats_optax.prox import prox_l1
-from lats_optax.stacked import check_stacked_axes
-from lats_optax.units import heads, hidden_units, units
 
 __all__ = [
     "Tiles",

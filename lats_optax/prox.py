@@ -2,8 +2,9 @@
 
 An operator maps ``x`` to ``argmin_z 1/2 ||z - x||^2 + strength * penalty(z)``. Here belong the
 operators between soft and hard thresholding, and the group lasso over axes of an array; groups in
-the terms of a layer are in `groups.py`. What pruning asks of an operator is in `operators.py`. The
-power thresholds, among them what `target_sparsity` takes by default, are in `power.py`.
+the terms of a layer are in `groups.py`. What pruning asks of an operator is in
+`operators/protocol.py`. The power thresholds, among them what `target_sparsity` takes by default,
+are in `operators/power.py`.
 """
 
 import math
@@ -15,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lats_optax.leaves import positive_zero
 from lats_optax.numbers import check_above, check_threshold
-from lats_optax.operators import Elementwise, GroupOperator, Operator
-from lats_optax.power import PowerThreshold, Rescaled, prox_annealed
+from lats_optax.operators.leaves import positive_zero
+from lats_optax.operators.power import PowerThreshold, Rescaled, prox_annealed
+from lats_optax.operators.protocol import Elementwise, GroupOperator, Operator
 
 __all__ = [
     "Axes",

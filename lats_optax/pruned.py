@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from lats_optax.leaves import compute_dtype
 from lats_optax.numbers import check_above, is_number
-from lats_optax.stacked import check_stacked_axes
+from lats_optax.operators.leaves import compute_dtype
+from lats_optax.operators.stacked import check_stacked_axes
 
 
 class PrunedUpdate(Protocol):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lats_optax.operators import Operator
+from lats_optax.operators.protocol import Operator
 from lats_optax.prox import prox_l1
 
 _DIGIT_BITS = 4

@@ -16,7 +16,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from lats_optax.compatibility import varying_axes
-from lats_optax.parts import TreeOperator, parts_of
+from lats_optax.operators.parts import TreeOperator, parts_of
 from lats_optax.quantile import Measured, Rows, below_the_largest, select
 
 Weights = Mapping[str, jax.Array]

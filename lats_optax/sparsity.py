@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from lats_optax import masks
 from lats_optax.masks import MaskOrFunction
-from lats_optax.operators import Groups
-from lats_optax.parts import check_fits, parts_of
+from lats_optax.operators.parts import check_fits, parts_of
+from lats_optax.operators.protocol import Groups
 from lats_optax.progress import summary
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lats_optax import masks
-from lats_optax.parts import TreeOperator
+from lats_optax.operators.parts import TreeOperator
 from lats_optax.prox import prox_l1
 from lats_optax.target import default_operator
 from lats_optax.transforms import SoftThresholdState

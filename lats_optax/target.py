@@ -35,9 +35,9 @@ from lats_optax import masks
 from lats_optax.distributions import check_sparsity
 from lats_optax.laws import Law, constant_l1
 from lats_optax.numbers import check_fraction, check_steps, is_number
-from lats_optax.operators import Elementwise, Values
-from lats_optax.parts import Part, TreeOperator, by_path, parts_of
-from lats_optax.power import Rescaled, prox_annealed
+from lats_optax.operators.parts import Part, TreeOperator, by_path, parts_of
+from lats_optax.operators.power import Rescaled, prox_annealed
+from lats_optax.operators.protocol import Elementwise, Values
 from lats_optax.pruned import PrunedUpdate, bounded
 from lats_optax.schedules import ScalarOrSchedule, is_schedule, learning_rates
 from lats_optax.selection import quantiles

@@ -25,7 +25,7 @@ from lats_optax.controllers import Controller, as_controller, as_schedule
 from lats_optax.latents import expand_threshold, is_latent, map_pruned, where_latent
 from lats_optax.masks import MaskOrFunction
 from lats_optax.numbers import check_steps
-from lats_optax.parts import TreeOperator, as_operator, by_path, map_parts, parts_of
+from lats_optax.operators.parts import TreeOperator, as_operator, by_path, map_parts, parts_of
 from lats_optax.prox import prox_l1
 from lats_optax.pruned import PrunedUpdate, Scaled, as_pruned_update
 from lats_optax.schedules import ScalarOrSchedule

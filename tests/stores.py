@@ -7,8 +7,8 @@ import uuid
 import fsspec
 import pytest
 
-from lats_optax import storage
-from lats_optax.storage import URL
+from lats_optax.files import storage
+from lats_optax.files.storage import URL
 from tests import gcs
 
 KINDS = ("memory", "gs", "s3")

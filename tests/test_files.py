@@ -17,10 +17,11 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lats_optax import files, load_sparse, read_metadata, save_sparse
+from lats_optax import load_sparse, read_metadata, save_sparse
+from lats_optax.files import sparse as sparse_files
 from tests.signed import write_signed
 
-DTYPES = [*files._DTYPES.values()]
+DTYPES = [*sparse_files._DTYPES.values()]
 
 
 def noise(dtype, shape, density, seed=0):
@@ -143,9 +144,9 @@ def test_gaps_against_a_loop(seed):
             since = 0
         else:
             since += 1
-    assert files._gaps(positions, size).tolist() == expected
+    assert sparse_files._gaps(positions, size).tolist() == expected
     np.testing.assert_array_equal(
-        files._from_gaps("x", np.array(expected, np.uint8), size), positions
+        sparse_files._from_gaps("x", np.array(expected, np.uint8), size), positions
     )
 
 

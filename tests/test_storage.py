@@ -16,10 +16,11 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 import lats_optax
-from lats_optax import cli, data, storage
-from lats_optax.atomic import replacing
+from lats_optax import cli, data
 from lats_optax.data import digits as data_digits
-from lats_optax.storage import URL, StoreError, as_path
+from lats_optax.files import storage
+from lats_optax.files.atomic import replacing
+from lats_optax.files.storage import URL, StoreError, as_path
 from lats_optax.training import lock, pictures, workdir
 from lats_optax.training.checkpoint import load_state, load_variables
 from lats_optax.training.config import PruneConfig, TrainConfig

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.quality.results import DENSE, OURS, read
 from benchmarks.quality.scores import Scores, scores
-from lats_optax.drawing import figure, style
+from lats_optax.plots.style import figure, line_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,9 +120,9 @@ def _panel(axes: "Axes", task: Scores, methods: Sequence[str], handles: dict[str
 def _look(index: int) -> dict[str, Any]:
     """Color, line and marker: black for the first, our default, and for no other."""
     if index == 0:
-        return {**style(0), "marker": "o"}
+        return {**line_style(0), "marker": "o"}
     turn, place = divmod(index - 1, 6)
-    return {**style(1 + place + 7 * turn), "marker": _MARKERS[(index - 1) % len(_MARKERS)]}
+    return {**line_style(1 + place + 7 * turn), "marker": _MARKERS[(index - 1) % len(_MARKERS)]}
 
 
 def _limit(axes: "Axes", task: Scores, scale: float) -> None:

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from lats_optax.data.tfds_source import INFO, copy_to_store
-from lats_optax.storage import URL, as_path, temporary
+from lats_optax.files.storage import URL, as_path, temporary
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from lats_optax.data.tfds_source import (
     open_builder,
     parse_name,
 )
-from lats_optax.storage import URL, as_path, temporary
+from lats_optax.files.storage import URL, as_path, temporary
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from lats_optax.data.examples import CorruptRecordError, Example
-from lats_optax.storage import URL, as_path
+from lats_optax.files.storage import URL, as_path
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds

@@ -25,12 +25,12 @@ from tqdm import tqdm
 
 import lats_optax
 from lats_optax import calibration, groups, prox
-from lats_optax.drawing import figure, style
 from lats_optax.examples import llm
 from lats_optax.examples.llm import Source, Windows
 from lats_optax.examples.options import Parser, count
 from lats_optax.models import Llama, LlamaConfig, hugging_face
 from lats_optax.models.llama import next_token_losses
+from lats_optax.plots.style import figure, line_style
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "lats")
 SETTINGS = ("50%", "60%", "70%", "2:4")
@@ -147,13 +147,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     settings = list(dict.fromkeys(row.setting for row in cases))
     with figure(path, (8, 4.5)) as empty:
         axes = empty.subplots()
-        axes.axhline(dense.perplexity, label=dense.method, **style(0))
+        axes.axhline(dense.perplexity, label=dense.method, **line_style(0))
         for at, method in enumerate(dict.fromkeys(row.method for row in cases), 1):
             own = [row for row in cases if row.method == method]
             found = np.array([row.perplexity for row in own])
-            axes.plot(settings, found, "o", color=style(at)["color"])
+            axes.plot(settings, found, "o", color=line_style(at)["color"])
             patterns = [":" in row.setting for row in own]
-            axes.plot(settings, np.where(patterns, np.nan, found), label=method, **style(at))
+            axes.plot(settings, np.where(patterns, np.nan, found), label=method, **line_style(at))
         axes.set(
             yscale="log",
             ylim=(0.9 * dense.perplexity, 36 * dense.perplexity),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lats_optax.storage import URL
+from lats_optax.files.storage import URL
 
 _STEP = "step"
 

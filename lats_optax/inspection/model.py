@@ -14,15 +14,15 @@ import jax
 import numpy as np
 
 import lats_optax
-from lats_optax import drawing
 from lats_optax.inspection.schedule import check_picture
 from lats_optax.operations import OperationsReport
+from lats_optax.plots import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _BINS = 201
-_DENSE, _LEFT, _INPUTS = "#BBBBBB", drawing.style(1)["color"], drawing.style(2)["color"]
+_DENSE, _LEFT, _INPUTS = "#BBBBBB", style.line_style(1)["color"], style.line_style(2)["color"]
 
 
 @dataclass(frozen=True)
@@ -205,9 +205,9 @@ def write_picture(path: str | os.PathLike[str], report: ModelReport, title: str 
     check_picture(path)
     layers = report.shown
     room = float(np.clip(0.2 * len(layers), 3, 90))
-    with drawing.figure(path, (16, room + 4.5)) as figure:
+    with style.figure(path, (16, room + 4.5)) as figure:
         # Names are the user's, and no formulas.
-        figure.suptitle(drawing.shortened(title, 120), parse_math=False)
+        figure.suptitle(style.shortened(title, 120), parse_math=False)
         panels = figure.subplot_mosaic(
             [["sparsity", "size", "channels", "magnitudes"], ["histogram"] * 4],
             height_ratios=[room, 2.8],
@@ -216,7 +216,7 @@ def write_picture(path: str | os.PathLike[str], report: ModelReport, title: str 
         _draw_size(panels["size"], layers, report.operations)
         _draw_channels(panels["channels"], layers)
         _draw_magnitudes(panels["magnitudes"], layers)
-        names = [drawing.shortened(layer.path.removesuffix("/kernel")) for layer in layers]
+        names = [style.shortened(layer.path.removesuffix("/kernel")) for layer in layers]
         points = float(np.clip(60 * room / max(len(layers), 1), 4, 10))
         for name, axes in panels.items():
             if name != "histogram":
@@ -311,7 +311,7 @@ def _draw_magnitudes(axes: "Axes", layers: Sequence[Layer]) -> None:
     found = np.array([la.magnitudes for la in layers if la.magnitudes]).reshape(-1, 3)
     axes.set(title="Weights that are not zero", xlabel="|w|: 5 %, median and 95 %")
     if not len(found):
-        drawing.say(axes, "there are none")
+        style.annotate(axes, "there are none")
         return
     if found[:, 2].max() > 20 * found[:, 0].min():
         axes.set_xscale("log")
@@ -337,7 +337,7 @@ def _legend(axes: "Axes") -> None:
 def _draw_histogram(axes: "Axes", report: ModelReport) -> None:
     axes.set(title="All prunable weights that are not zero", xlabel="weight", ylabel="count")
     if not report.histogram.any():
-        drawing.say(axes, "there are none")
+        style.annotate(axes, "there are none")
         return
     axes.stairs(report.histogram, report.edges, fill=True, color=_LEFT)
     axes.set_yscale("log")

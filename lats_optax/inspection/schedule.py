@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lats_optax import drawing
+from lats_optax.files.storage import as_path, has_room
 from lats_optax.numbers import check_steps, check_threshold
+from lats_optax.plots import style
 from lats_optax.schedules import ScalarOrSchedule, evaluate, learning_rates
-from lats_optax.storage import as_path, has_room
 from lats_optax.thresholds import l1_from_threshold
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def write_picture(
     unit = check_steps(steps_per_epoch or 1, "steps_per_epoch")
     of_others = [] if all(curve.own_rate for curve in curves) else [len(rates)]
     end = max([*of_others, *(curve.steps[-1] for curve in curves)])
-    with drawing.figure(path, (14, 9)) as figure:
+    with style.figure(path, (14, 9)) as figure:
         panels = figure.subplot_mosaic([["rate", "l1"], ["threshold", "slope"]])
         _draw_rates(panels["rate"], rates, curves, unit)
         _draw_thresholds(panels["threshold"], curves, unit)
@@ -313,7 +313,7 @@ def _undefined(curve: Curve) -> list[str]:
 
 
 def _label(curve: Curve) -> str:
-    name = drawing.shortened(curve.name)
+    name = style.shortened(curve.name)
     if not curve.defined.size:
         return f"{name}: μ undefined"
     low, high = curve.defined.min(), curve.defined.max()
@@ -336,8 +336,8 @@ def _draw_rates(axes: "Axes", rates: np.ndarray, curves: Sequence[Curve], unit: 
         _steps(axes, np.arange(len(rates) + 1) / unit, rates, color="0.35")
         labels.append("all others")
     for index, curve in own:
-        _steps(axes, curve.steps / unit, curve.learning_rate, **drawing.style(index))
-        labels.append(f"{drawing.shortened(curve.name)}, as recorded")
+        _steps(axes, curve.steps / unit, curve.learning_rate, **style.line_style(index))
+        labels.append(f"{style.shortened(curve.name)}, as recorded")
     if own:
         legend = axes.legend(axes.get_lines(), [" "] * len(labels), frameon=False)
         _name(legend, labels)
@@ -350,7 +350,7 @@ def _draw_thresholds(axes: "Axes", curves: Sequence[Curve], unit: int) -> None:
     for index, curve in enumerate(curves):
         shown = _thinned(curve.threshold)
         x, y = curve.steps[shown] / unit, curve.threshold[shown]
-        axes.plot(x, y, **drawing.style(index) | {"linewidth": widths[index]})
+        axes.plot(x, y, **style.line_style(index) | {"linewidth": widths[index]})
     axes.set(title="Threshold", ylabel="threshold d (units of the weights)")
     axes.set_ylim(bottom=0)
 
@@ -359,7 +359,7 @@ def _draw_l1(axes: "Axes", curves: Sequence[Curve], unit: int) -> None:
     axes.set(title="Implied L1 coefficient", ylabel="μ = Δd / η")
     found = np.concatenate([curve.defined for curve in curves])
     if not found.size:
-        drawing.say(axes, "undefined: the learning rate is zero")
+        style.annotate(axes, "undefined: the learning rate is zero")
         return
     sizes = np.abs(found[found != 0])
     spread = bool(sizes.size) and sizes.max() > 10 * sizes.min()
@@ -378,7 +378,7 @@ def _draw_l1(axes: "Axes", curves: Sequence[Curve], unit: int) -> None:
     for index, curve in enumerate(curves):
         values = np.where(curve.l1 > 0, curve.l1, np.nan) if logarithmic else curve.l1
         width = {"linewidth": widths[index]}
-        _steps(axes, curve.steps / unit, values, **drawing.style(index) | width)
+        _steps(axes, curve.steps / unit, values, **style.line_style(index) | width)
 
 
 def _decades(curves: Sequence[Curve]) -> tuple[float, float]:
@@ -407,19 +407,19 @@ def _draw_slopes(axes: "Axes", curves: Sequence[Curve]) -> None:
     for index, curve in enumerate(curves):
         sums = curve.learning_rate_sums
         shown = _thinned(curve.threshold)
-        style = drawing.style(index) | {"linewidth": widths[index]}
-        axes.plot(sums[shown] / sums[-1], curve.threshold[shown], **style)
+        look = style.line_style(index) | {"linewidth": widths[index]}
+        axes.plot(sums[shown] / sums[-1], curve.threshold[shown], **look)
     axes.set(title="Threshold over learning rate spent: the slope is μ · Ση")
     axes.set(xlabel="learning rate spent, as a fraction of its sum Ση", xlim=(0, 1))
     axes.set(ylabel="threshold d (units of the weights)")
     axes.set_ylim(bottom=0)
 
 
-def _steps(axes: "Axes", edges: np.ndarray, values: np.ndarray, **style: Any) -> None:
+def _steps(axes: "Axes", edges: np.ndarray, values: np.ndarray, **look: Any) -> None:
     """Values that each hold over an interval; wider gaps stay gaps."""
     shown = _thinned(values)
     x, y = np.append(edges[:-1][shown], edges[-1]), np.append(values[shown], values[-1])
-    axes.plot(x, y, drawstyle="steps-post", **style)
+    axes.plot(x, y, drawstyle="steps-post", **look)
 
 
 def _thinned(values: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lats_optax.atomic import replacing
+from lats_optax.files.atomic import replacing
 from lats_optax.models import llama_weights, torch_files
 from lats_optax.models.layers import check, check_choice
 from lats_optax.models.llama import LlamaConfig

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lats_optax.atomic import replacing
+from lats_optax.files.atomic import replacing
 from lats_optax.models.layers import check_choice
 
 

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lats_optax.storage import URL, as_path, fetched
+from lats_optax.files.storage import URL, as_path, fetched
 from lats_optax.training import config as configs
 from lats_optax.training import directories, manifest, step
 from lats_optax.training.manifest import DamagedError

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 import lats_optax
 from lats_optax import compaction
-from lats_optax.storage import URL, as_path, has_room
+from lats_optax.files.storage import URL, as_path, has_room
 from lats_optax.training.export import ModelFile, SavedModel, find_model, load_model, save_model
 
 _IMAGES = 8

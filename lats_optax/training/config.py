@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lats_optax.storage import URL, as_path
+from lats_optax.files.storage import URL, as_path
 
 RECALIBRATION_BATCHES = 50
 """On which batch statistics are estimated where a config does not say; more than are needed."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lats_optax.controllers import Controller
-from lats_optax.parts import TreeOperator
+from lats_optax.operators.parts import TreeOperator
 from lats_optax.pruned import PrunedUpdate
 
 

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lats_optax.atomic import replacing
-from lats_optax.storage import URL, as_path
+from lats_optax.files.atomic import replacing
+from lats_optax.files.storage import URL, as_path
 from lats_optax.training import experiment, loop, pictures, report, weights_report
 from lats_optax.training.config import PruneConfig, TrainConfig
 from lats_optax.training.experiment import Experiment

@@ -16,10 +16,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from lats_optax.atomic import remove as remove_at_once
-from lats_optax.atomic import sweep as sweep_path
-from lats_optax.atomic import sync_directory, unfinished_name
-from lats_optax.storage import URL, temporary
+from lats_optax.files.atomic import remove as remove_at_once
+from lats_optax.files.atomic import sweep as sweep_path
+from lats_optax.files.atomic import sync_directory, unfinished_name
+from lats_optax.files.storage import URL, temporary
 from lats_optax.training.manifest import MANIFEST as MARKER
 
 _UNFINISHED = "step"

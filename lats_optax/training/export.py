@@ -20,7 +20,7 @@ from flax.core import unfreeze
 
 import lats_optax
 from lats_optax import masks, models
-from lats_optax.storage import URL, as_path
+from lats_optax.files.storage import URL, as_path
 from lats_optax.training.workdir import MODEL
 
 _MODEL, _IMAGE_SHAPE = "model", "image_shape"

@@ -10,8 +10,8 @@ from flax import linen as nn
 
 import lats_optax
 from lats_optax import models
+from lats_optax.files.storage import URL
 from lats_optax.masks import MaskOrFunction
-from lats_optax.storage import URL
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.export import SavedModel, differences, load_model, variables_of
 

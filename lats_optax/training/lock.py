@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lats_optax.storage import URL
+from lats_optax.files.storage import URL
 
 LOCK = ".lock"
 

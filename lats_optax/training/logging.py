@@ -11,8 +11,8 @@ from typing import Any
 
 import tqdm
 
-from lats_optax.atomic import replacing, set_filename
-from lats_optax.storage import URL, growing
+from lats_optax.files.atomic import replacing, set_filename
+from lats_optax.files.storage import URL, growing
 from lats_optax.training import statistics
 from lats_optax.training.events import EventFile
 from lats_optax.training.parallel import Engine

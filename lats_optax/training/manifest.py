@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lats_optax.atomic import sync_directory
+from lats_optax.files.atomic import sync_directory
 
 MANIFEST = "MANIFEST"
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lats_optax.storage import URL
+from lats_optax.files.storage import URL
 from lats_optax.training import report, weights_report, workdir
 from lats_optax.training.result import RunResult
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from lats_optax.storage import URL
+from lats_optax.files.storage import URL
 from lats_optax.training import directories
 from lats_optax.training.parallel import Engine
 from lats_optax.training.workdir import CHECKPOINTS, checkpoint_path

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lats_optax import drawing
+from lats_optax.plots import style
 from lats_optax.sparsity import LayerSparsity, SparsityReport
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def write_picture(path: str | os.PathLike[str], runs: Sequence[Run]) -> None:
       ValueError: there are no runs.
     """
     _check(runs)
-    with drawing.figure(path, (14, 8)) as figure:
+    with style.figure(path, (14, 8)) as figure:
         panels = figure.subplot_mosaic(
             [["threshold", "l1", "layers"], ["sparsity", "accuracy", "layers"]],
             width_ratios=[1, 1, 1.15],
@@ -165,11 +165,11 @@ def _draw_l1(axes: "Axes", runs: Sequence[Run]) -> None:
     for index, run in enumerate(runs):
         epochs, l1 = implied_l1(run.metrics)
         if len(l1):
-            axes.stairs(l1, epochs, baseline=None, linewidth=2, **drawing.style(index))
+            axes.stairs(l1, epochs, baseline=None, linewidth=2, **style.line_style(index))
             values.extend(l1[np.isfinite(l1)])
     axes.set(title="Implied L1 coefficient", ylabel="μ = Δd / Ση between records")
     if not values:
-        drawing.say(axes, "not recorded by any run")
+        style.annotate(axes, "not recorded by any run")
     elif min(values) > 0 and max(values) > 10 * min(values):
         # Some schedules diverge at the end, which would press all else flat.
         axes.set_yscale("log")
@@ -206,7 +206,9 @@ def _draw_layers(axes: "Axes", runs: Sequence[Run]) -> None:
         values.append(100 * runs[index].sparsity.sparsity)
         height = 0.8 / len(shown)
         offset = (place + 0.5) * height - 0.4
-        bars = axes.barh(rows + offset, values, 0.9 * height, color=drawing.style(index)["color"])
+        bars = axes.barh(
+            rows + offset, values, 0.9 * height, color=style.line_style(index)["color"]
+        )
         if room * height > 7:
             axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=min(9, 0.8 * room * height))
     axes.set_yticks(rows, [*names, "all layers"], fontsize=float(np.clip(0.7 * room, 4, 10)))
@@ -228,9 +230,9 @@ def _draw_metric(
         epochs, values = [r["epoch"] for r in records], [scale * r[name] for r in records]
         # A line through one record is not to be seen.
         marker = "o" if len(records) == 1 else None
-        axes.plot(epochs, values, marker=marker, **drawing.style(index))
+        axes.plot(epochs, values, marker=marker, **style.line_style(index))
     if not recorded:
-        drawing.say(axes, "not recorded by any run")
+        style.annotate(axes, "not recorded by any run")
 
 
 def _records(

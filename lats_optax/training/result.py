@@ -9,7 +9,7 @@ import optax
 
 import lats_optax
 from lats_optax import models
-from lats_optax.storage import URL
+from lats_optax.files.storage import URL
 from lats_optax.training import verdict, workdir
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.experiment import Experiment

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lats_optax import drawing
+from lats_optax.plots import style
 from lats_optax.training.statistics import Histogram, LayerStatistics
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SHOWN = 8
 """How many layers' histograms there is room for."""
 
-_LINE, _MARK = (drawing.style(index)["color"] for index in (1, 2))
+_LINE, _MARK = (style.line_style(index)["color"] for index in (1, 2))
 
 
 def write_picture(
@@ -50,7 +50,7 @@ def write_picture(
         for record in metrics
         if record["split"] == "weights" and layers.keys() <= record["layers"].keys()
     ]
-    with drawing.figure(path, (14, 11)) as figure:
+    with style.figure(path, (14, 11)) as figure:
         above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[2, 3])[:, 0]
         _draw_changes(above, records, layers)
         _draw_end(below, layers)
@@ -67,7 +67,7 @@ def _draw_changes(
     revived.set_title("Revived, by layer")
     if not records:
         for axes in (totals, pruned, revived):
-            drawing.say(axes, "not recorded")
+            style.annotate(axes, "not recorded")
         return
     _draw_totals(totals, records)
     _draw_by_layer(pruned, records, "pruned", layers)
@@ -84,8 +84,8 @@ def _draw_changes(
 def _draw_totals(axes: "Axes", records: Sequence[Mapping[str, Any]]) -> None:
     for index, name in enumerate(("pruned", "revived"), start=1):
         numbers = [record[name] for record in records]
-        style = {**drawing.style(index), "linestyle": "-"}
-        axes.stairs(numbers, _edges(records), baseline=None, linewidth=2, label=name, **style)
+        look = {**style.line_style(index), "linestyle": "-"}
+        axes.stairs(numbers, _edges(records), baseline=None, linewidth=2, label=name, **look)
     # Logarithmic, so that the end is seen beside the beginning, but for a place for none.
     axes.set_yscale("symlog", linthresh=1)
     axes.minorticks_off()
@@ -158,9 +158,9 @@ def _draw_layer(axes: "Axes", path: str, layer: LayerStatistics) -> None:
             axes.axvline(place, color=_MARK, linestyle="--", linewidth=1.2, label=label)
 
 
-def _draw_histogram(axes: "Axes", histogram: Histogram, **style: Any) -> None:
+def _draw_histogram(axes: "Axes", histogram: Histogram, **look: Any) -> None:
     # A bin of one weight is to be seen, on a scale that has no zero.
-    axes.stairs(histogram.counts, histogram.edges, baseline=0.5, **style)
+    axes.stairs(histogram.counts, histogram.edges, baseline=0.5, **look)
 
 
 def _short(path: str) -> str:

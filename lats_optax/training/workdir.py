@@ -4,8 +4,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lats_optax.atomic import sweep
-from lats_optax.storage import URL
+from lats_optax.files.atomic import sweep
+from lats_optax.files.storage import URL
 from lats_optax.training import directories
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.lock import LOCK, locked

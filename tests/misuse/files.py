@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lats_optax import epoch_lats_threshold, load_sparse, models, save_sparse
-from lats_optax.atomic import replacing
+from lats_optax.files.atomic import replacing
 from lats_optax.models import torch_io
 from lats_optax.training.export import load_model, variables_of
 from tests.misuse import Case, gives, raises, warns

@@ -16,7 +16,7 @@ import numpy as np
 
 from lats_optax import masks
 from lats_optax.compatibility import explicit_sharding
-from lats_optax.operators import Operator, Values
+from lats_optax.operators.protocol import Operator, Values
 
 Shape = tuple[int, ...]
 _METHODS = ("magnitude", "group_sizes", "preimage", "at")

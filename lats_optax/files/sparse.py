@@ -30,8 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lats_optax.atomic import replacing
-from lats_optax.storage import URL, as_path, has_room
+from lats_optax.files.atomic import replacing
+from lats_optax.files.storage import URL, as_path, has_room
 
 _VERSION = 1
 _DTYPES = {

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lats_optax.atomic import replacing
+from lats_optax.files.atomic import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,10 +57,10 @@ def figure(path: str | os.PathLike[str], size: tuple[float, float]) -> Iterator[
             empty.savefig(unfinished, format="png")
 
 
-def style(index: int) -> dict[str, Any]:
+def line_style(index: int) -> dict[str, Any]:
     """Colour and line style of the index-th of several curves.
 
-    >>> style(2)
+    >>> line_style(2)
     {'color': '#D55E00', 'linestyle': '--'}
     """
     turn, place = divmod(index, len(_COLOURS))
@@ -77,7 +77,7 @@ def shortened(name: str, length: int = 48) -> str:
     return name if len(name) <= length else "…" + name[1 - length :]
 
 
-def say(axes: "Axes", what: str) -> None:
+def annotate(axes: "Axes", what: str) -> None:
     """Writes a line in the middle of a panel in which there is nothing to draw."""
     axes.set(xticks=[], yticks=[])
     axes.text(0.5, 0.5, what, ha="center", transform=axes.transAxes)

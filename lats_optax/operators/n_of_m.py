@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lats_optax import compatibility, leaves
+from lats_optax import compatibility
 from lats_optax.numbers import check_steps, is_number
-from lats_optax.operators import Elementwise
-from lats_optax.parts import Part, Shape
+from lats_optax.operators import leaves
+from lats_optax.operators.parts import Part, Shape
+from lats_optax.operators.protocol import Elementwise
 from lats_optax.prox import prox_l1
 
 # These kernels have the shape (inputs, heads, features of a head).

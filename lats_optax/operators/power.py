@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lats_optax.leaves import positive_zero
 from lats_optax.numbers import check_above, check_steps
-from lats_optax.operators import Elementwise
+from lats_optax.operators.leaves import positive_zero
+from lats_optax.operators.protocol import Elementwise
 
 
 @dataclass(frozen=True)

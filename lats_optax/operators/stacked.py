@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lats_optax import masks
 from lats_optax.numbers import is_number
-from lats_optax.parts import TreeOperator, parts_of
+from lats_optax.operators.parts import TreeOperator, parts_of
 
 _BESIDE = ("bias", "scale", "norm")
 Shape = tuple[int, ...]

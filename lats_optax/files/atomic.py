@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lats_optax.storage import URL, as_path, temporary
+from lats_optax.files.storage import URL, as_path, temporary
 
 # After so many seconds without a write, what a killed process left is taken for that.
 _STALE = 3600

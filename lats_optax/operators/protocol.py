@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lats_optax import leaves
+from lats_optax.operators import leaves
 
 
 class Operator(Protocol):

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lats_optax.leaves import by_the_compiler
 from lats_optax.numbers import check_steps, is_number
-from lats_optax.operators import Elementwise
-from lats_optax.parts import Part, Shape, map_parts
+from lats_optax.operators.leaves import by_the_compiler
+from lats_optax.operators.parts import Part, Shape, map_parts
+from lats_optax.operators.protocol import Elementwise
 from lats_optax.prox import Axes, prox_l1
 
 _LAST = r"(/(kernel|w|weight))?$"

@@ -1,0 +1,1 @@
+"""Everything that draws. It takes plain values, and imports matplotlib within its functions."""
