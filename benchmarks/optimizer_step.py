@@ -32,10 +32,10 @@ import optax
 
 import lats_optax
 from benchmarks import records, shapes
+from lats_optax.control.selection import quantiles
 from lats_optax.operators.parts import by_path
 from lats_optax.prox import prox_l1
 from lats_optax.quantile import kth_smallest
-from lats_optax.selection import quantiles
 
 STEPS = 450_000  # 90 epochs of ImageNet at batch 256: the default update_every is then 1000
 UPDATE_EVERY = 1000

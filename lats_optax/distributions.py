@@ -10,8 +10,8 @@ import numpy as np
 import optax
 
 from lats_optax import masks
+from lats_optax.checks.numbers import is_number
 from lats_optax.masks import MaskOrFunction
-from lats_optax.numbers import is_number
 
 Distribution = Callable[[Any], Any]
 

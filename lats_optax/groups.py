@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lats_optax.numbers import check_steps
+from lats_optax.checks.numbers import check_steps
 from lats_optax.operators import leaves
 from lats_optax.operators.n_of_m import n_of_m
 from lats_optax.operators.protocol import Elementwise, GroupOperator

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from lats_optax import masks
-from lats_optax.arguments import check_transform
+from lats_optax.checks.arguments import check_transform
+from lats_optax.checks.numbers import check_steps
 from lats_optax.masks import MaskOrFunction
-from lats_optax.numbers import check_steps
 from lats_optax.target import TargetSparsityState
 from lats_optax.transforms import KeepSupportState, ProximalStepState, SoftThresholdState
 

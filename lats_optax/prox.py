@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lats_optax.numbers import check_above, check_threshold
+from lats_optax.checks.numbers import check_above, check_threshold
 from lats_optax.operators.leaves import positive_zero
 from lats_optax.operators.power import PowerThreshold, Rescaled, prox_annealed
 from lats_optax.operators.protocol import Elementwise, GroupOperator, Operator

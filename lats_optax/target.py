@@ -1,7 +1,7 @@
 """The closed loop: the user names the sparsity, the threshold follows the latent weights to it.
 
-Here belongs the controller. Laws are in `laws.py`, the selection of the quantile is in
-`selection.py`. With N weights, the target s, the law's increments eta_t and fraction f, and the
+Here belongs the controller. Laws are in `control/laws.py`, the selection of the quantile
+is in `control/selection.py`. With N weights, the target s, the law's increments eta_t and fraction f, and the
 step K at which the target is reached, the controller does after step t = 0, 1, …
 
     (1)  q_t = the quantile of the latent magnitudes at sparsity s f((t + 1) / K)
@@ -32,15 +32,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lats_optax import masks
+from lats_optax.checks.numbers import check_fraction, check_steps, is_number
+from lats_optax.control.laws import Law, constant_l1
+from lats_optax.control.schedules import ScalarOrSchedule, is_schedule, learning_rates
+from lats_optax.control.selection import quantiles
 from lats_optax.distributions import check_sparsity
-from lats_optax.laws import Law, constant_l1
-from lats_optax.numbers import check_fraction, check_steps, is_number
+from lats_optax.latent.pruned import PrunedUpdate, bounded
 from lats_optax.operators.parts import Part, TreeOperator, by_path, parts_of
 from lats_optax.operators.power import Rescaled, prox_annealed
 from lats_optax.operators.protocol import Elementwise, Values
-from lats_optax.pruned import PrunedUpdate, bounded
-from lats_optax.schedules import ScalarOrSchedule, is_schedule, learning_rates
-from lats_optax.selection import quantiles
 
 # The window of the moving average, as a part of the budget that remains. The mean speed alone is
 # too fast at the end: the threshold overshoots by 1 to 3 % (digits, 95 and 80 %), and falls back

@@ -1,7 +1,7 @@
 """Threshold laws (count -> d), and the two maps between a threshold and its L1 coefficient.
 
-Here belong laws that name a final threshold. The table that each makes is in `schedules.py`; laws
-that name a sparsity are in `laws.py`.
+Here belong laws that name a final threshold. The table that each makes is in
+`control/schedules.py`; laws that name a sparsity are in `control/laws.py`.
 
 Every schedule is tabulated in float64 on the host when it is made, so what a jitted program reads
 is rounded once, and the implied L1 coefficient, a small difference of large numbers, is exact. A
@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lats_optax.numbers import check_above, check_steps, check_threshold
-from lats_optax.schedules import (
+from lats_optax.checks.numbers import check_above, check_steps, check_threshold
+from lats_optax.control.schedules import (
     ScalarOrSchedule,
     ThresholdSchedule,
     check_each,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from lats_optax import masks
-from lats_optax.arguments import (
+from lats_optax.checks.arguments import (
     check_beside,
     check_float_type,
     check_params,
@@ -20,15 +20,15 @@ from lats_optax.arguments import (
     check_transform,
     checked_mask,
 )
-from lats_optax.arithmetic import difference, first_latent, living_difference, move, wider
-from lats_optax.controllers import Controller, as_controller, as_schedule
-from lats_optax.latents import expand_threshold, is_latent, map_pruned, where_latent
+from lats_optax.checks.numbers import check_steps
+from lats_optax.control.controllers import Controller, as_controller, as_schedule
+from lats_optax.control.schedules import ScalarOrSchedule
+from lats_optax.latent.arithmetic import difference, first_latent, living_difference, move, wider
+from lats_optax.latent.pruned import PrunedUpdate, Scaled, as_pruned_update
+from lats_optax.latent.trees import expand_threshold, is_latent, map_pruned, where_latent
 from lats_optax.masks import MaskOrFunction
-from lats_optax.numbers import check_steps
 from lats_optax.operators.parts import TreeOperator, as_operator, by_path, map_parts, parts_of
 from lats_optax.prox import prox_l1
-from lats_optax.pruned import PrunedUpdate, Scaled, as_pruned_update
-from lats_optax.schedules import ScalarOrSchedule
 
 
 class SoftThresholdState(NamedTuple):

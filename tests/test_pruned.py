@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import lats_optax
-from lats_optax.pruned import as_pruned_update
+from lats_optax.latent.pruned import as_pruned_update
 
 W = np.array([[0.0, 0.0, 3.0], [2.0, 0.0, 4.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]], np.float32)
 U = np.array([[3.0, 1.0, 9.0], [1.0, 2.0, 9.0], [4.0, 3.0, 0.3], [0.0, 4.0, 0.4]], np.float32)

@@ -363,6 +363,6 @@ def test_models_know_nothing_of_pruning_or_training():
     for file in Path(models.__file__).parent.glob("*.py"):
         for line in file.read_text().splitlines():
             if line.lstrip().startswith(("from lats_optax", "import lats_optax")):
-                of_latent = ("from lats_optax.prox ", "from lats_optax.numbers ")
+                of_latent = ("from lats_optax.prox ", "from lats_optax.checks.numbers ")
                 latent = file.name == "torch_io.py" and line.startswith(of_latent)
                 assert latent or line.startswith(shared), f"{file.name}: {line}"

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lats_optax.numbers import check_steps
+from lats_optax.checks.numbers import check_steps
 from lats_optax.quantile import kth_smallest
 
 

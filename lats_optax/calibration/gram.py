@@ -18,8 +18,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lats_optax import masks
 from lats_optax.calibration.interpreter import Found, Traced, interpret
 from lats_optax.calibration.views import View
+from lats_optax.checks.numbers import check_steps
 from lats_optax.masks import MaskOrFunction
-from lats_optax.numbers import check_steps
 
 # The most inputs of which a Gram matrix is full: 268 MB in float32.
 LARGEST = 8192

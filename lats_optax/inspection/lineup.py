@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import optax
 import tyro
 
+from lats_optax.checks.numbers import check_threshold
+from lats_optax.control.schedules import learning_rates
 from lats_optax.files.storage import URL
 from lats_optax.inspection import schedule, sources
 from lats_optax.inspection.schedule import Curve
 from lats_optax.inspection.sources import Run
-from lats_optax.numbers import check_threshold
-from lats_optax.schedules import learning_rates
 from lats_optax.training import optimizer
 from lats_optax.training.config import OptimizerConfig, TrainConfig
 from lats_optax.training.presets import PRESETS

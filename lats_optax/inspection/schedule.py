@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lats_optax.checks.numbers import check_steps, check_threshold
+from lats_optax.control.schedules import ScalarOrSchedule, evaluate, learning_rates
 from lats_optax.files.storage import as_path, has_room
-from lats_optax.numbers import check_steps, check_threshold
 from lats_optax.plots import style
-from lats_optax.schedules import ScalarOrSchedule, evaluate, learning_rates
 from lats_optax.thresholds import l1_from_threshold
 
 if TYPE_CHECKING:

@@ -19,11 +19,11 @@ import numpy as np
 import optax
 
 import lats_optax
+from lats_optax.control.schedules import ScalarOrSchedule, tabulate
 from lats_optax.files.storage import URL, as_path
 from lats_optax.inspection import schedule
 from lats_optax.inspection.columns import read_column
 from lats_optax.inspection.schedule import Curve
-from lats_optax.schedules import ScalarOrSchedule, tabulate
 from lats_optax.training import optimizer
 from lats_optax.training.config import PruneConfig, TrainConfig
 from lats_optax.training.logging import scan_metrics

@@ -18,13 +18,13 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from lats_optax.checks.numbers import check_threshold
 from lats_optax.compatibility import enable_x64
 from lats_optax.models import torch_files
 from lats_optax.models.fit import Shape, misfits
 from lats_optax.models.layers import check, check_choice
 from lats_optax.models.torch_files import to_numpy
 from lats_optax.models.torch_names import Form, form_of
-from lats_optax.numbers import check_threshold
 from lats_optax.prox import prox_l1
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lats_optax import compatibility
-from lats_optax.numbers import check_steps, is_number
+from lats_optax.checks.numbers import check_steps, is_number
 from lats_optax.operators import leaves
 from lats_optax.operators.parts import Part, Shape
 from lats_optax.operators.protocol import Elementwise

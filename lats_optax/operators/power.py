@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lats_optax.numbers import check_above, check_steps
+from lats_optax.checks.numbers import check_above, check_steps
 from lats_optax.operators.leaves import positive_zero
 from lats_optax.operators.protocol import Elementwise
 

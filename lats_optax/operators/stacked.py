@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lats_optax import masks
-from lats_optax.numbers import is_number
+from lats_optax.checks.numbers import is_number
 from lats_optax.operators.parts import TreeOperator, parts_of
 
 _BESIDE = ("bias", "scale", "norm")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lats_optax.numbers import check_steps, is_number
+from lats_optax.checks.numbers import check_steps, is_number
 from lats_optax.operators.leaves import by_the_compiler
 from lats_optax.operators.parts import Part, Shape, map_parts
 from lats_optax.operators.protocol import Elementwise

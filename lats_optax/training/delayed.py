@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lats_optax.controllers import Controller
+from lats_optax.control.controllers import Controller
+from lats_optax.latent.pruned import PrunedUpdate
 from lats_optax.operators.parts import TreeOperator
-from lats_optax.pruned import PrunedUpdate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Delayed:
       controller: counts its steps, and looks at the latent weights, from there on.
       delay: the number of steps before it.
 
-    >>> from lats_optax.controllers import as_controller
+    >>> from lats_optax.control.controllers import as_controller
     >>> late = Delayed(as_controller(lambda count: 0.1 * jnp.asarray(count)), delay=2)
     >>> d, state = late.init((), None)
     >>> for count in range(4):

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from lats_optax.schedules import MOST_TABULATED
+from lats_optax.control.schedules import MOST_TABULATED
 from lats_optax.training.config import RECALIBRATION_BATCHES, TrainConfig
 
 # Parameters, gradients, momentum and updates, all in float32.

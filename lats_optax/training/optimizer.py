@@ -13,12 +13,12 @@ import numpy as np
 import optax
 
 import lats_optax
-from lats_optax.controllers import as_controller
+from lats_optax.control.controllers import as_controller
+from lats_optax.control.schedules import tabulate
 from lats_optax.masks import paths
 from lats_optax.operators.n_of_m import NOfM
 from lats_optax.operators.parts import TreeOperator
 from lats_optax.operators.protocol import Elementwise, Groups
-from lats_optax.schedules import tabulate
 from lats_optax.target import default_operator
 from lats_optax.training.config import PruneConfig, TrainConfig
 from lats_optax.training.delayed import Delayed

@@ -13,7 +13,7 @@ import optax
 
 from benchmarks.quality.peers.alternating import alternate
 from benchmarks.quality.peers.base import Setting
-from lats_optax.numbers import check_fraction
+from lats_optax.checks.numbers import check_fraction
 
 
 def make(

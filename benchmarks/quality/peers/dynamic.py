@@ -37,7 +37,7 @@ from benchmarks.quality.peers.base import (
     zero_moments,
 )
 from lats_optax import masks
-from lats_optax.numbers import check_fraction
+from lats_optax.checks.numbers import check_fraction
 
 # The gradients of the prunable leaves, and a random key -> a score for each of their weights.
 Growth = Callable[[list[jax.Array], jax.Array], list[jax.Array]]

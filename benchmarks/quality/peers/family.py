@@ -140,7 +140,7 @@ def _curve(setting: Setting, *, reach: float, start: float = 0.0) -> lats_optax.
     delay = start / reach
 
     def curve(x: Any) -> Any:
-        return lats_optax.laws.cubic(np.clip((x - delay) / (1 - delay), 0.0, 1.0))
+        return lats_optax.control.laws.cubic(np.clip((x - delay) / (1 - delay), 0.0, 1.0))
 
     return lats_optax.target_sparsity(
         setting.target,

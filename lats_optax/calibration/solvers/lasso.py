@@ -8,7 +8,7 @@ from jax import lax
 
 from lats_optax.calibration.budgets import Budget
 from lats_optax.calibration.solvers.metric import damped, refit, times, unit
-from lats_optax.laws import cubic
+from lats_optax.control.laws import cubic
 from lats_optax.prox import prox_l1
 
 _STAGES, _STEPS, _REFIT = 8, 8, 15

@@ -21,7 +21,7 @@ from lats_optax.calibration.solvers.metric import (
     times,
     unit,
 )
-from lats_optax.laws import cubic
+from lats_optax.control.laws import cubic
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Checks of plain numbers: each names the argument, the value and what is allowed.
 
 Here belong checks of one number. Checks of transforms, states and trees are in `arguments.py`, and
-those of schedules in `schedules.py`.
+those of schedules in `control/schedules.py`.
 """
 
 import math

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from lats_optax.numbers import check_above, is_number
+from lats_optax.checks.numbers import check_above, is_number
 from lats_optax.operators.leaves import compute_dtype
 from lats_optax.operators.stacked import check_stacked_axes
 

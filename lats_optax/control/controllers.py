@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lats_optax.numbers import check_threshold
+from lats_optax.checks.numbers import check_threshold
+from lats_optax.control.schedules import ScalarOrSchedule, is_distribution
+from lats_optax.latent.pruned import STRAIGHT_THROUGH, PrunedUpdate
 from lats_optax.operators.parts import TreeOperator, by_path, parts_of
 from lats_optax.prox import prox_l1
-from lats_optax.pruned import STRAIGHT_THROUGH, PrunedUpdate
-from lats_optax.schedules import ScalarOrSchedule, is_distribution
 
 # A count beyond all runs, and the part of the first threshold below which the last has fallen.
 _LATE = 2**30

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lats_optax.checks.numbers import check_steps, is_number
 from lats_optax.compatibility import enable_x64
-from lats_optax.numbers import check_steps, is_number
 
 # What a table can hold (0.8 GB in float64).
 MOST_TABULATED = 10**8

@@ -1,0 +1,1 @@
+"""The arithmetic of latent weights: their step, their trees, and the updates of pruned ones."""
