@@ -37,7 +37,7 @@ from flax import traverse_util
 
 from benchmarks import records
 from lats_optax import compaction, models
-from lats_optax.operations import count_operations
+from lats_optax.analysis.operations import count_operations
 from lats_optax.prox import prox_group_lasso
 
 CLASSES = 1000

@@ -1,18 +1,18 @@
 """Soft threshold pruning for optax: the public optimizer API (jax and optax alone)."""
 
 from lats_optax import groups, prox
+from lats_optax.analysis.operations import OperationsReport, ParameterOperations, count_operations
+from lats_optax.analysis.sparsity import LayerSparsity, SparsityReport, sparsity
 from lats_optax.control.controllers import Controller
 from lats_optax.control.laws import Law, constant_l1, sparsity_curve, threshold_curve
 from lats_optax.control.schedules import ThresholdSchedule
 from lats_optax.distributions import Distribution, erdos_renyi, per_layer, uniform
 from lats_optax.files import load_sparse, read_metadata, save_sparse
-from lats_optax.finalize import finalize
 from lats_optax.latent.pruned import PrunedUpdate, bounded
 from lats_optax.masks import prunable, restrict, select, support
-from lats_optax.operations import OperationsReport, ParameterOperations, count_operations
 from lats_optax.operators.protocol import Elementwise, GroupOperator, Operator
-from lats_optax.phases import freeze, prune_at_initialization
-from lats_optax.sparsity import LayerSparsity, SparsityReport, sparsity
+from lats_optax.pruning.finalize import finalize
+from lats_optax.pruning.phases import freeze, prune_at_initialization
 from lats_optax.target import TargetSparsity, TargetSparsityState, target_sparsity
 from lats_optax.thresholds import (
     epoch_lats_threshold,

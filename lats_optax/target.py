@@ -1,8 +1,8 @@
 """The closed loop: the user names the sparsity, the threshold follows the latent weights to it.
 
-Here belongs the controller. Laws are in `control/laws.py`, the selection of the quantile
-is in `control/selection.py`. With N weights, the target s, the law's increments eta_t and fraction f, and the
-step K at which the target is reached, the controller does after step t = 0, 1, …
+Here belongs the controller. Laws are in `control/laws.py`, the selection of the quantile is in
+`control/selection.py`. With N weights, the target s, the law's increments eta_t and fraction f, and
+the step K at which the target is reached, the controller does after step t = 0, 1, …
 
     (1)  q_t = the quantile of the latent magnitudes at sparsity s f((t + 1) / K)
 

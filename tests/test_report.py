@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import lats_optax
-from lats_optax.sparsity import LayerSparsity, SparsityReport
+from lats_optax.analysis.sparsity import LayerSparsity, SparsityReport
 from lats_optax.training.report import Run, comparison_table, implied_l1, write_picture
 
 STEPS, EPOCH = 600, 60

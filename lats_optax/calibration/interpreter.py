@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
+from lats_optax.analysis.multiply_adds import callee, may_multiply
 from lats_optax.calibration import products
 from lats_optax.calibration.views import Lost, Source, View, derived, lose, parameters_of
-from lats_optax.multiply_adds import callee, may_multiply
 
 # Constants of more entries are left to the compiler.
 _LARGEST_FOLDED = 64

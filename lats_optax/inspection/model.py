@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 import lats_optax
+from lats_optax.analysis.operations import OperationsReport
 from lats_optax.inspection.schedule import check_picture
-from lats_optax.operations import OperationsReport
 from lats_optax.plots import style
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from flax import linen as nn
 
 import lats_optax
 from lats_optax import models
+from lats_optax.analysis.operations import OperationsReport
 from lats_optax.files.storage import URL
 from lats_optax.inspection import model as inspection
 from lats_optax.inspection.model import ModelReport, in_short
 from lats_optax.inspection.schedule import check_picture
-from lats_optax.operations import OperationsReport
 from lats_optax.training.export import differences, find_model, load_model, variables_of
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lats_optax.analysis.sparsity import LayerSparsity, SparsityReport
 from lats_optax.plots import style
-from lats_optax.sparsity import LayerSparsity, SparsityReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ def comparison_table(runs: Sequence[Run]) -> str:
       ValueError: there are no runs.
 
     Example:
-      >>> from lats_optax.sparsity import LayerSparsity
+      >>> from lats_optax.analysis.sparsity import LayerSparsity
       >>> layers = (LayerSparsity("fc/kernel", (64, 10), 640, 608, prunable=True),
       ...           LayerSparsity("fc/bias", (10,), 10, 0, prunable=False))
       >>> print(comparison_table([Run("lats", 0.9875, 12.3, SparsityReport(layers), [])]))

@@ -4,14 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lats_optax import (
-    erdos_renyi,
-    finalize,
-    progress,
-    soft_threshold,
-    sparsity,
-    target_sparsity,
-)
+from lats_optax import erdos_renyi, finalize, soft_threshold, sparsity, target_sparsity
+from lats_optax.pruning import progress
 from tests.misuse import Case, gives, raises, warns
 
 STEPS, RATE = 40, 0.05

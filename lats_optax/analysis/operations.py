@@ -13,8 +13,8 @@ from typing import Any
 import jax
 
 from lats_optax import masks
-from lats_optax.multiply_adds import Tally, walk
-from lats_optax.provenance import ACTIVATION, Value, Weight, has_values
+from lats_optax.analysis.multiply_adds import Tally, walk
+from lats_optax.analysis.provenance import ACTIVATION, Value, Weight, has_values
 
 
 @dataclass(frozen=True)

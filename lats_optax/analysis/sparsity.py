@@ -12,7 +12,7 @@ from lats_optax import masks
 from lats_optax.masks import MaskOrFunction
 from lats_optax.operators.parts import check_fits, parts_of
 from lats_optax.operators.protocol import Groups
-from lats_optax.progress import summary
+from lats_optax.pruning.progress import summary
 
 
 @dataclass(frozen=True)

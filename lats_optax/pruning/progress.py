@@ -11,7 +11,7 @@ import optax
 
 from lats_optax import masks
 from lats_optax.compatibility import get_all_with_path
-from lats_optax.states import State, find, is_state, leaf_of
+from lats_optax.pruning.states import State, find, is_state, leaf_of
 
 # Nobody trains on for so many times the run: an epoch was taken for a step.
 _FAR_BEYOND = 10

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from lats_optax import masks
 from lats_optax.operators.leaves import compute_dtype
 from lats_optax.operators.parts import TreeOperator, as_operator, parts_of
-from lats_optax.progress import misgivings
-from lats_optax.states import Latent, latents
+from lats_optax.pruning.progress import misgivings
+from lats_optax.pruning.states import Latent, latents
 
 
 def finalize(

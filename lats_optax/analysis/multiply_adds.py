@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, primitives
 
-from lats_optax.compatibility import manual_axes
-from lats_optax.provenance import (
+from lats_optax.analysis.provenance import (
     ACTIVATION,
     UNKNOWN,
     Constant,
@@ -33,6 +32,7 @@ from lats_optax.provenance import (
     nonzero,
     same,
 )
+from lats_optax.compatibility import manual_axes
 
 
 @dataclass

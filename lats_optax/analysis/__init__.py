@@ -1,0 +1,1 @@
+"""Reports of sparsity, multiply-adds and weights, and the walkers over jaxprs."""
