@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import lats_optax
 from lats_optax import compaction, models, prox
-from lats_optax.models import torch_io
+from lats_optax.torch import weights
 
 KEY = jax.random.key(0)
 # Architecture -> options that make it small, pixels of its images, their channels.
@@ -417,8 +417,8 @@ def test_a_compacted_model_goes_to_pytorch():
     model, arrays = zoo("resnet20")
     everything(arrays, np.random.default_rng(6))
     small = compaction.compact(model, nested(arrays))
-    tensors = torch_io.variables_to_torch(small.variables, small.model)
-    back = torch_io.variables_from_torch(tensors, small.model)
+    tensors = weights.variables_to_torch(small.variables, small.model)
+    back = weights.variables_from_torch(tensors, small.model)
     jax.tree.map(np.testing.assert_array_equal, back, small.variables)
 
 

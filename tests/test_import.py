@@ -19,7 +19,7 @@ ALLOWED = {
     "analysis": {"core"},
     "api": {"core", "files", "analysis"},  # lats_optax/__init__.py
     "plots": {"core", "files"},
-    "models": {"core", "files"},
+    "models": set(),
     "torch": {"core", "files", "models"},
     "compaction": {"models"},
     "data": {"core", "files"},

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lats_optax.models import DecoderLayer, Llama, LlamaConfig, llama
-from lats_optax.models.hugging_face import params_from_hugging_face
+from lats_optax.torch.hugging_face import params_from_hugging_face
 from tests import tiny_llama
 
 IDS = np.array([[3, 1, 4, 1, 5, 9, 2, 6], [60, 2, 2, 2, 8, 59, 0, 7]])

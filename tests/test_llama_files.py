@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lats_optax.models import Llama, gguf_io, hugging_face, tokenizer
+from lats_optax.models import Llama
+from lats_optax.torch import gguf as gguf_files
+from lats_optax.torch import hugging_face, tokenizer
 from tests import tiny_llama
 
 each_config = pytest.mark.parametrize("name", tiny_llama.CONFIGS)
@@ -300,7 +302,7 @@ def test_logits_are_those_of_the_file(tmp_path, name, kind):
     path = tmp_path / "tiny.gguf"
     given = gguf_tensors(config)
     kept = tiny_llama.write_gguf(path, tiny_llama.metadata(config), given, kind)
-    found_config, params = gguf_io.load(path)
+    found_config, params = gguf_files.load(path)
     assert found_config == config
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
     ids = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -313,7 +315,7 @@ def test_logits_are_those_of_the_file(tmp_path, name, kind):
 def test_a_model_goes_from_gguf_to_hugging_face(tmp_path):
     path = tmp_path / "tiny.gguf"
     tiny_llama.write_gguf(path, tiny_llama.metadata(GROUPED), gguf_tensors(GROUPED), Q.Q8_0)
-    config, params = gguf_io.load(path)
+    config, params = gguf_files.load(path)
     hugging_face.save(tmp_path / "out", params, config)
     same, loaded = hugging_face.load(tmp_path / "out")
     assert same == config
@@ -331,7 +333,7 @@ def test_metadata_that_gguf_leaves_out(tmp_path):
         "tokenizer.ggml.tokens": [str(i) for i in range(config.vocab_size)],
     }
     tiny_llama.write_gguf(tmp_path / "tiny.gguf", values, gguf_tensors(config))
-    assert gguf_io.load(tmp_path / "tiny.gguf")[0] == config
+    assert gguf_files.load(tmp_path / "tiny.gguf")[0] == config
 
 
 HALF = np.ones((16, 32), np.float32)
@@ -368,7 +370,7 @@ def test_wrong_gguf_files(tmp_path, values, tensors, message):
     tensors = {**gguf_tensors(GROUPED), **tensors}
     kept = {name: array for name, array in tensors.items() if array is not None}
     tiny_llama.write_gguf(path, {**tiny_llama.metadata(GROUPED), **values}, kept)
-    assert message in message_of(gguf_io.load, path)
+    assert message in message_of(gguf_files.load, path)
 
 
 def test_truncated_gguf_files(tmp_path):
@@ -377,10 +379,10 @@ def test_truncated_gguf_files(tmp_path):
     data = path.read_bytes()
     for cut in [*range(0, 4000, 61), *range(4000, len(data), 9973), len(data) - 100]:
         path.write_bytes(data[:cut])
-        assert "is truncated, damaged or not GGUF" in message_of(gguf_io.load, path), cut
+        assert "is truncated, damaged or not GGUF" in message_of(gguf_files.load, path), cut
     path.write_bytes(b"GGML" + data[4:])
-    assert "is truncated, damaged or not GGUF" in message_of(gguf_io.load, path)
-    assert "there is no file" in message_of(gguf_io.load, tmp_path / "nowhere.gguf")
+    assert "is truncated, damaged or not GGUF" in message_of(gguf_files.load, path)
+    assert "there is no file" in message_of(gguf_files.load, tmp_path / "nowhere.gguf")
 
 
 def test_weights_that_gguf_cannot_dequantize(tmp_path):
@@ -391,7 +393,7 @@ def test_weights_that_gguf_cannot_dequantize(tmp_path):
     at = data.index(name) + len(name) + 4 + 2 * 8  # behind the number of axes and their lengths
     data[at : at + 4] = np.array(Q.I16, "<u4").tobytes()  # of the same size
     path.write_bytes(data)
-    text = message_of(gguf_io.load, path)
+    text = message_of(gguf_files.load, path)
     assert "blk.0.attn_q.weight: " in text
     assert "which gguf cannot dequantize" in text
 

@@ -7,7 +7,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 import lats_optax
 from lats_optax.examples import llm, prune_llm
-from lats_optax.models import hugging_face
+from lats_optax.torch import hugging_face
 from tests import tiny_llama
 
 TOKENS = [*sorted(ByteLevel.alphabet()), "ab"]

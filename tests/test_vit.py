@@ -15,7 +15,7 @@ from flax import traverse_util
 import lats_optax
 from lats_optax import cli, groups, models, select, soft_threshold, target_sparsity
 from lats_optax.compaction import compact
-from lats_optax.models import torch_io
+from lats_optax.torch import weights as torch_weights
 from lats_optax.training import export
 
 KEY = jax.random.key(0)
@@ -116,7 +116,7 @@ def test_logits_are_those_of_the_paper_written_out():
     tensors = timm()
     images = np.random.default_rng(1).normal(size=(3, SIZE, SIZE, 3))
     model = create(dtype=jnp.float64)
-    variables = torch_io.variables_from_torch(tensors, model)
+    variables = torch_weights.variables_from_torch(tensors, model)
     with jax.enable_x64(True):
         logits = jax.device_get(jax.jit(partial(model.apply, train=False))(variables, images))
     expected = written_out(tensors, images)
@@ -128,12 +128,12 @@ def test_logits_are_those_of_the_paper_written_out():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_timms_tensors_there_and_back_keep_every_bit(dtype):
     model, tensors = create(), {k: v.astype(jnp.dtype(dtype)) for k, v in timm().items()}
-    variables = torch_io.variables_from_torch(tensors, model)
+    variables = torch_weights.variables_from_torch(tensors, model)
     assert {path: leaf.shape for path, leaf in flat(variables).items()} == {
         path: leaf.shape for path, leaf in flat(shapes(model)).items()
     }
-    assert_same_bits(torch_io.variables_to_torch(variables, model), tensors)
-    again = torch_io.variables_to_torch(variables | {"batch_stats": {}}, model, layout="timm")
+    assert_same_bits(torch_weights.variables_to_torch(variables, model), tensors)
+    again = torch_weights.variables_to_torch(variables | {"batch_stats": {}}, model, layout="timm")
     assert_same_bits(again, tensors)
 
 
@@ -147,14 +147,14 @@ def test_timms_tensors_there_and_back_keep_every_bit(dtype):
 )
 def test_positions_of_images_that_are_not_square(patches, problem):
     with pytest.raises(ValueError, match=rf"{problem}\n(.*\n)*.*images have to be square"):
-        torch_io.variables_from_torch(timm(patches), create())
+        torch_weights.variables_from_torch(timm(patches), create())
 
 
 def test_tensors_that_do_not_fit_are_named():
     tensors = timm() | {"pos_embed": np.zeros(3), "fc_norm.weight": np.ones(12)}
     del tensors["blocks.1.attn.qkv.bias"]
     with pytest.raises(ValueError, match="do not fit") as raised:
-        torch_io.variables_from_torch(tensors, create())
+        torch_weights.variables_from_torch(tensors, create())
     for problem in (
         "pos_embed is (3,), wanted (1, 197, 12)",
         "fc_norm.weight is unknown, (12,)",
@@ -162,7 +162,7 @@ def test_tensors_that_do_not_fit_are_named():
     ):
         assert problem in str(raised.value)
     with pytest.raises(ValueError, match=r"layout of VisionTransformer is 'lats'; allowed: 'timm'"):
-        torch_io.variables_to_torch({}, create(), layout="lats")
+        torch_weights.variables_to_torch({}, create(), layout="lats")
 
 
 @pytest.mark.parametrize(
@@ -373,9 +373,9 @@ def test_the_small_preset_trains_on_other_data_and_its_file_is_read(tmp_path, ca
     )
     assert (params["pos_embed"] != 0).all()
     # It goes to PyTorch and back, with one channel and 2×2 patches.
-    tensors = torch_io.variables_to_torch(saved.variables, saved.model, channels=1)
+    tensors = torch_weights.variables_to_torch(saved.variables, saved.model, channels=1)
     assert tensors["pos_embed"].shape == (1, 5, CHANNELS)
-    back = torch_io.variables_from_torch(tensors, saved.model, channels=1)
+    back = torch_weights.variables_from_torch(tensors, saved.model, channels=1)
     assert_same_bits(flat(back["params"]), params)
     # And the other commands read it, or refuse it in one line.
     assert cli.compact([str(run), "--out", str(tmp_path / "small.safetensors")]) != 0

@@ -1,7 +1,7 @@
 """The seeded weights that the recorded logits were computed with, as Flax variables.
 
 How they are drawn is described in `tests/reference/README.md`. There, names and layouts are those
-of PyTorch, which `lats_optax.models.torch_io` turns into the zoo's.
+of PyTorch, which `lats_optax.torch.weights` turns into the zoo's.
 """
 
 import json
@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 
-from lats_optax.models import torch_io
+from lats_optax.torch import weights
 
 
 def drawn(name, shape, seed):
@@ -33,7 +33,7 @@ def state_dict_of(recording):
 
 def variables_of(recording, model):
     """Flax variables, float64; every tensor of the recording must find its place."""
-    return torch_io.variables_from_torch(state_dict_of(recording), model)
+    return weights.variables_from_torch(state_dict_of(recording), model)
 
 
 def images_of(recording):

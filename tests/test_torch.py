@@ -14,7 +14,7 @@ import pytest
 from flax import traverse_util
 
 from lats_optax import models, s_lats_threshold
-from lats_optax.models import torch_io
+from lats_optax.torch import weights
 
 REFERENCE = Path(__file__).parent / "reference"
 PLIF = models.Neuron("plif")
@@ -92,10 +92,10 @@ def assert_same_bits(left, right):
 def test_round_trip_keeps_every_bit(name, options, layout):
     model = create(name, **options)
     variables = any_bits(model)
-    tensors = torch_io.variables_to_torch(variables, model, layout=layout)
-    back = torch_io.variables_from_torch(tensors, model)
+    tensors = weights.variables_to_torch(variables, model, layout=layout)
+    back = weights.variables_from_torch(tensors, model)
     assert_same_bits(flat(back), flat(variables))
-    assert_same_bits(torch_io.variables_to_torch(back, model, layout=layout), tensors)
+    assert_same_bits(weights.variables_to_torch(back, model, layout=layout), tensors)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_names_and_shapes_are_the_recorded_ones(name, file, layout):
     with np.load(REFERENCE / f"{file}.npz") as recording:
         recorded = json.loads(str(recording["params"]))
         model = create(name, recording["logits_eval"].shape[-1])
-    tensors = torch_io.variables_to_torch(normal(model), model, layout=layout)
+    tensors = weights.variables_to_torch(normal(model), model, layout=layout)
     counters = {name for name in tensors if name.endswith(".num_batches_tracked")}
     means = {name for name, _ in recorded if name.endswith(".running_mean")}
     assert counters == {name.replace("running_mean", "num_batches_tracked") for name in means}
@@ -122,7 +122,7 @@ def test_where_each_weight_lies():
     """kernel[height, width, input, output] is weight[output, input, height, width]."""
     model = create("mobilenet-v1", width=0.25)
     variables = normal(model)
-    tensors = torch_io.variables_to_torch(variables, model)
+    tensors = weights.variables_to_torch(variables, model)
     params = variables["params"]
     for weight, kernel in [
         (tensors["model.0.0.weight"], params["stem"]["kernel"]),
@@ -148,8 +148,8 @@ def test_where_each_weight_lies():
 def test_layouts_of_a_resnet_differ_in_the_classifier_alone():
     model = create("resnet18", classifier_bias=True)
     variables = normal(model)
-    torchvision = torch_io.variables_to_torch(variables, model)
-    lats = torch_io.variables_to_torch(variables, model, layout="lats")
+    torchvision = weights.variables_to_torch(variables, model)
+    lats = weights.variables_to_torch(variables, model, layout="lats")
     assert torchvision["fc.weight"].shape == (10, 512)
     assert lats["fc.weight"].shape == (10, 512, 1, 1)
     assert_same_bits(lats | {"fc.weight": lats["fc.weight"][:, :, 0, 0]}, torchvision)
@@ -158,7 +158,7 @@ def test_layouts_of_a_resnet_differ_in_the_classifier_alone():
 def test_trained_time_constants_of_spiking_neurons():
     model = create("sew-resnet18", neuron=PLIF)
     variables = normal(model)
-    tensors = torch_io.variables_to_torch(variables, model)
+    tensors = weights.variables_to_torch(variables, model)
     names = {name for name in tensors if name.endswith(".w")}
     blocks = [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
     assert names == {
@@ -170,7 +170,7 @@ def test_trained_time_constants_of_spiking_neurons():
     assert tensors["layer3.1.sn1.w"] == tau
     assert tensors["layer3.1.sn1.w"].shape == ()
     with pytest.raises(ValueError, match=r"sn1\.w is unknown, \(\)"):
-        torch_io.variables_from_torch(tensors, create("sew-resnet18"))
+        weights.variables_from_torch(tensors, create("sew-resnet18"))
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", None])
@@ -178,17 +178,17 @@ def test_trained_time_constants_of_spiking_neurons():
 def test_what_training_scripts_put_around_a_state_dict(wrapper, prefix):
     model = create()
     variables = normal(model)
-    tensors = torch_io.variables_to_torch(variables, model)
+    tensors = weights.variables_to_torch(variables, model)
     tensors = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
     checkpoint = tensors if wrapper is None else {"epoch": 3, wrapper: tensors, "optimizer": {}}
-    assert_same_bits(flat(torch_io.variables_from_torch(checkpoint, model)), flat(variables))
+    assert_same_bits(flat(weights.variables_from_torch(checkpoint, model)), flat(variables))
 
 
 def test_results_share_no_memory_with_what_was_given():
     model = create()
     variables = normal(model)
-    tensors = torch_io.variables_to_torch(variables, model)
-    back = torch_io.variables_from_torch(tensors, model)
+    tensors = weights.variables_to_torch(variables, model)
+    back = weights.variables_from_torch(tensors, model)
     for tensor in tensors.values():
         tensor[...] = 7
     assert_same_bits(flat(back), flat(variables))
@@ -197,14 +197,14 @@ def test_results_share_no_memory_with_what_was_given():
 def test_other_numbers_of_channels():
     model = create()
     variables = normal(model, channels=1)
-    tensors = torch_io.variables_to_torch(variables, model, channels=1)
+    tensors = weights.variables_to_torch(variables, model, channels=1)
     assert tensors["conv1.weight"].shape == (16, 1, 3, 3)
     assert_same_bits(
-        flat(torch_io.variables_from_torch(tensors, model, channels=1)), flat(variables)
+        flat(weights.variables_from_torch(tensors, model, channels=1)), flat(variables)
     )
     message = r"conv1\.weight is \(16, 1, 3, 3\), wanted \(16, 3, 3, 3\)"
     with pytest.raises(ValueError, match=message):
-        torch_io.variables_from_torch(tensors, model)
+        weights.variables_from_torch(tensors, model)
 
 
 # --- latent weights -----------------------------------------------------------------------------
@@ -242,8 +242,8 @@ def test_latent_weights_of_lats(name, options, pruned):
     """All convolutions and a classifier without a bias; what is dense in LATS keeps its bits."""
     model = create(name, **options)
     variables = normal(model)
-    latent = torch_io.variables_to_torch(variables, model, layout="lats")
-    sparse = flat(torch_io.variables_from_torch(latent, model, threshold=0.5))
+    latent = weights.variables_to_torch(variables, model, layout="lats")
+    sparse = flat(weights.variables_from_torch(latent, model, threshold=0.5))
     dense = {path for path in sparse if not path.endswith("/kernel")}
     if options == {"classifier_bias": True}:
         dense.add("params/classifier/kernel")
@@ -258,8 +258,8 @@ def test_latent_weights_of_lats(name, options, pruned):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_latent_weights_keep_their_dtype(dtype):
     model = create()
-    latent = torch_io.variables_to_torch(normal(model, dtype), model)
-    sparse = torch_io.variables_from_torch(latent, model, threshold=0.3)
+    latent = weights.variables_to_torch(normal(model, dtype), model)
+    sparse = weights.variables_from_torch(latent, model, threshold=0.3)
     assert {leaf.dtype for leaf in jax.tree.leaves(sparse)} == {dtype}
     kernel = sparse["params"]["stage2_block1"]["conv1"]["kernel"]
     assert_thresholded(kernel, latent["layer2.0.conv1.weight"], 0.3)
@@ -267,10 +267,10 @@ def test_latent_weights_keep_their_dtype(dtype):
 
 def test_a_threshold_of_zero_leaves_the_values():
     model = create()
-    latent = torch_io.variables_to_torch(normal(model), model)
+    latent = weights.variables_to_torch(normal(model), model)
     latent["conv1.weight"][0, 0, 0, 0] = -0.0
-    sparse = torch_io.variables_from_torch(latent, model, threshold=0)
-    as_is = torch_io.variables_from_torch(latent, model)
+    sparse = weights.variables_from_torch(latent, model, threshold=0)
+    as_is = weights.variables_from_torch(latent, model)
     assert np.signbit(as_is["params"]["stem"]["kernel"][0, 0, 0, 0])
     assert not np.signbit(sparse["params"]["stem"]["kernel"][0, 0, 0, 0])
     jax.tree.map(np.testing.assert_array_equal, sparse, as_is)
@@ -280,10 +280,10 @@ def test_latent_weights_of_str():
     """A threshold of its own for each layer that has one; a scale of -12800 prunes nothing."""
     model = create("resnet18")
     variables = normal(model)
-    latent = torch_io.variables_to_torch(variables, model, layout="lats")
+    latent = weights.variables_to_torch(variables, model, layout="lats")
     scales = {"layer1.0.conv2": -0.3, "layer2.0.downsample.0": -1.5, "fc": 0.2, "conv1": -12800.0}
     own = {f"{m}.sparseThreshold": np.full((1, 1), s, np.float32) for m, s in scales.items()}
-    params = torch_io.variables_from_torch(latent | own, model)["params"]
+    params = weights.variables_from_torch(latent | own, model)["params"]
     for module, kernel in [
         ("layer1.0.conv2", params["stage1_block1"]["conv2"]["kernel"]),
         ("layer2.0.downsample.0", params["stage2_block1"]["shortcut"]["kernel"]),
@@ -296,10 +296,10 @@ def test_latent_weights_of_str():
         assert_same_bits(flat(params[layer]), flat(variables["params"][layer]))
     message = r"threshold is 0\.1; allowed: None, since the state dict has its own: conv1\.sparse"
     with pytest.raises(ValueError, match=message):
-        torch_io.variables_from_torch(latent | own, model, threshold=0.1)
+        weights.variables_from_torch(latent | own, model, threshold=0.1)
     wrong = {"conv1.sparseThreshold": np.zeros(64), "bn1.sparseThreshold": np.zeros((1, 1))}
     with pytest.raises(ValueError, match="and ResNet do not fit") as raised:
-        torch_io.variables_from_torch(latent | wrong, model)
+        weights.variables_from_torch(latent | wrong, model)
     assert "conv1.sparseThreshold is (64,), wanted () or (1,) or (1, 1)" in str(raised.value)
     assert "bn1.sparseThreshold is unknown, (1, 1)" in str(raised.value)
 
@@ -364,9 +364,9 @@ WRONG = {
 def test_every_tensor_that_does_not_fit_is_named(case):
     change, expected = WRONG[case]
     model = create()
-    tensors = change(torch_io.variables_to_torch(normal(model), model))
+    tensors = change(weights.variables_to_torch(normal(model), model))
     with pytest.raises(ValueError, match="the state dict and") as raised:
-        torch_io.variables_from_torch(tensors, model)
+        weights.variables_from_torch(tensors, model)
     first, *lines = str(raised.value).split("\n  ")
     assert first == "the state dict and CifarResNet do not fit:"
     assert sorted(lines) == sorted(expected)
@@ -379,7 +379,7 @@ def test_every_array_that_does_not_fit_is_named_on_the_way_out():
     variables["params"]["stem"]["kernel"] = np.zeros((3, 3, 3, 8))
     variables["params"]["stem"]["bias"] = np.zeros(16)
     with pytest.raises(ValueError, match="the variables and CifarResNet do not fit:") as raised:
-        torch_io.variables_to_torch(variables, model)
+        weights.variables_to_torch(variables, model)
     assert str(raised.value).split("\n  ")[1:] == [
         "batch_stats/stem_norm/var is missing, wanted (16,)",
         "params/stem/bias is unknown, (16,)",
@@ -389,46 +389,46 @@ def test_every_array_that_does_not_fit_is_named_on_the_way_out():
 
 def test_torchvisions_vgg_is_refused_with_what_to_do():
     model = create("vgg16-bn", classifier_bias=True)
-    tensors = torch_io.variables_to_torch(normal(model), model)
+    tensors = weights.variables_to_torch(normal(model), model)
     theirs = tensors | {"features.0.bias": np.zeros(64), "classifier.6.bias": np.zeros(1000)}
     with pytest.raises(ValueError, match="subtracted from the running_mean") as raised:
-        torch_io.variables_from_torch(theirs, model)
+        weights.variables_from_torch(theirs, model)
     assert "features.0.bias is unknown, (64,)" in str(raised.value)
 
 
 @pytest.mark.parametrize("threshold", [-0.1, math.nan, math.inf, True, "0.1"])
 def test_wrong_thresholds(threshold):
     with pytest.raises(ValueError, match=r"^threshold: .* is not allowed; allowed are finite numb"):
-        torch_io.variables_from_torch({}, create(), threshold=threshold)
+        weights.variables_from_torch({}, create(), threshold=threshold)
 
 
 @pytest.mark.parametrize("wrong", [[1, 2], None, {1: np.ones(2)}])
 def test_what_is_no_state_dict(wrong):
     with pytest.raises(ValueError, match="allowed: a mapping from names to arrays"):
-        torch_io.variables_from_torch(wrong, create())
+        weights.variables_from_torch(wrong, create())
 
 
 def test_what_is_no_array():
     model = create()
-    tensors = torch_io.variables_to_torch(normal(model), model)
+    tensors = weights.variables_to_torch(normal(model), model)
     ragged = {name: [[1.0], [1.0, 2.0]] for name in ("bn1.bias", "bn1.weight")}
     with pytest.raises(ValueError, match="these cannot be taken:") as raised:
-        torch_io.variables_from_torch(tensors | ragged, model)
+        weights.variables_from_torch(tensors | ragged, model)
     _, *lines = str(raised.value).split("\n  ")
     assert [line.split(" is no dense array: ")[0] for line in lines] == ["bn1.bias", "bn1.weight"]
     with pytest.raises(ValueError, match="variables is None; allowed: a mapping with 'params'"):
-        torch_io.variables_to_torch(None, model)
+        weights.variables_to_torch(None, model)
 
 
 def test_wrong_layouts_and_models():
     model = create("mobilenet-v1", width=0.25)
     with pytest.raises(ValueError, match="layout of MobileNetV1 is 'torchvision'; allowed: 'lats'"):
-        torch_io.variables_to_torch(normal(model), model, layout="torchvision")
+        weights.variables_to_torch(normal(model), model, layout="torchvision")
     message = "model is DigitsCNN, of which there is no PyTorch form; allowed: ResNet, MobileNetV1"
     with pytest.raises(ValueError, match=message):
-        torch_io.variables_from_torch({}, create("digits-cnn"))
+        weights.variables_from_torch({}, create("digits-cnn"))
     with pytest.raises(ValueError, match="channels is 0; allowed: 1 or more"):
-        torch_io.variables_from_torch({}, create(), channels=0)
+        weights.variables_from_torch({}, create(), channels=0)
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -438,8 +438,8 @@ def test_safetensors_keep_every_bit(tmp_path):
     model = create("resnet18")
     variables = any_bits(model)
     for layout in ("torchvision", "lats"):
-        torch_io.save(tmp_path / "a.safetensors", variables, model, layout=layout)
-        loaded = torch_io.load(str(tmp_path / "a.safetensors"), model)
+        weights.save(tmp_path / "a.safetensors", variables, model, layout=layout)
+        loaded = weights.load(str(tmp_path / "a.safetensors"), model)
         assert_same_bits(flat(loaded), flat(variables))
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o044
@@ -447,8 +447,8 @@ def test_safetensors_keep_every_bit(tmp_path):
 
 def test_a_file_of_latent_weights_feeds_the_model(tmp_path):
     model = create()
-    torch_io.save(tmp_path / "a.safetensors", normal(model), model)
-    variables = torch_io.load(tmp_path / "a.safetensors", model, threshold=0.5)
+    weights.save(tmp_path / "a.safetensors", normal(model), model)
+    variables = weights.load(tmp_path / "a.safetensors", model, threshold=0.5)
     images = np.zeros((2, 8, 8, 3), np.float32)
     logits = jax.jit(partial(model.apply, train=False))(variables, images)
     assert logits.shape == (2, 10)
@@ -458,39 +458,39 @@ def test_a_file_of_latent_weights_feeds_the_model(tmp_path):
 def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     model, path = create(), tmp_path / "a.safetensors"
     with pytest.raises(FileNotFoundError, match=r"there is no file .*a\.safetensors\."):
-        torch_io.load(path, model)
+        weights.load(path, model)
     for name in ("a.npz", "a"):
         message = rf"suffix of .*{name} is '.*'; allowed: '.safetensors', '.pt', '.pth', '.th'"
         with pytest.raises(ValueError, match=message):
-            torch_io.load(tmp_path / name, model)
-    torch_io.save(path, normal(model), model)
+            weights.load(tmp_path / name, model)
+    weights.save(path, normal(model), model)
     whole = path.read_bytes()
     for content in (whole[:-7], whole[:5], b"", b"something else, longer than a header" * 9):
         path.write_bytes(content)
         message = r"a\.safetensors is damaged or not a safetensors file"
         with pytest.raises(ValueError, match=message):
-            torch_io.load(path, model)
+            weights.load(path, model)
     path.write_bytes(whole)
     with pytest.raises(ValueError, match=r"a\.safetensors: the state dict and ResNet do not fit"):
-        torch_io.load(path, create("resnet18"))
+        weights.load(path, create("resnet18"))
     (tmp_path / "a.pt").write_bytes(whole)
     for module, file in (("safetensors", path), ("torch", tmp_path / "a.pt")):
         for loaded in [name for name in sys.modules if name.split(".")[0] == module]:
             monkeypatch.setitem(sys.modules, loaded, None)
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ImportError, match=rf"{module} is missing .*: pip install {module}"):
-            torch_io.load(file, model)
+            weights.load(file, model)
         with pytest.raises(ImportError, match=rf"pip install {module}"):
-            torch_io.save(file, normal(model), model)
+            weights.save(file, normal(model), model)
 
 
 def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
     model, path = create(), tmp_path / "a.safetensors"
     with pytest.raises(FileNotFoundError, match=r"there is no directory .*none\."):
-        torch_io.save(tmp_path / "none" / "a.safetensors", normal(model), model)
+        weights.save(tmp_path / "none" / "a.safetensors", normal(model), model)
     with pytest.raises(ValueError, match=r"suffix of .*a\.npz is '\.npz'; allowed"):
-        torch_io.save(tmp_path / "a.npz", normal(model), model)
-    torch_io.save(path, normal(model), model)
+        weights.save(tmp_path / "a.npz", normal(model), model)
+    weights.save(path, normal(model), model)
     before = path.read_bytes()
 
     def fail_half_way(self, content):
@@ -500,7 +500,7 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", fail_half_way)
     with pytest.raises(OSError, match="disk full"):
-        torch_io.save(path, normal(model), model)
+        weights.save(path, normal(model), model)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -593,7 +593,7 @@ def test_logits_are_pytorchs_and_pytorch_takes_the_file(name, tmp_path):
     network = randomised(torch, networks[name])
     model = create(name, classifier_bias=True, dtype=jnp.float64)
     torch.save({"state_dict": network.state_dict(), "epoch": 3}, tmp_path / "a.pth")
-    variables = torch_io.load(tmp_path / "a.pth", model)
+    variables = weights.load(tmp_path / "a.pth", model)
     images = np.random.default_rng(0).normal(size=(2, 32, 32, 3))
     with torch.no_grad():
         expected = network(torch.from_numpy(images.transpose(0, 3, 1, 2))).numpy()
@@ -601,13 +601,13 @@ def test_logits_are_pytorchs_and_pytorch_takes_the_file(name, tmp_path):
         logits = jax.device_get(jax.jit(partial(model.apply, train=False))(variables, images))
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
     # And back: every name is there and no other, and all values are the same.
-    torch_io.save(tmp_path / "b.pt", variables, model)
+    weights.save(tmp_path / "b.pt", variables, model)
     again = networks[name]().double()
     again.load_state_dict(torch.load(tmp_path / "b.pt", weights_only=True), strict=True)
     for key, tensor in network.state_dict().items():
         assert torch.equal(again.state_dict()[key], tensor), key
     # The live tensors do as well as a file, parameters that require a gradient included.
-    live = torch_io.variables_from_torch(network.state_dict(keep_vars=True), model)
+    live = weights.variables_from_torch(network.state_dict(keep_vars=True), model)
     assert_same_bits(flat(live), flat(variables))
 
 
@@ -616,8 +616,8 @@ def test_pytorch_files_keep_every_bit(suffix, tmp_path):
     torch = pytest.importorskip("torch")
     model, path = create(), tmp_path / f"a{suffix}"
     variables = any_bits(model)
-    torch_io.save(path, variables, model)
-    assert_same_bits(flat(torch_io.load(path, model)), flat(variables))
+    weights.save(path, variables, model)
+    assert_same_bits(flat(weights.load(path, model)), flat(variables))
     kinds = {tensor.dtype for tensor in torch.load(path, weights_only=True).values()}
     assert kinds == {torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64}
 
@@ -639,7 +639,7 @@ def test_a_checkpoint_as_the_published_code_writes_it(tmp_path):
     }
     torch.save(checkpoint, tmp_path / "epoch_99.state")
     path, threshold = tmp_path / "epoch_99.state", s_lats_threshold(100, final=0.05)
-    variables = torch_io.load(path, create("resnet18"), threshold=threshold)
+    variables = weights.load(path, create("resnet18"), threshold=threshold)
     params = variables["params"]
     for weight, kernel in [
         (network.conv1.weight, params["stem"]["kernel"]),
@@ -653,18 +653,18 @@ def test_a_checkpoint_as_the_published_code_writes_it(tmp_path):
 def test_pytorch_files_that_cannot_be_read(tmp_path):
     torch = pytest.importorskip("torch")
     model, path = create(), tmp_path / "a.pt"
-    torch_io.save(path, normal(model), model)
+    weights.save(path, normal(model), model)
     whole = path.read_bytes()
     for content in (whole[:-7], whole[:5], b"", b"something else"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"a\.pt is damaged, or not a PyTorch file of tensors"):
-            torch_io.load(path, model)
+            weights.load(path, model)
     torch.save(torch.nn.Linear(2, 2), path)
     with pytest.raises(ValueError, match=r"write the state dict alone: torch\.save\(model"):
-        torch_io.load(path, model)
+        weights.load(path, model)
     tensors = {"bn1.bias": torch.ones(16).to_sparse(), "bn1.weight": torch.ones(16).to("meta")}
     with pytest.raises(ValueError, match=r"bn1\.bias is no .*\n.*bn1\.weight is no dense array"):
-        torch_io.variables_from_torch(tensors, model)
+        weights.variables_from_torch(tensors, model)
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match=r"a\.pt: the state dict is a list; allowed: a mapping"):
-        torch_io.load(path, model)
+        weights.load(path, model)

@@ -1,7 +1,7 @@
 """Weights in and out of PyTorch: state dicts, and the files that hold them, to variables and back.
 
 Here belongs how arrays are laid out, checked and thresholded on their way. What they are called is
-in `torch_names.py`, the file formats in `torch_files.py`. Dtypes are kept and, where nothing is
+in `names.py`, the file formats in `state_dicts.py`. Dtypes are kept and, where nothing is
 thresholded, bits.
 """
 
@@ -20,12 +20,12 @@ from flax import traverse_util
 
 from lats_optax.checks.numbers import check_threshold
 from lats_optax.compatibility import enable_x64
-from lats_optax.models import torch_files
-from lats_optax.models.fit import Shape, misfits
 from lats_optax.models.layers import check, check_choice
-from lats_optax.models.torch_files import to_numpy
-from lats_optax.models.torch_names import Form, form_of
 from lats_optax.prox import prox_l1
+from lats_optax.torch import state_dicts
+from lats_optax.torch.fit import Shape, misfits
+from lats_optax.torch.names import Form, form_of
+from lats_optax.torch.state_dicts import to_numpy
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 # What training scripts wrap a state dict in: the published LATS and STR code, and torchvision's.
@@ -204,9 +204,9 @@ def load(
     Example: of the published ``model_best.pth``, whose run had 100 epochs and ended at D = 0.01::
 
       threshold = lats_optax.epoch_lats_threshold(100, 1, final=0.01)
-      variables = torch_io.load("model_best.pth", model, threshold=threshold)
+      variables = weights.load("model_best.pth", model, threshold=threshold)
     """
-    state_dict = torch_files.read(Path(path))
+    state_dict = state_dicts.read(Path(path))
     try:
         return variables_from_torch(
             state_dict, model, threshold=threshold, epoch=epoch, channels=channels
@@ -242,11 +242,11 @@ def save(
     Example::
 
       model = models.create("resnet50", num_classes=1000, classifier_bias=True)
-      torch_io.save("resnet50.safetensors", checkpoint.load_variables("runs/mine"), model)
-      variables = torch_io.load("resnet50.safetensors", model)
+      weights.save("resnet50.safetensors", checkpoint.load_variables("runs/mine"), model)
+      variables = weights.load("resnet50.safetensors", model)
     """
     tensors = variables_to_torch(variables, model, layout=layout, channels=channels)
-    torch_files.write(Path(path), tensors)
+    state_dicts.write(Path(path), tensors)
 
 
 # --- what a model has ---------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What the arrays of the zoo are called in published PyTorch code.
 
-Here belong names and layouts, one `Form` an architecture; `torch_io.py` moves arrays by them.
+Here belong names and layouts, one `Form` an architecture; `weights.py` moves arrays by them.
 """
 
 import math

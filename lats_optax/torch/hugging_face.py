@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from lats_optax.files.atomic import replacing
-from lats_optax.models import llama_weights, torch_files
 from lats_optax.models.layers import check, check_choice
 from lats_optax.models.llama import LlamaConfig
+from lats_optax.torch import llama_weights, state_dicts
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # What the decoder has one form of: key, that form, which is also what a missing key says.
@@ -100,11 +100,11 @@ def save(
     directory.mkdir(exist_ok=True)
     shards = list(_shards(tensors, max_shard_bytes))
     if len(shards) == 1:
-        torch_files.write(directory / _WEIGHTS, tensors)
+        state_dicts.write(directory / _WEIGHTS, tensors)
     else:
         files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         for file, shard in zip(files, shards):
-            torch_files.write(directory / file, shard)
+            state_dicts.write(directory / file, shard)
         total = sum(array.nbytes for array in tensors.values())
         where = {name: file for file, shard in zip(files, shards) for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": where}
@@ -130,7 +130,7 @@ def params_from_hugging_face(tensors: Mapping[str, Any], config: LlamaConfig) ->
       ValueError: tensors are unknown, missing, misshapen or of another dtype.
     """
     arrays = {
-        name: torch_files.to_numpy(tensor)
+        name: state_dicts.to_numpy(tensor)
         for name, tensor in tensors.items()
         if not name.endswith("rotary_emb.inv_freq")  # which old checkpoints hold
     }
@@ -228,7 +228,7 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
     if (directory / _WEIGHTS).is_file():
-        return dict(torch_files.read(directory / _WEIGHTS))
+        return dict(state_dicts.read(directory / _WEIGHTS))
     path = directory / _INDEX
     if not path.is_file():
         raise FileNotFoundError(f"there is neither {_WEIGHTS} nor {_INDEX} in {directory}.")
@@ -239,7 +239,7 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
     )
     if not plain:
         raise ValueError(f"{path}: weight_map is not an object from tensors to files beside it.")
-    shards = {file: torch_files.read(directory / file) for file in sorted(set(where.values()))}
+    shards = {file: state_dicts.read(directory / file) for file in sorted(set(where.values()))}
     for name, file in where.items():
         if name not in shards[file]:
             raise ValueError(f"{path}: {name} is missing in {file}.")
