@@ -46,7 +46,7 @@ from jax.experimental import topologies
 
 from benchmarks.optimizer_step import SELECTION_PASSES, bytes_accessed
 from lats_optax.target import default_update_every
-from lats_optax.training import parts
+from lats_optax.training import assembly
 from lats_optax.training.config import PruneConfig, TrainConfig
 from lats_optax.training.optimizer import make_optimizer
 from lats_optax.training.parallel import Engine, JitEngine, PmapEngine
@@ -109,7 +109,7 @@ def lower_step(config: TrainConfig, engine: Engine, batch_per_chip: int) -> Any:
         "image": jax.ShapeDtypeStruct((images, *IMAGE_SHAPE), jnp.dtype(config.model.dtype)),
         "label": jax.ShapeDtypeStruct((images,), jnp.int32),
     }
-    step = parts.bind_step(config, model, phase, engine.split, engine.whole)
+    step = assembly.bind_step(config, model, phase, engine.split, engine.whole)
     return engine.compile_update(step).lower(*engine.abstract(state, batch))
 
 
@@ -368,9 +368,9 @@ def main() -> None:
 
 def _parts(config: TrainConfig, axis_name: str | None) -> tuple[Any, Any, Any]:
     """Model, phase and the shapes of their state."""
-    model = parts.make_model(config, CLASSES, axis_name)
+    model = assembly.make_model(config, CLASSES, axis_name)
     phase = make_optimizer(config, _steps_per_epoch(config)).phases[0]
-    return model, phase, jax.eval_shape(parts.bind_state(config, model, phase, IMAGE_SHAPE))
+    return model, phase, jax.eval_shape(assembly.bind_state(config, model, phase, IMAGE_SHAPE))
 
 
 def _steps_per_epoch(config: TrainConfig) -> int:

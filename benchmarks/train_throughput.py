@@ -48,7 +48,7 @@ import lats_optax
 from benchmarks import records
 from benchmarks.optimizer_step import selection
 from lats_optax.target import default_update_every
-from lats_optax.training import parts
+from lats_optax.training import assembly
 from lats_optax.training.config import (
     DataConfig,
     ModelConfig,
@@ -130,11 +130,13 @@ def image_shape(options: argparse.Namespace) -> tuple[int, int, int]:
     return options.image_size, options.image_size, 1 if options.model.startswith("digits") else 3
 
 
-def thresholded_in_layers(step: parts.TrainStep, mask: Callable[[Any], Any]) -> parts.TrainStep:
+def thresholded_in_layers(
+    step: assembly.TrainStep, mask: Callable[[Any], Any]
+) -> assembly.TrainStep:
     """A dense step whose layers run on ``sign(w) relu(|w| - d)`` of their weights.
 
     Args:
-      step: of `parts.bind_step`.
+      step: of `assembly.bind_step`.
       mask: which parameters.
 
     Source: Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity" (ICML
@@ -164,10 +166,10 @@ def jax_runner(options: argparse.Namespace, way: Step) -> Runner:
     """The trainer's step, compiled, on a batch that stays on the device."""
     config = config_of(options, way.prune)
     parallel = way.engine(jax.devices()[:1])
-    model = parts.make_model(config, CLASSES, parallel.axis_name)
+    model = assembly.make_model(config, CLASSES, parallel.axis_name)
     optimizer = make_optimizer(config, STEPS_PER_EPOCH)
     phase = optimizer.phases[0]
-    pure = parts.bind_step(config, model, phase, parallel.split, parallel.whole)
+    pure = assembly.bind_step(config, model, phase, parallel.split, parallel.whole)
     if way.in_layers:
         pure = thresholded_in_layers(pure, optimizer.mask)
     step = parallel.compile_update(pure)
@@ -179,7 +181,7 @@ def jax_runner(options: argparse.Namespace, way: Step) -> Runner:
             "label": random.integers(CLASSES, size=options.batch_size, dtype=np.int32),
         }
     )
-    state = parallel.create(parts.bind_state(config, model, phase, image_shape(options)))
+    state = parallel.create(assembly.bind_state(config, model, phase, image_shape(options)))
     start = time.perf_counter()
     # Ahead of time, for its memory analysis: the device's own peak would be that of all programs.
     compiled = step.lower(state, batch).compile()
@@ -373,9 +375,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--torch: PyTorch is not installed here; allowed with a --torch-python")
     try:
         config = config_of(options, DENSE)
-        model = parts.make_model(config, CLASSES)
+        model = assembly.make_model(config, CLASSES)
         phase = make_optimizer(config, STEPS_PER_EPOCH).phases[0]
-        jax.eval_shape(parts.bind_state(config, model, phase, image_shape(options)))
+        jax.eval_shape(assembly.bind_state(config, model, phase, image_shape(options)))
     except ValueError as error:
         parser.error(str(error))
     return options

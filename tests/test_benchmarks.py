@@ -23,7 +23,7 @@ from benchmarks import (
     train_throughput,
 )
 from lats_optax import models, prox
-from lats_optax.training import parts
+from lats_optax.training import assembly
 from lats_optax.training.config import (
     DataConfig,
     ModelConfig,
@@ -313,9 +313,9 @@ def test_layers_that_threshold_their_weights(monkeypatch):
     tiny.add_to_zoo(monkeypatch)
     config = tiny.config(Path("unused"))
     model, optimizer = tiny.Model(), make_optimizer(config, 10)
-    step = parts.bind_step(config, model, optimizer.phases[0])
+    step = assembly.bind_step(config, model, optimizer.phases[0])
     total = train_throughput.EPOCHS * train_throughput.STEPS_PER_EPOCH
-    state = parts.bind_state(config, model, optimizer.phases[0], tiny.SHAPE)()
+    state = assembly.bind_state(config, model, optimizer.phases[0], tiny.SHAPE)()
     state = state._replace(step=jnp.asarray(total))  # where the threshold is its final one
     batch = next(tiny.make_dataset().train_batches(8))
 

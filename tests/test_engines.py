@@ -15,7 +15,7 @@ import pytest
 from flax import linen as nn
 
 import lats_optax
-from lats_optax.training import parts
+from lats_optax.training import assembly
 from lats_optax.training.config import ParallelConfig, PruneConfig
 from lats_optax.training.optimizer import make_optimizer
 from lats_optax.training.parallel import Engine, JitEngine, PmapEngine
@@ -162,12 +162,14 @@ class Separable(nn.Module):
 def test_weights_are_gathered_and_activations_stay(fsdp):
     config, model, shape = tiny.config(Path("unused")), Separable(), (8, 8, 4)
     phase, engine = make_optimizer(config, 10).phases[0], JitEngine(fsdp=fsdp)
-    state = jax.eval_shape(parts.bind_state(config, model, phase, shape))
+    state = jax.eval_shape(assembly.bind_state(config, model, phase, shape))
     batch = {
         "image": jax.ShapeDtypeStruct((32, *shape), jnp.float32),
         "label": jax.ShapeDtypeStruct((32,), jnp.int32),
     }
-    step = engine.compile_update(parts.bind_step(config, model, phase, engine.split, engine.whole))
+    step = engine.compile_update(
+        assembly.bind_step(config, model, phase, engine.split, engine.whole)
+    )
     text = step.lower(*engine.abstract(state, batch)).compile().as_text()
     weights = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     kinds = ("all-gather", "all-to-all", "collective-permute")

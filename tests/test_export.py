@@ -11,10 +11,10 @@ import pytest
 
 import lats_optax
 from lats_optax import models
+from lats_optax.training.assembly import make_model
 from lats_optax.training.config import ModelConfig, TrainConfig
 from lats_optax.training.export import load_model, save_model, variables_of
 from lats_optax.training.initial import load_initial
-from lats_optax.training.parts import make_model
 
 SMALL = models.create("digits-cnn", num_classes=10, width=0.25)
 LEAKY = models.Neuron("lif", tau=3.0, surrogate=models.Surrogate("sigmoid", alpha=4.0))

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import lats_optax
-from lats_optax.training import parts, workdir
+from lats_optax.training import assembly, workdir
 from lats_optax.training.checkpoint import load_state, load_variables
 from lats_optax.training.config import PruneConfig, TrainConfig, check_resumable, to_json
 from lats_optax.training.export import load_model, save_model
@@ -140,7 +140,7 @@ def test_a_fine_tuning_step_is_the_step_of_the_frozen_phase(tmp_path, initial):
     for prune in (FINE, EARLY):
         config = tiny.config(tmp_path / "run", prune=prune, initial=initial)
         model, phase = tiny.Model(), make_optimizer(config, steps_per_epoch=6).phases[-1]
-        step, tx = parts.bind_step(config, model, phase), phase.transform
+        step, tx = assembly.bind_step(config, model, phase), phase.transform
         state = jax.eval_shape(lambda model=model, tx=tx: create_state(model, tx, tiny.SHAPE, 0))
         batch = next(iter(tiny.make_dataset().train_batches(8, seed=0)))
         taken = lambda state, batch, step=step: step(state, batch, lambda tree: tree)  # noqa: E731

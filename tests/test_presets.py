@@ -10,7 +10,7 @@ import pytest
 
 import lats_optax
 from lats_optax import cli, models
-from lats_optax.training import experiment, parts
+from lats_optax.training import assembly, experiment
 from lats_optax.training.config import ModelConfig, PruneConfig, TrainConfig
 from lats_optax.training.optimizer import make_optimizer
 from lats_optax.training.parallel import PmapEngine
@@ -165,16 +165,16 @@ def test_the_step_of_a_preset_needs_no_data(name):
     """Shapes alone: state and metrics of the real step, at the real size."""
     classes, size, parameters, pruned = NETWORKS[name]
     config = PRESETS[name].config
-    model = parts.make_model(config, classes, PmapEngine.axis_name)
+    model = assembly.make_model(config, classes, PmapEngine.axis_name)
     optimizer = make_optimizer(config, steps_per_epoch=10)
     (phase,) = optimizer.phases
-    step = parts.bind_step(config, model, phase)
+    step = assembly.bind_step(config, model, phase)
     channels = 1 if config.data.name == "fashion_mnist" else 3
     batch = {
         "image": jax.ShapeDtypeStruct((1, 2, size, size, channels), jnp.float32),
         "label": jax.ShapeDtypeStruct((1, 2), jnp.int32),
     }
-    state = jax.eval_shape(parts.bind_state(config, model, phase, (size, size, channels)))
+    state = jax.eval_shape(assembly.bind_state(config, model, phase, (size, size, channels)))
     mean = lambda tree: jax.lax.pmean(tree, "replica")  # noqa: E731
     replicas = jax.vmap(
         lambda state, batch: step(state, batch, mean),
@@ -236,13 +236,13 @@ def test_options_reach_the_model():
         neuron="plif",
         stem="cifar",
     )
-    model = parts.make_model(TrainConfig(model=config), num_classes=7)
+    model = assembly.make_model(TrainConfig(model=config), num_classes=7)
     assert isinstance(model, models.SEWResNet)
     assert (model.depth, model.num_classes, model.dtype) == (34, 7, jnp.bfloat16)
     assert (model.width, model.classifier_bias, model.steps) == (0.5, False, 2)
     assert (model.connection, model.neuron, model.stem) == ("IAND", models.Neuron("plif"), "cifar")
     config = ModelConfig("vit-base", width=0.5, depth=3, patch_size=8)
-    model = parts.make_model(TrainConfig(model=config), num_classes=7)
+    model = assembly.make_model(TrainConfig(model=config), num_classes=7)
     assert isinstance(model, models.VisionTransformer)
     assert (model.size, model.width, model.depth, model.patch_size) == ("base", 0.5, 3, 8)
 
@@ -255,7 +255,7 @@ def test_options_reach_the_model():
     ],
 )
 def test_options_that_are_not_given_are_the_models_own(name, kind, options):
-    model = parts.make_model(TrainConfig(model=ModelConfig(name)), num_classes=7)
+    model = assembly.make_model(TrainConfig(model=ModelConfig(name)), num_classes=7)
     fields = {field.name: field.default for field in dataclasses.fields(kind)}
     for option in options | {"width", "classifier_bias"}:
         assert getattr(ModelConfig(name), option) is None

@@ -11,10 +11,11 @@ import pytest
 
 import lats_optax
 from lats_optax import prox
-from lats_optax.training import loop, statistics
+from lats_optax.analysis import statistics
+from lats_optax.analysis.statistics import BINS
+from lats_optax.training import loop
 from lats_optax.training.config import PruneConfig
 from lats_optax.training.logging import read_metrics
-from lats_optax.training.statistics import BINS
 from tests import tiny
 from tests.runs import assert_equal_runs, at_step, events
 

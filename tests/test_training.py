@@ -9,8 +9,8 @@ import optax
 import pytest
 
 import lats_optax
+from lats_optax.training import assembly, loop
 from lats_optax.training import experiment as experiments
-from lats_optax.training import loop, parts
 from lats_optax.training.checkpoint import load_variables
 from lats_optax.training.config import (
     DataConfig,
@@ -91,7 +91,7 @@ def test_a_run_is_the_plain_loop(tmp_path, devices, prune):
 
 
 def test_target_sparsity_is_met_and_logged_in_one_compilation(tmp_path, monkeypatch):
-    traces = tiny.count_calls(monkeypatch, parts, "train_step")
+    traces = tiny.count_calls(monkeypatch, assembly, "train_step")
     result = tiny.train(tiny.config(tmp_path / "run", prune=SPARSE))
     kernels = [p for p in jax.tree.leaves(params_of(result)) if p.ndim >= 2]
     zeros, size = sum((k == 0).sum() for k in kernels), sum(k.size for k in kernels)

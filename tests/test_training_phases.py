@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import lats_optax
-from lats_optax.training import parts
+from lats_optax.training import assembly
 from lats_optax.training.config import PruneConfig, TrainConfig, prune_from_json, to_json
 from lats_optax.training.optimizer import cosine, make_optimizer, schedule_to
 from tests import tiny
@@ -76,7 +76,7 @@ def test_a_run_is_the_plain_loop(tmp_path, mode):
 
 
 def test_two_programs_and_a_threshold_while_there_is_one(tmp_path, monkeypatch):
-    traces = tiny.count_calls(monkeypatch, parts, "train_step")
+    traces = tiny.count_calls(monkeypatch, assembly, "train_step")
     result = tiny.train(tiny.config(tmp_path / "run", prune=EARLY))
     assert len(traces) == 2
     train = [r for r in result.metrics if r["split"] == "train"]

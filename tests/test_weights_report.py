@@ -5,7 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lats_optax.training.statistics import BINS, Histogram, LayerStatistics
+from lats_optax.analysis.statistics import BINS, Histogram, LayerStatistics
 from lats_optax.training.weights_report import write_picture
 
 RNG = np.random.default_rng(0)

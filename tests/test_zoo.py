@@ -358,7 +358,7 @@ def test_initial_weights(name, path, variance, uniform):
 
 
 def test_models_know_nothing_of_pruning_or_training():
-    """The zoo imports itself; what moves its weights, fallbacks and files; latent ones a threshold."""
+    """The zoo imports itself; what moves its weights, files and fallbacks, and a threshold."""
     zoo = Path(models.__file__).parent
     moving = ("lats_optax.models", "lats_optax.torch", "lats_optax.files", "lats_optax.compat")
     latent = ("lats_optax.prox ", "lats_optax.checks.numbers ")

@@ -1,7 +1,7 @@
 """Gram matrices of what each parameter of a function is multiplied with, over batches.
 
 Here belong `calibrate` and what it returns. The interpreter that meets the products is in
-`interpreter.py`.
+`analysis/interpreter.py`.
 """
 
 import functools
@@ -16,8 +16,8 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lats_optax import masks
-from lats_optax.calibration.interpreter import Found, Traced, interpret
-from lats_optax.calibration.views import View
+from lats_optax.analysis.interpreter import Found, Traced, interpret
+from lats_optax.analysis.views import View
 from lats_optax.checks.numbers import check_steps
 from lats_optax.masks import MaskOrFunction
 

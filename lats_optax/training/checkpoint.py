@@ -28,6 +28,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lats_optax.analysis.statistics import Support
 from lats_optax.files.storage import URL, as_path, fetched
 from lats_optax.training import config as configs
 from lats_optax.training import directories, manifest, step
@@ -35,7 +36,6 @@ from lats_optax.training.manifest import DamagedError
 from lats_optax.training.optimizer import pruned_mask
 from lats_optax.training.parallel import Engine
 from lats_optax.training.recovery import CheckpointError, newest_whole, set_aside, steps, warn
-from lats_optax.training.statistics import Support
 from lats_optax.training.step import TrainState
 from lats_optax.training.workdir import CHECKPOINTS, checkpoint_path
 

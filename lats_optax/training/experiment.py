@@ -19,13 +19,13 @@ import lats_optax
 from lats_optax import data, masks
 from lats_optax.training import config as configs
 from lats_optax.training import limits, workdir
+from lats_optax.training.assembly import bind_state, bind_step, make_model
 from lats_optax.training.checkpoint import Checkpoints
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.export import SavedModel, variables_of
 from lats_optax.training.initial import load_initial
 from lats_optax.training.optimizer import Optimizer, Phase, make_optimizer
 from lats_optax.training.parallel import Engine, join_processes, make_engine
-from lats_optax.training.parts import bind_state, bind_step, make_model
 from lats_optax.training.step import Batch, Metrics, TrainState, eval_step, statistics_step
 
 Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]

@@ -11,12 +11,12 @@ from typing import Any
 
 import tqdm
 
+from lats_optax.analysis import statistics
+from lats_optax.analysis.statistics import LayerStatistics
 from lats_optax.files.atomic import replacing, set_filename
 from lats_optax.files.storage import URL, growing
-from lats_optax.training import statistics
 from lats_optax.training.events import EventFile
 from lats_optax.training.parallel import Engine
-from lats_optax.training.statistics import LayerStatistics
 from lats_optax.training.workdir import METRICS
 
 Record = dict[str, Any]

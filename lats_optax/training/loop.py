@@ -18,9 +18,11 @@ from flax import linen as nn
 
 import lats_optax
 from lats_optax import data, masks
+from lats_optax.analysis import statistics
+from lats_optax.analysis.statistics import LayerStatistics, Support
 from lats_optax.training import config as configs
 from lats_optax.training import experiment as experiments
-from lats_optax.training import statistics, workdir
+from lats_optax.training import workdir
 from lats_optax.training.checkpoint import Checkpoints
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.experiment import Experiment
@@ -31,7 +33,6 @@ from lats_optax.training.logging import MetricsLog
 from lats_optax.training.parallel import Engine, ahead
 from lats_optax.training.recalibration import recalibrated
 from lats_optax.training.result import RunResult, result_of, write_models
-from lats_optax.training.statistics import LayerStatistics, Support
 from lats_optax.training.step import Batch, Metrics, TrainState, averaged
 
 

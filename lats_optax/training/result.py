@@ -9,13 +9,13 @@ import optax
 
 import lats_optax
 from lats_optax import models
+from lats_optax.analysis.statistics import LayerStatistics
 from lats_optax.files.storage import URL
 from lats_optax.training import verdict, workdir
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.experiment import Experiment
 from lats_optax.training.export import ModelFile, save_model
 from lats_optax.training.logging import Record
-from lats_optax.training.statistics import LayerStatistics
 from lats_optax.training.step import TrainState, averaged
 
 

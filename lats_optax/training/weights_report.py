@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lats_optax.analysis.statistics import Histogram, LayerStatistics
 from lats_optax.plots import style
-from lats_optax.training.statistics import Histogram, LayerStatistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from lats_optax.calibration.views import Joined, Lost, Source, View, matrix
+from lats_optax.analysis.views import Joined, Lost, Source, View, matrix
 
 # The matrices of a product, [batch, inputs, outputs] each, and what they are multiplied with,
 # [batch, samples, inputs]; or why there are none.

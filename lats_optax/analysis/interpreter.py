@@ -1,7 +1,8 @@
 """The interpreter that evaluates a function and meets each product of a parameter on the way.
 
 Here belongs how values, and what is known of them, go through equations, calls, loops and
-branches. What a product is, is in `products.py`; what is made of its activations, in `gram.py`.
+branches. What a product is, is in `products.py`; what is made of its activations, in
+`calibration/gram.py`.
 """
 
 import dataclasses
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
+from lats_optax.analysis import products
 from lats_optax.analysis.multiply_adds import callee, may_multiply
-from lats_optax.calibration import products
-from lats_optax.calibration.views import Lost, Source, View, derived, lose, parameters_of
+from lats_optax.analysis.views import Lost, Source, View, derived, lose, parameters_of
 
 # Constants of more entries are left to the compiler.
 _LARGEST_FOLDED = 64
