@@ -14,8 +14,11 @@ from PIL import Image
 
 import lats_optax
 from lats_optax import cli, masks, models
-from lats_optax.inspection import columns, lineup, model, model_file, schedule
-from lats_optax.training import report
+from lats_optax.analysis import curves as analysis
+from lats_optax.analysis import model, runs
+from lats_optax.inspection import columns, lineup, model_file
+from lats_optax.plots.curves import draw_thresholds
+from lats_optax.plots.model import draw_model
 from lats_optax.training.export import save_model, variables_of
 from lats_optax.training.presets import PRESETS
 
@@ -228,7 +231,7 @@ def test_a_recorded_threshold_comes_with_its_own_learning_rate(tmp_path, monkeyp
     ((label, found),) = curves(source).items()
     assert label == ("run=lr" if source.startswith("run=") else source)
     np.testing.assert_array_equal(found.steps, np.arange(7, STEPS, 7))
-    np.testing.assert_array_equal(found.l1, report.implied_l1(metrics)[1])
+    np.testing.assert_array_equal(found.l1, runs.implied_l1(metrics)[1])
     rates = [7 * COSINE[t : t + 7].mean() for t in found.steps[:-1].astype(int)]
     np.testing.assert_allclose(found.learning_rate, rates)
 
@@ -268,7 +271,7 @@ def test_columns_of_csv_files(tmp_path, text, column, steps, values):
 
 def test_the_table_says_where_l1_is_undefined(here):
     found = curves("lats", "linear", learning_rate=f"{here}:tail")
-    lines = schedule.summary_table(list(found.values())).splitlines()
+    lines = analysis.summary_table(list(found.values())).splitlines()
     cells = lines[2].split()
     assert cells[:1] + [float(c) for c in cells[1:6]] == ["lats", 0.3, 0.02, 0.02, 0.02, 0.02]
     assert float(cells[6]) < 1e-12
@@ -284,7 +287,7 @@ def test_picture_shows_each_schedule(tmp_path, monkeypatch):
         "s-lats": lats_optax.s_lats_threshold(STEPS, final=0.3),
         "linear": lambda t: 0.3 * t / STEPS,
     }
-    schedule.write_picture(tmp_path / "a.png", thresholds, rate, STEPS, steps_per_epoch=EPOCH)
+    draw_thresholds(tmp_path / "a.png", thresholds, rate, STEPS, steps_per_epoch=EPOCH)
     panels = {axes.get_title(loc="left"): axes for axes in figures[0].axes}
     rates, l1, threshold, slope = panels.values()
     assert [axes.get_xlabel() for axes in (rates, l1, threshold)] == ["epoch"] * 3
@@ -312,7 +315,7 @@ def test_long_runs_are_thinned_and_keep_their_extremes(tmp_path, monkeypatch):
     table = np.zeros(steps + 1)
     table[jumps] = 1e-3
     threshold = lats_optax.ThresholdSchedule(np.cumsum(table))
-    schedule.write_picture(tmp_path / "a.png", {"jumps": threshold}, 0.1, steps)
+    draw_thresholds(tmp_path / "a.png", {"jumps": threshold}, 0.1, steps)
     line = figures[0].axes[1].get_lines()[0]
     assert len(line.get_xdata()) < 10_000
     np.testing.assert_allclose(np.sum(line.get_ydata() > 0.0099), len(jumps), atol=1)
@@ -328,7 +331,7 @@ PICTURES = {
         "half $ a formula": lambda t: 0.1 * t,
         "long" * 50: lambda t: 0.2 * t,
     },
-    "recorded": {"run": schedule.recorded_curve("_r$", COUNTS, X[:-1], X[:-1], own_rate=True)},
+    "recorded": {"run": analysis.recorded_curve("_r$", COUNTS, X[:-1], X[:-1], own_rate=True)},
 }
 
 
@@ -336,7 +339,7 @@ PICTURES = {
 def test_picture_is_a_png_of_its_size(tmp_path, thresholds):
     path = tmp_path / "schedules.png"
     path.write_text("old")
-    schedule.write_picture(path, thresholds, lambda t: 0.1 * (t < 150), STEPS)
+    draw_thresholds(path, thresholds, lambda t: 0.1 * (t < 150), STEPS)
     with Image.open(path) as image:
         assert (image.format, image.size) == ("PNG", (2100, 1350))
     assert list(tmp_path.iterdir()) == [path]
@@ -354,7 +357,7 @@ def test_picture_is_a_png_of_its_size(tmp_path, thresholds):
 )
 def test_library_errors_name_the_argument(tmp_path, arguments, words):
     with pytest.raises(ValueError, match=words):
-        schedule.write_picture(tmp_path / "a.png", *arguments)
+        draw_thresholds(tmp_path / "a.png", *arguments)
     assert not list(tmp_path.iterdir())
 
 
@@ -516,7 +519,7 @@ def test_picture_shows_each_layer(tmp_path, monkeypatch, counted):
     if counted:
         call = lambda params, x: x @ params["kernel"]  # noqa: E731
         operations = lats_optax.count_operations(call, params, np.ones((7, 2)))
-    model.write_picture(tmp_path / "a.png", model.inspect_model(params, operations), "two layers")
+    draw_model(tmp_path / "a.png", model.inspect_model(params, operations), "two layers")
     zeros, size, channels, magnitudes, histogram = figures[0].axes
     assert figures[0].get_suptitle() == "two layers"
     assert [text.get_text() for text in zeros.get_yticklabels()] == ["kernel"]
@@ -540,7 +543,7 @@ def test_picture_shows_each_layer(tmp_path, monkeypatch, counted):
 )
 def test_picture_of_a_model_is_a_png(tmp_path, params):
     path = tmp_path / "model.png"
-    model.write_picture(path, model.inspect_model(params))
+    draw_model(path, model.inspect_model(params))
     with Image.open(path) as image:
         assert image.format == "PNG"
         assert image.width == 2400

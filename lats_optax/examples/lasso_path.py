@@ -25,6 +25,7 @@ from sklearn.linear_model import lasso_path
 import lats_optax
 from lats_optax.compatibility import enable_x64
 from lats_optax.examples.options import Parser, count
+from lats_optax.plots import style
 
 ALPHAS = np.geomspace(0.4, 0.001, 12)
 MakeTransform = Callable[[jax.Array], optax.GradientTransformation]
@@ -42,7 +43,7 @@ def main(args: list[str] | None = None) -> Paths:
     """Print the table, and draw the picture where one is asked for."""
     parser = Parser("lasso_path", __doc__)
     parser.add_argument("--steps", type=count, default=10_000, help="steps of gradient descent")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the path: .png, .svg …")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the path: a .png")
     options = parser.parse_args(args)
     paths = solve(options.steps)
     print_table(paths)
@@ -129,18 +130,17 @@ def print_table(paths: Paths) -> None:
 
 def draw(paths: Paths, file: Path) -> None:
     """Our coefficients as lines, scikit-learn's as dots."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    ours = paths.ours["proximal_step"]
-    for name, line, dots in zip(paths.features, ours, paths.sklearn):
-        (drawn,) = axes.semilogx(ALPHAS, line, label=name)
-        axes.semilogx(ALPHAS, dots, "o", markersize=4, color=drawn.get_color())
-    axes.invert_xaxis()
-    axes.set(xlabel="alpha", ylabel="coefficient", title="lines: proximal_step; dots: scikit-learn")
-    axes.legend(ncols=2, fontsize="small")
-    figure.savefig(file)
+    style.check_path(file)
+    with style.figure(file, (7, 4.5)) as figure:
+        axes = figure.subplots()
+        ours = paths.ours["proximal_step"]
+        for name, line, dots in zip(paths.features, ours, paths.sklearn):
+            (drawn,) = axes.semilogx(ALPHAS, line, label=name)
+            axes.semilogx(ALPHAS, dots, "o", markersize=4, color=drawn.get_color())
+        axes.invert_xaxis()
+        axes.set(xlabel="alpha", ylabel="coefficient")
+        axes.set(title="lines: proximal_step; dots: scikit-learn")
+        axes.legend(ncols=2, fontsize="small")
 
 
 if __name__ == "__main__":

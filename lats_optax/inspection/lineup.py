@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import optax
 import tyro
 
+from lats_optax.analysis.curves import Curve, summary_table
 from lats_optax.checks.numbers import check_threshold
 from lats_optax.control.schedules import learning_rates
 from lats_optax.files.storage import URL
-from lats_optax.inspection import schedule, sources
-from lats_optax.inspection.schedule import Curve
+from lats_optax.inspection import sources
 from lats_optax.inspection.sources import Run
+from lats_optax.plots import style
+from lats_optax.plots.curves import draw_thresholds
 from lats_optax.training import optimizer
 from lats_optax.training.config import OptimizerConfig, TrainConfig
 from lats_optax.training.presets import PRESETS
@@ -68,7 +70,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.out is not None:
-            schedule.check_picture(self.out)
+            style.check_path(self.out)
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"preset is {self.preset!r}; allowed: {', '.join(PRESETS)}.")
         if self.final is not None:
@@ -174,7 +176,7 @@ def report_on(lineup: Lineup, out: Path | URL) -> str:
     Returns:
       The table, and where the picture is, as lines of plain text.
     """
-    schedule.write_picture(
+    draw_thresholds(
         out,
         lineup.curves,
         lineup.learning_rate,
@@ -182,7 +184,7 @@ def report_on(lineup: Lineup, out: Path | URL) -> str:
         steps_per_epoch=lineup.steps_per_epoch,
     )
     curves = list(lineup.curves.values())
-    lines = [schedule.summary_table(curves), ""]
+    lines = [summary_table(curves), ""]
     if not all(curve.own_rate for curve in curves):
         lines.append(f"learning rate  {lineup.described}")
     return "\n".join([*lines, f"picture        {out}"])

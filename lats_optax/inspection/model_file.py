@@ -14,11 +14,11 @@ from flax import linen as nn
 
 import lats_optax
 from lats_optax import models
+from lats_optax.analysis.model import ModelReport, in_short, inspect_model
 from lats_optax.analysis.operations import OperationsReport
 from lats_optax.files.storage import URL
-from lats_optax.inspection import model as inspection
-from lats_optax.inspection.model import ModelReport, in_short
-from lats_optax.inspection.schedule import check_picture
+from lats_optax.plots import style
+from lats_optax.plots.model import draw_model
 from lats_optax.training.export import differences, find_model, load_model, variables_of
 
 
@@ -37,7 +37,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.out is not None:
-            check_picture(self.out)
+            style.check_path(self.out)
         if self.image_shape is not None and min(self.image_shape) < 1:
             raise ValueError(f"image_shape is {self.image_shape}; allowed: three of 1 or more.")
         if self.model is not None and self.image_shape is None:
@@ -100,7 +100,7 @@ def build(request: Request) -> Inspected:
         )
     return Inspected(
         path,
-        inspection.inspect_model(found.params, operations),
+        inspect_model(found.params, operations),
         call,
         path.stat().st_size,
         sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(found.tree)),
@@ -120,7 +120,7 @@ def report_on(inspected: Inspected, out: Path | URL) -> str:
     size, dense = inspected.file_bytes, inspected.dense_bytes
     share = _share(size, dense)
     sizes = f"{_short(size, 'B')}, {share} of the {_short(dense, 'B')} that its arrays take dense"
-    inspection.write_picture(out, inspected.report, f"{inspected.path}: {sizes}")
+    draw_model(out, inspected.report, f"{inspected.path}: {sizes}")
     lines = [
         str(inspected.report),
         "",

@@ -19,11 +19,10 @@ import numpy as np
 import optax
 
 import lats_optax
+from lats_optax.analysis.curves import Curve, curve, recorded_curve
 from lats_optax.control.schedules import ScalarOrSchedule, tabulate
 from lats_optax.files.storage import URL, as_path
-from lats_optax.inspection import schedule
 from lats_optax.inspection.columns import read_column
-from lats_optax.inspection.schedule import Curve
 from lats_optax.training import optimizer
 from lats_optax.training.config import PruneConfig, TrainConfig
 from lats_optax.training.logging import scan_metrics
@@ -98,7 +97,7 @@ def find_curve(label: str, source: str, run: Run) -> Curve:
     file, column = (None, None) if source.startswith("lats:") else _file(source)
     if file is None:
         threshold = _threshold(source, run)
-        return schedule.curve(label, threshold, run.learning_rate, run.steps)
+        return curve(label, threshold, run.learning_rate, run.steps)
     if file.suffix == ".jsonl":
         return _recorded(label, file)
     rows, thresholds = read_column(file, column)
@@ -110,7 +109,7 @@ def find_curve(label: str, source: str, run: Run) -> Curve:
             f"from 0 to {run.steps}, epochs times steps_per_epoch"
         )
     sums = np.append(0.0, np.cumsum(tabulate("learning_rate", run.learning_rate, run.steps)))
-    return schedule.recorded_curve(label, steps, thresholds, sums[steps.astype(int)])
+    return recorded_curve(label, steps, thresholds, sums[steps.astype(int)])
 
 
 def find_function(what: str, reference: str) -> Callable[[Any], Any]:
@@ -213,7 +212,7 @@ def _recorded(label: str, path: Path | URL) -> Curve:
         raise ValueError(f"{path} is not a metrics file of lats-train: {error!r}") from error
     if not records:
         raise ValueError(f"{path} records no threshold: was the run dense?")
-    return schedule.recorded_curve(label, steps, thresholds, sums, own_rate=True)
+    return recorded_curve(label, steps, thresholds, sums, own_rate=True)
 
 
 # --- what the user names ------------------------------------------------------------------------

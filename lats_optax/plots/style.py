@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lats_optax.files.atomic import replacing
+from lats_optax.files.storage import as_path, has_room
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,6 +56,20 @@ def figure(path: str | os.PathLike[str], size: tuple[float, float]) -> Iterator[
         yield empty
         with replacing(path) as unfinished:
             empty.savefig(unfinished, format="png")
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Checks that a picture can be written there, before anything is computed for it.
+
+    Raises:
+      FileNotFoundError: there is no directory to write to.
+      ValueError: it is not the name of a PNG.
+    """
+    path = as_path(path, "out")
+    if path.suffix != ".png":
+        raise ValueError(f"the picture is to be {str(path)!r}; allowed: a name that ends in .png")
+    if not has_room(path):
+        raise FileNotFoundError(f"there is no directory {path.parent} to write to")
 
 
 def line_style(index: int) -> dict[str, Any]:

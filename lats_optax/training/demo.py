@@ -5,9 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lats_optax.analysis.runs import comparison_table
 from lats_optax.files.atomic import replacing
 from lats_optax.files.storage import URL, as_path
-from lats_optax.training import experiment, loop, pictures, report, weights_report
+from lats_optax.plots.runs import draw_runs
+from lats_optax.plots.weights import draw_weights
+from lats_optax.training import experiment, loop, pictures
 from lats_optax.training.config import PruneConfig, TrainConfig
 from lats_optax.training.experiment import Experiment
 from lats_optax.training.presets import PRESETS
@@ -119,8 +122,8 @@ def fit(config: DemoConfig, experiments: dict[str, Experiment]) -> DemoResult:
         file.unlink(missing_ok=True)
     results = {name: loop.fit(ready) for name, ready in experiments.items()}
     runs = [pictures.as_run(name, result) for name, result in results.items()]
-    report.write_picture(picture, runs)
-    weights_report.write_picture(weights, results["sparse"].metrics, results["sparse"].weights)
+    draw_runs(picture, runs)
+    draw_weights(weights, results["sparse"].metrics, results["sparse"].weights)
     _write_json(
         summary,
         {
@@ -133,7 +136,7 @@ def fit(config: DemoConfig, experiments: dict[str, Experiment]) -> DemoResult:
             for run in runs
         },
     )
-    return DemoResult(report.comparison_table(runs), picture, weights, summary, results)
+    return DemoResult(comparison_table(runs), picture, weights, summary, results)
 
 
 def _write_json(path: Path | URL, content: dict[str, Any]) -> None:

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+from lats_optax.analysis.runs import Run
 from lats_optax.files.storage import URL
-from lats_optax.training import report, weights_report, workdir
+from lats_optax.plots.runs import draw_runs
+from lats_optax.plots.weights import draw_weights
+from lats_optax.training import workdir
 from lats_optax.training.result import RunResult
 
 
@@ -20,14 +23,14 @@ def write(result: RunResult) -> list[Path | URL]:
         return []
     directory = result.config.workdir
     curves = directory / workdir.REPORT
-    report.write_picture(curves, [as_run(directory.name, result)])
+    draw_runs(curves, [as_run(directory.name, result)])
     if not result.weights:
         return [curves]
     weights = directory / workdir.WEIGHTS
-    weights_report.write_picture(weights, result.metrics, result.weights)
+    draw_weights(weights, result.metrics, result.weights)
     return [curves, weights]
 
 
-def as_run(name: str, result: RunResult) -> report.Run:
+def as_run(name: str, result: RunResult) -> Run:
     """What a report tells of a run, under a name."""
-    return report.Run(name, result.test_accuracy, result.seconds, result.sparsity, result.metrics)
+    return Run(name, result.test_accuracy, result.seconds, result.sparsity, result.metrics)

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import lats_optax
+from lats_optax.analysis.runs import Run, comparison_table, implied_l1
 from lats_optax.analysis.sparsity import LayerSparsity, SparsityReport
-from lats_optax.training.report import Run, comparison_table, implied_l1, write_picture
+from lats_optax.plots.runs import draw_runs
 
 STEPS, EPOCH = 600, 60
 COSINE = optax.cosine_decay_schedule(0.1, STEPS)
@@ -87,7 +88,7 @@ def test_table_of_runs_with_different_layers_and_a_long_name():
     assert lines[3].endswith("95.00%" + " " * (2 + len(name)))
 
 
-@pytest.mark.parametrize("draw", [comparison_table, lambda runs: write_picture("x.png", runs)])
+@pytest.mark.parametrize("draw", [comparison_table, lambda runs: draw_runs("x.png", runs)])
 def test_no_runs(draw):
     with pytest.raises(ValueError, match="runs is empty; it must hold at least one run"):
         draw([])
@@ -146,7 +147,7 @@ def test_picture_is_a_png_of_its_size(tmp_path, monkeypatch, runs):
     # To look at the back end is to choose it, which imports pyplot.
     names = set(matplotlib.rcParams) - {"backend"}
     settings = {name: matplotlib.rcParams[name] for name in names}
-    write_picture(tmp_path / "report.png", runs)
+    draw_runs(tmp_path / "report.png", runs)
     with Image.open(tmp_path / "report.png") as image:
         assert (image.format, image.size) == ("PNG", (2100, 1200))
         assert len(image.convert("L").getcolors(256)) > 10, "something is drawn"
@@ -162,7 +163,7 @@ def test_picture_shows_what_was_recorded(tmp_path, monkeypatch):
         path.touch()
 
     monkeypatch.setattr(Figure, "savefig", catch)
-    write_picture(tmp_path / "report.png", [DENSE, SPARSE])
+    draw_runs(tmp_path / "report.png", [DENSE, SPARSE])
     axes = {ax.get_title(loc="left"): ax for ax in figures[0].axes}
     assert list(axes) == [
         "Threshold",
@@ -209,7 +210,7 @@ def test_one_evaluation_is_a_point(tmp_path, monkeypatch):
         Figure, "savefig", lambda figure, path, **_: (figures.append(figure), path.touch())
     )
     once = [record for record in SPARSE.metrics if record["split"] == "test"][:1]
-    write_picture(tmp_path / "report.png", [dataclasses.replace(SPARSE, metrics=once)])
+    draw_runs(tmp_path / "report.png", [dataclasses.replace(SPARSE, metrics=once)])
     (line,) = figures[0].axes[4].get_lines()
     assert (len(line.get_xdata()), line.get_marker()) == (1, "o")
 
@@ -224,6 +225,6 @@ def test_failed_drawing_leaves_the_old_picture(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", out_of_space)
     with pytest.raises(OSError, match="no space left"):
-        write_picture(path, [DENSE])
+        draw_runs(path, [DENSE])
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lats_optax.analysis.statistics import BINS, Histogram, LayerStatistics
-from lats_optax.training.weights_report import write_picture
+from lats_optax.plots.weights import draw_weights
 
 RNG = np.random.default_rng(0)
 SIZE = 1000
@@ -41,7 +41,7 @@ CASES = {
 
 @pytest.mark.parametrize(("metrics", "layers"), CASES.values(), ids=CASES)
 def test_picture_is_a_png_of_its_size(tmp_path, metrics, layers):
-    write_picture(tmp_path / "weights.png", metrics, layers)
+    draw_weights(tmp_path / "weights.png", metrics, layers)
     with Image.open(tmp_path / "weights.png") as image:
         assert (image.format, image.size) == ("PNG", (2100, 1650))
     assert [path.name for path in tmp_path.iterdir()] == ["weights.png"]
@@ -55,7 +55,7 @@ def drawn(tmp_path, monkeypatch, metrics, layers):
         path.touch()
 
     monkeypatch.setattr(Figure, "savefig", catch)
-    write_picture(tmp_path / "weights.png", metrics, layers)
+    draw_weights(tmp_path / "weights.png", metrics, layers)
     return figures[0]
 
 
@@ -99,5 +99,5 @@ def test_of_many_layers_some_are_shown_to_the_end(tmp_path, monkeypatch):
 
 def test_no_layers(tmp_path):
     with pytest.raises(ValueError, match="layers is empty; it must hold at least one layer"):
-        write_picture(tmp_path / "weights.png", RECORDS, {})
+        draw_weights(tmp_path / "weights.png", RECORDS, {})
     assert not list(tmp_path.iterdir())

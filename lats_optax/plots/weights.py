@@ -23,7 +23,7 @@ SHOWN = 8
 _LINE, _MARK = (style.line_style(index)["color"] for index in (1, 2))
 
 
-def write_picture(
+def draw_weights(
     path: str | os.PathLike[str],
     metrics: Sequence[Mapping[str, Any]],
     layers: Mapping[str, LayerStatistics],
