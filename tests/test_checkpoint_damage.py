@@ -13,7 +13,8 @@ import pytest
 from lats_optax import cli
 from lats_optax.training import manifest, pictures
 from lats_optax.training.checkpoint import Checkpoints, load_state, load_variables
-from lats_optax.training.config import TrainConfig, to_json
+from lats_optax.training.config import TrainConfig
+from lats_optax.training.config_json import to_json
 from lats_optax.training.parallel import PmapEngine
 from lats_optax.training.recovery import CheckpointError, DamagedCheckpointWarning
 from lats_optax.training.step import TrainState

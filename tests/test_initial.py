@@ -12,7 +12,8 @@ import pytest
 import lats_optax
 from lats_optax.training import assembly, workdir
 from lats_optax.training.checkpoint import load_state, load_variables
-from lats_optax.training.config import PruneConfig, TrainConfig, check_resumable, to_json
+from lats_optax.training.config import PruneConfig, TrainConfig
+from lats_optax.training.config_json import check_resumable, to_json
 from lats_optax.training.export import load_model, save_model
 from lats_optax.training.optimizer import make_optimizer
 from lats_optax.training.parallel import PmapEngine

@@ -87,7 +87,7 @@ def test_a_url_is_spelt_as_it_was():
     assert str(url.parent) == "gs://bucket/a"
     assert (url.name, url.suffix, str(url.with_name("c"))) == ("b.txt", ".txt", "gs://bucket/a/c")
     config = TrainConfig(workdir=Path("memory://bucket/run"))
-    from lats_optax.training.config import to_json
+    from lats_optax.training.config_json import to_json
 
     assert to_json(config)["workdir"] == "memory://bucket/run"
 

@@ -18,9 +18,8 @@ from lats_optax.training.config import (
     OptimizerConfig,
     PruneConfig,
     TrainConfig,
-    check_resumable,
-    to_json,
 )
+from lats_optax.training.config_json import check_resumable, to_json
 from lats_optax.training.finite import NonFiniteError
 from lats_optax.training.logging import MetricsLog, read_metrics
 from lats_optax.training.optimizer import cosine, curve_law, make_optimizer, schedule_to

@@ -11,7 +11,8 @@ import pytest
 import lats_optax
 from lats_optax import prox
 from lats_optax.training import checkpoint
-from lats_optax.training.config import PruneConfig, check_resumable, prune_from_json, to_json
+from lats_optax.training.config import PruneConfig
+from lats_optax.training.config_json import check_resumable, prune_from_json, to_json
 from lats_optax.training.optimizer import group_operator, pruned_mask
 from tests import tiny
 from tests.properties import GROUPS

@@ -12,7 +12,8 @@ import pytest
 
 import lats_optax
 from lats_optax.training import assembly
-from lats_optax.training.config import PruneConfig, TrainConfig, prune_from_json, to_json
+from lats_optax.training.config import PruneConfig, TrainConfig
+from lats_optax.training.config_json import prune_from_json, to_json
 from lats_optax.training.optimizer import cosine, make_optimizer, schedule_to
 from tests import tiny
 from tests.runs import BEFORE, EARLY, assert_equal_runs, at_step, events, plain_steps

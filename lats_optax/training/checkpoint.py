@@ -30,8 +30,8 @@ import orbax.checkpoint as ocp
 
 from lats_optax.analysis.statistics import Support
 from lats_optax.files.storage import URL, as_path, fetched
-from lats_optax.training import config as configs
-from lats_optax.training import directories, manifest, step
+from lats_optax.training import config_json, directories, manifest, step
+from lats_optax.training.config import TrainConfig
 from lats_optax.training.manifest import DamagedError
 from lats_optax.training.optimizer import pruned_mask
 from lats_optax.training.parallel import Engine
@@ -88,7 +88,7 @@ class Checkpoints:
         Args:
           state: equal in every process.
           data_state: what the data iterator's `get_state` gives.
-          config: what `config.to_json` gives.
+          config: what `config_json.to_json` gives.
           support: that of the last evaluation, which need not be that of the state; empty in a
             dense run.
 
@@ -223,7 +223,7 @@ def load_variables(workdir: Path | URL | str, averaged: bool = False) -> dict[st
                 f"averaged is True; allowed for {workdir}: False, because that run has no "
                 "average_decay."
             )
-        prune = configs.prune_from_json(config)
+        prune = config_json.prune_from_json(config)
         mask = pruned_mask(prune) if prune.enabled else None
         state = step.averaged(state, mask)
     return {"params": state.params, "batch_stats": state.batch_stats or {}}
@@ -291,7 +291,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     number = content.get("step")
     require("step", number, number == int(path.name), path.name)
     config, position = content["config"], content["data_state"]
-    for name, default in configs.to_json(configs.TrainConfig()).items():
+    for name, default in config_json.to_json(TrainConfig()).items():
         if isinstance(default, dict):
             section = config.get(name)
             require(f"config.{name}", section, isinstance(section, dict), "an object")

@@ -17,8 +17,7 @@ from flax import linen as nn
 
 import lats_optax
 from lats_optax import data, masks
-from lats_optax.training import config as configs
-from lats_optax.training import limits, workdir
+from lats_optax.training import config_json, limits, workdir
 from lats_optax.training.assembly import bind_state, bind_step, make_model
 from lats_optax.training.checkpoint import Checkpoints
 from lats_optax.training.config import TrainConfig
@@ -249,7 +248,7 @@ def _check_resumable(config: TrainConfig, parallel: Engine) -> bool:
         return False
     saved = Checkpoints(config.workdir, parallel).config()
     if saved is not None:
-        configs.check_resumable(saved, config)
+        config_json.check_resumable(saved, config)
     return saved is not None
 
 

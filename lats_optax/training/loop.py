@@ -20,9 +20,8 @@ import lats_optax
 from lats_optax import data, masks
 from lats_optax.analysis import statistics
 from lats_optax.analysis.statistics import LayerStatistics, Support
-from lats_optax.training import config as configs
+from lats_optax.training import config_json, workdir
 from lats_optax.training import experiment as experiments
-from lats_optax.training import workdir
 from lats_optax.training.checkpoint import Checkpoints
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.experiment import Experiment
@@ -298,7 +297,7 @@ def _save(
     host, support = experiment.parallel.to_host((state, support))
     # First: a run that goes on from the checkpoint has all records of the steps before it.
     experiment.parallel.on_primary(run.log.sync)
-    run.checkpoints.save(host, position, configs.to_json(experiment.config), support)
+    run.checkpoints.save(host, position, config_json.to_json(experiment.config), support)
 
 
 def _diverged(run: _Run, state: TrainState, problem: str) -> NonFiniteError:
