@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from lats_optax.analysis import products
-from lats_optax.analysis.multiply_adds import callee, may_multiply
+from lats_optax.analysis.jaxprs import callee, run, scan_inputs, shape, while_inputs
+from lats_optax.analysis.multiply_adds import may_multiply
 from lats_optax.analysis.views import Lost, Source, View, derived, lose, parameters_of
 
 # Constants of more entries are left to the compiler.
@@ -79,23 +80,15 @@ class Found:
 
 def interpret(jaxpr: Jaxpr | ClosedJaxpr, inputs: Sequence[Traced], found: Found) -> list[Traced]:
     """Evaluates a jaxpr, and tells of each output where it comes from."""
-    known: dict[Any, Traced] = {}
-    if isinstance(jaxpr, ClosedJaxpr):
-        for name, value in zip(jaxpr.jaxpr.constvars, jaxpr.consts):
-            known[name] = Traced(value, None, False)
-        jaxpr = jaxpr.jaxpr
-    known.update(zip(jaxpr.invars, inputs, strict=True))
-
-    def read(atom: Any) -> Traced:
-        return Traced(atom.val, None, False) if isinstance(atom, Literal) else known[atom]
-
     above = found.place
-    for number, eqn in enumerate(jaxpr.eqns):
+
+    def equation(number: int, eqn: JaxprEqn, inputs: list[Traced]) -> list[Traced]:
         found.place = (*above, number)
-        outputs = _equation(eqn, [read(atom) for atom in eqn.invars], found)
-        known.update(zip(eqn.outvars, outputs, strict=True))
+        return _equation(eqn, inputs, found)
+
+    outputs = run(jaxpr, inputs, lambda value: Traced(value, None, False), equation)
     found.place = above
-    return [read(atom) for atom in jaxpr.outvars]
+    return outputs
 
 
 def _equation(eqn: JaxprEqn, inputs: list[Traced], found: Found) -> list[Traced]:
@@ -128,7 +121,7 @@ def _evaluate(eqn: JaxprEqn, values: list[Any], constant: bool) -> list[Any]:
     def bind() -> Any:
         return eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))  # type: ignore[no-untyped-call]
 
-    sizes = [math.prod(getattr(atom.aval, "shape", ())) for atom in eqn.outvars]
+    sizes = [math.prod(shape(atom)) for atom in eqn.outvars]
     tracers = any(isinstance(value, jax.core.Tracer) for value in values)
     if constant and not tracers and not eqn.effects and sum(sizes) <= _LARGEST_FOLDED:
         with jax.ensure_compile_time_eval():
@@ -164,9 +157,7 @@ Origin = tuple[Source, bool]
 
 def _scan(eqn: JaxprEqn, inputs: list[Traced], found: Found) -> list[Traced]:
     body, scan = eqn.params["jaxpr"], id(eqn)
-    first = eqn.params["num_consts"]
-    last = first + eqn.params["num_carry"]
-    consts, carry, rows = inputs[:first], inputs[first:last], inputs[last:]
+    consts, carry, rows = scan_inputs(eqn, inputs)
     sliced = [(_slice(each.source, scan), each.active) for each in rows]
 
     def step(carry: list[Traced], row: Sequence[Any], inner: Found) -> list[Traced]:
@@ -203,9 +194,7 @@ def _scan(eqn: JaxprEqn, inputs: list[Traced], found: Found) -> list[Traced]:
 
 def _while(eqn: JaxprEqn, inputs: list[Traced], found: Found) -> list[Traced]:
     test, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
-    middle = eqn.params["cond_nconsts"]
-    first = middle + eqn.params["body_nconsts"]
-    tested, consts, carry = inputs[:middle], inputs[middle:first], inputs[first:]
+    tested, consts, carry = while_inputs(eqn, inputs)
 
     def step(carry: list[Traced], row: Sequence[Any], inner: Found) -> list[Traced]:
         del row

@@ -14,8 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, primitives
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Primitive, primitives
 
+from lats_optax.analysis.jaxprs import (
+    PIECES,
+    REARRANGED,
+    SAME_VALUES,
+    callee,
+    run,
+    scan_inputs,
+    shape,
+    while_inputs,
+)
 from lats_optax.analysis.provenance import (
     ACTIVATION,
     UNKNOWN,
@@ -68,36 +78,26 @@ def walk(
     jaxpr: Jaxpr | ClosedJaxpr, inputs: Sequence[Value], tally: Tally, times: int
 ) -> list[Value]:
     """Adds what a jaxpr multiplies, when it is run so many times, and tells what comes out."""
-    values: dict[Any, Value] = {}
-    if isinstance(jaxpr, ClosedJaxpr):
-        values.update(zip(jaxpr.jaxpr.constvars, map(given, jaxpr.consts)))
-        jaxpr = jaxpr.jaxpr
-    else:
-        values.update(dict.fromkeys(jaxpr.constvars, UNKNOWN))
-    values.update(zip(jaxpr.invars, inputs, strict=True))
 
-    def read(atom: Any) -> Value:
-        return given(atom.val) if isinstance(atom, Literal) else values[atom]
-
-    for eqn in jaxpr.eqns:
-        rule = _RULES.get(eqn.primitive.name, _other)
-        inputs = [read(atom) for atom in eqn.invars]
-        outputs = rule(eqn, inputs, tally, times)
+    def equation(number: int, eqn: JaxprEqn, inputs: list[Value]) -> list[Value]:
+        del number
+        outputs = _RULES.get(eqn.primitive.name, _other)(eqn, inputs, tally, times)
         if eqn.primitive.name in _NO_PRODUCT:
             outputs = computed(eqn, inputs) or outputs
-        values.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+        return outputs
+
+    return run(jaxpr, inputs, given, equation, UNKNOWN)
 
 
 def _dot(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
-    left, right = map(_shape, eqn.invars)
+    left, right = map(shape, eqn.invars)
     (_, contracted), (_, batch) = eqn.params["dimension_numbers"]
     free = [n for axis, n in enumerate(right) if axis not in {*contracted, *batch}]
     return _product(eqn, inputs, tally, times * math.prod(left) * math.prod(free))
 
 
 def _convolution(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
-    left, right, out = map(_shape, [*eqn.invars, *eqn.outvars])
+    left, right, out = map(shape, [*eqn.invars, *eqn.outvars])
     numbers = eqn.params["dimension_numbers"]
     lhs, rhs, result = numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
     operations = out[result[0]] * out[result[1]] * right[rhs[1]]
@@ -116,23 +116,20 @@ def _product(eqn: JaxprEqn, inputs: list[Value], tally: Tally, operations: int) 
 
 def _scan(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
     body, length = eqn.params["jaxpr"], eqn.params["length"]
-    first = eqn.params["num_consts"]
-    last = first + eqn.params["num_carry"]
-    consts, carry, rows = inputs[:first], inputs[first:last], _anywhere(inputs[last:])
+    consts, carry, rows = scan_inputs(eqn, inputs)
+    rows = _anywhere(rows)
     carry = _settle(lambda carry: walk(body, [*consts, *carry, *rows], Tally(), 0), carry)
     outputs = walk(body, [*consts, *carry, *rows], tally, times * length)
     # What is stacked is no longer the array that it was in the body.
-    return [*carry, *_anywhere(outputs[last - first :])]
+    return [*carry, *_anywhere(outputs[len(carry) :])]
 
 
 def _while(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
     test, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
-    middle = eqn.params["cond_nconsts"]
-    first = middle + eqn.params["body_nconsts"]
-    consts = inputs[middle:first]
-    carry = _settle(lambda carry: walk(body, [*consts, *carry], Tally(), 0), inputs[first:])
+    tested, consts, carry = while_inputs(eqn, inputs)
+    carry = _settle(lambda carry: walk(body, [*consts, *carry], Tally(), 0), carry)
     iteration = Tally()
-    walk(test, [*inputs[:middle], *carry], iteration, times)
+    walk(test, [*tested, *carry], iteration, times)
     walk(body, [*consts, *carry], iteration, times)
     if any(iteration.dense.values()):
         iteration.unknown_loops += 1
@@ -177,7 +174,7 @@ def _pmap(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[
 
 def _sparse_dot(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
     """A product with a BCOO or BCSR array: of its stored entries, zeros among them included."""
-    data, indices, *_, right = map(_shape, eqn.invars)
+    data, indices, *_, right = map(shape, eqn.invars)
     batch_axes = len(indices) - (2 if eqn.primitive.name == "bcoo_dot_general" else 1)
     stored = [*eqn.params["lhs_spinfo"].shape[:batch_axes], *data[batch_axes:]]
     (_, contracted), (_, batch) = eqn.params["dimension_numbers"]
@@ -185,19 +182,6 @@ def _sparse_dot(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) ->
     # The positions are no factor, and may be parameters by their place in the tree.
     factors = [inputs[0], inputs[-1]]
     return _product(eqn, factors, tally, times * math.prod(stored) * math.prod(free))
-
-
-def callee(eqn: JaxprEqn) -> Jaxpr | ClosedJaxpr | None:
-    """The jaxpr that a call runs on its own inputs; that of a reduction is for scalars."""
-    ends = [*map(_shape, eqn.invars)], [*map(_shape, eqn.outvars)]
-    for value in eqn.params.values():
-        inner = value.jaxpr if isinstance(value, ClosedJaxpr) else value
-        if isinstance(inner, Jaxpr) and ends == (
-            [*map(_shape, inner.invars)],
-            [*map(_shape, inner.outvars)],
-        ):
-            return value
-    return None
 
 
 def _other(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
@@ -213,7 +197,7 @@ def may_multiply(eqn: JaxprEqn) -> bool:
     """Whether a primitive may multiply arrays and cannot be looked into."""
     rule = _RULES.get(eqn.primitive.name)
     if rule is None:
-        return eqn.primitive.name not in _NO_PRODUCT and any(map(_shape, eqn.invars))
+        return eqn.primitive.name not in _NO_PRODUCT and any(map(shape, eqn.invars))
     return rule is _opaque
 
 
@@ -269,7 +253,7 @@ def _indexed(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> li
 
 def _concatenate(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
     del tally, times
-    return [concatenated(inputs, [math.prod(_shape(atom)) for atom in eqn.invars])]
+    return [concatenated(inputs, [math.prod(shape(atom)) for atom in eqn.invars])]
 
 
 def _pad(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
@@ -289,12 +273,11 @@ def _select(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> lis
     weight = largest(cases)
     if weight is None or ACTIVATION in inputs:
         return [combine(inputs)]
-    shape = _shape(eqn.outvars[0])
     found = [nonzero(case) for case in cases]
     if weight.nonzero is None:
         zero = all(f is not None and not f.any() for c, f in zip(cases, found) if c is not weight)
         return [weight if zero else weight.filled()]
-    alive = [np.ones(shape, bool) if each is None else each for each in found]
+    alive = [np.ones(shape(eqn.outvars[0]), bool) if each is None else each for each in found]
     mask = _mask(which, eqn.invars[0])
     if mask is None:
         return [weight.with_zeros(np.any(alive, axis=0))]
@@ -316,7 +299,7 @@ def _times(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list
     if weight is None or ACTIVATION in inputs:
         return [combine(inputs)]
     place = inputs.index(weight)
-    whole = _shape(eqn.invars[place]) == _shape(eqn.outvars[0])
+    whole = shape(eqn.invars[place]) == shape(eqn.outvars[0])
     if not whole or (place == 1 and eqn.primitive.name == "div"):
         return [weight.filled()]
     if eqn.primitive.name == "div" or weight.nonzero is None:
@@ -327,30 +310,14 @@ def _times(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list
     return [weight.with_zeros(np.asarray(weight.nonzero()) & other)]
 
 
-def _shape(atom: Any) -> tuple[int, ...]:
-    return tuple(getattr(atom.aval, "shape", ()))  # a token has none
-
-
 def _anywhere(values: Sequence[Value]) -> list[Value]:
     return [anywhere(value) for value in values]
 
 
 _ZEROS_STAY = (
-    *("abs", "asin", "asinh", "atan", "atanh", "cbrt", "ceil", "convert_element_type", "copy"),
-    *("copy_p", "device_put", "erf", "expm1", "floor", "imag", "log1p", "mesh_cast", "name"),
-    *("neg", "optimization_barrier", "pbroadcast", "pvary", "real", "reduce_precision"),
-    *(
-        "reshard",
-        "round",
-        "sharding_constraint",
-        "sign",
-        "sin",
-        "sinh",
-        "sqrt",
-        "square",
-        "tan",
-        "tanh",
-    ),
+    *SAME_VALUES,
+    *("abs", "asin", "asinh", "atan", "atanh", "cbrt", "ceil", "erf", "expm1", "floor", "imag"),
+    *("log1p", "neg", "real", "round", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh"),
 )
 _RULES: dict[str, Callable[[JaxprEqn, list[Value], Tally, int], list[Value]]] = {
     "dot_general": _dot,
@@ -362,15 +329,13 @@ _RULES: dict[str, Callable[[JaxprEqn, list[Value], Tally, int], list[Value]]] = 
     "xla_pmap": _pmap,  # what jax.pmap is before jax 0.8
     "bcoo_dot_general": _sparse_dot,
     "bcsr_dot_general": _sparse_dot,
-    **dict.fromkeys(("slice", "split", "unstack"), _pieces),
+    **dict.fromkeys(("slice", *PIECES), _pieces),
     **dict.fromkeys(("concatenate", "stack"), _concatenate),
     "mul": _times,
     "div": _times,
     "pad": _pad,
     "select_n": _select,
-    **dict.fromkeys(
-        ("broadcast_in_dim", "reshape", "rev", "squeeze", "tile", "transpose"), _rearranged
-    ),
+    **dict.fromkeys(REARRANGED, _rearranged),
     **dict.fromkeys(("dynamic_slice", "gather"), _indexed),
     **dict.fromkeys(_ZEROS_STAY, _unchanged),
     **dict.fromkeys(

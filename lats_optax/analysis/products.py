@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
+from lats_optax.analysis.jaxprs import shape
 from lats_optax.analysis.views import Joined, Lost, Source, View, matrix
 
 # The matrices of a product, [batch, inputs, outputs] each, and what they are multiplied with,
@@ -26,7 +27,7 @@ def _dot(eqn: JaxprEqn, place: int, source: Source, other: jax.Array) -> Matched
     contracted, batch = eqn.params["dimension_numbers"]
     inputs, samples = contracted[place], contracted[1 - place]
     own, its = batch[place], batch[1 - place]
-    columns = _free(len(_shape(eqn, place)), inputs, own)
+    columns = _free(len(shape(eqn.invars[place])), inputs, own)
     free = _free(other.ndim, samples, its)
     activations = _arranged(other, its, free, samples)
 
@@ -52,8 +53,8 @@ def _convolution(eqn: JaxprEqn, place: int, source: Source, other: jax.Array) ->
     if not isinstance(source, View) or place != 1 or eqn.params["batch_group_count"] != 1:
         return "a convolution of another kind than images with a kernel"
     outputs, inputs, *positions = numbers.rhs_spec
-    shape = _shape(eqn, place)
-    count = shape[outputs]
+    sizes = shape(eqn.invars[place])
+    count = sizes[outputs]
 
     def arrange(kernel: jax.Array) -> jax.Array:
         ordered = jnp.transpose(kernel, (*positions, inputs, outputs))
@@ -64,7 +65,7 @@ def _convolution(eqn: JaxprEqn, place: int, source: Source, other: jax.Array) ->
     view = dataclasses.replace(view, grouped=True)
     found = patches(
         jnp.transpose(other, numbers.lhs_spec),
-        [shape[axis] for axis in positions],
+        [sizes[axis] for axis in positions],
         eqn.params["window_strides"],
         eqn.params["padding"],
         eqn.params["lhs_dilation"],
@@ -129,10 +130,6 @@ def patches(
     split = whole.reshape(len(taken), count, groups, channels // groups, -1)
     ordered = jnp.transpose(split, (2, 1, 4, 0, 3))
     return ordered.reshape(groups, -1, len(taken) * (channels // groups))
-
-
-def _shape(eqn: JaxprEqn, place: int) -> tuple[int, ...]:
-    return tuple(getattr(eqn.invars[place].aval, "shape", ()))
 
 
 def _free(dimensions: int, *used: Sequence[int]) -> tuple[int, ...]:

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
+from lats_optax.analysis.jaxprs import PIECES, REARRANGED, SAME_VALUES
+
 Restore = Callable[[jax.Array], jax.Array]
 
 
@@ -114,7 +116,7 @@ def derived(
     found: list[Source] | None = None
     if name in _ARRANGED and isinstance(first, View) and len(sources) == 1:
         found = [first.then((name, str(eqn.params)), lambda x: _bind(eqn, x))]
-    elif name in _PIECES and isinstance(first, View):
+    elif name in PIECES and isinstance(first, View):
         found = [
             first.then((name, str(eqn.params), at), functools.partial(_piece, eqn, at))
             for at in range(len(eqn.outvars))
@@ -122,7 +124,7 @@ def derived(
     elif name == "dynamic_slice" and isinstance(first, View) and _known(values[1:]):
         starts, sizes = tuple(map(int, values[1:])), eqn.params["slice_sizes"]
         found = [first.then((name, starts, sizes), lambda x: lax.dynamic_slice(x, starts, sizes))]
-    elif name in _UNCHANGED and first is not None:
+    elif name in SAME_VALUES and first is not None:
         found = [*sources[: len(eqn.outvars)]]
     elif name == "transpose" and isinstance(first, Joined):
         order = eqn.params["permutation"]
@@ -184,13 +186,4 @@ def matrix(view: View, batch: Sequence[int], inputs: Sequence[int], columns: Seq
     return view.then(("matrix", tuple(batch), tuple(inputs), tuple(columns)), arrange)
 
 
-_ARRANGED = frozenset(
-    ("broadcast_in_dim", "reshape", "rev", "slice", "squeeze", "tile", "transpose", "expand_dims")
-)
-_PIECES = frozenset(("split", "unstack"))
-_UNCHANGED = frozenset(
-    (
-        *("convert_element_type", "copy", "copy_p", "device_put", "mesh_cast", "name"),
-        *("optimization_barrier", "pvary", "reduce_precision", "reshard", "sharding_constraint"),
-    )
-)
+_ARRANGED = REARRANGED | {"slice", "expand_dims"}
