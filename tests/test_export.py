@@ -116,11 +116,11 @@ def without_head(variables):
         ),
         (
             {"variables": lambda v: jax.tree.map(lambda a: a[..., :1], v)},
-            r"^variables: .*/mean is float32\[1\] and not of shape \[14\].* and \d+ more$",
+            r"^variables: .*/mean is \(1,\), wanted \(14,\).* and \d+ more$",
         ),
         (
             {"variables": lambda v: jax.tree.map(lambda a: a.astype(np.int8), v)},
-            r"^variables: .* is int8\[14\] and not of floats",
+            r"^variables: .* is int8, wanted float16, bfloat16, float32, float64",
         ),
         ({"metadata": {"model": "x"}}, "^metadata: 'model' is taken"),
         ({"metadata": {"accuracy": 0.9}}, "^metadata: 'accuracy' is 0.9"),
@@ -252,7 +252,7 @@ def test_a_shape_that_no_image_has_is_refused(path):
         (lambda v: np.ones(3), ["not a dict of batch_stats and params"]),
         (lambda v: {"params": v["params"]}, ["not a dict of batch_stats and params"]),
         (lambda v: {**v, "params": None}, ["params/block1/conv1/kernel is missing"]),
-        (lambda v: {**v, "batch_stats": [v]}, ["batch_stats/0/", "none of the model's"]),
+        (lambda v: {**v, "batch_stats": [v]}, ["batch_stats/0/", " is unknown, "]),
         (lambda v: {**v, "params": {**v["params"], 1: np.ones(2)}}, ["its arrays"]),
         (lambda v: {**v, "params": {**v["params"], "x": ()}}, ["other containers"]),
         (

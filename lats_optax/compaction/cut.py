@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from lats_optax.checks.arrays import misfits
 from lats_optax.compaction.fold import fold
 from lats_optax.compaction.graph import Layer
 from lats_optax.compaction.plan import Plan
@@ -133,16 +134,13 @@ def _checked(model: nn.Module, variables: Mapping[str, Any], sample: Any) -> dic
     except Exception as error:
         raise ValueError(f"sample: the model cannot be called with it: {error}") from error
     wanted = traverse_util.flatten_dict(shapes, sep="/")  # type: ignore[no-untyped-call]
-    problems = [f"{path} is missing" for path in wanted if path not in arrays]
-    for path, array in arrays.items():
-        if path not in wanted:
-            problems.append(f"{path} is unknown, {array.shape}")
-        elif array.shape != wanted[path].shape:
-            problems.append(f"{path} is {array.shape}, wanted {wanted[path].shape}")
-        elif not np.isfinite(np.asarray(array, np.float64)).all():
-            problems.append(f"{path} is not finite")
+    problems = misfits(arrays, {path: {leaf.shape} for path, leaf in wanted.items()})
+    problems = problems or [
+        f"{path} is not finite"
+        for path, array in sorted(arrays.items())
+        if not np.isfinite(np.asarray(array, np.float64)).all()
+    ]
     if problems:
-        problems.sort()
         raise ValueError("\n  ".join(["variables do not fit the model:", *problems]))
     return arrays
 

@@ -18,8 +18,8 @@ except ImportError as error:
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lats_optax.checks.options import check_choice
 from lats_optax.models.digits import DigitsCNN
-from lats_optax.models.layers import check_choice
 from lats_optax.models.llama import DecoderLayer, Llama, LlamaConfig
 from lats_optax.models.mobilenet import MobileNetV1
 from lats_optax.models.resnet import CifarResNet, ResNet

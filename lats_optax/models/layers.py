@@ -4,7 +4,7 @@ Here belongs what is padded, normalised or initialised as PyTorch does it, so th
 and settings carry over.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import ClassVar
 
@@ -14,6 +14,8 @@ from flax.core import FrozenDict
 from jax import Array
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
+
+from lats_optax.checks.options import check, check_choice
 
 Maker = Callable[..., nn.Module]
 """What blocks are given to make their layers with: a module's class, some arguments settled."""
@@ -212,28 +214,6 @@ class Network(nn.Module, kw_only=True):
             name="classifier",
         )(x)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-
-
-def check(holds: bool, argument: str, value: object, allowed: str) -> None:
-    """Raises ValueError, naming the argument, its value and what is allowed, unless it holds.
-
-    >>> check(False, "num_classes", 0, "1 or more")
-    Traceback (most recent call last):
-    ValueError: num_classes is 0; allowed: 1 or more.
-    """
-    if not holds:
-        raise ValueError(f"{argument} is {value!r}; allowed: {allowed}.")
-
-
-def check_choice(argument: str, value: object, choices: Iterable[object]) -> None:
-    """Raises ValueError, listing the choices, unless the value is one of them.
-
-    >>> check_choice("depth", 19, (18, 34))
-    Traceback (most recent call last):
-    ValueError: depth is 19; allowed: 18, 34.
-    """
-    known = list(choices)
-    check(value in known, argument, value, ", ".join(map(repr, known)))
 
 
 def check_images(images: Array, least: int) -> None:

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from lats_optax.models.layers import check
+from lats_optax.checks.options import check
 
 # What the published models were initialized with.
 _NORMAL = nn.initializers.normal(0.02)

@@ -15,13 +15,12 @@ import numpy as np
 from flax.core import FrozenDict
 from jax import Array
 
+from lats_optax.checks.options import check, check_choice
 from lats_optax.models.layers import (
     KAIMING_FAN_IN,
     Maker,
     Network,
     batch_norm,
-    check,
-    check_choice,
     check_images,
     convolution,
 )

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.nn.initializers import Initializer
 
+from lats_optax.checks.options import check, check_choice
 from lats_optax.models.layers import (
     KAIMING_FAN_OUT,
     TORCH_DEFAULT,
     Maker,
     batch_norm,
-    check,
-    check_choice,
     check_images,
     convolution,
 )

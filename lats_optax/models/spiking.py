@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lats_optax.models.layers import check, check_choice
+from lats_optax.checks.options import check, check_choice
 
 # Derivatives of steps from 0 to 1 that steepen with α; each has an integral of 1.
 _SURROGATES: dict[str, Callable[[Array, float], Array]] = {

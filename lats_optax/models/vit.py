@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from lats_optax.models.layers import Network, check, check_choice, check_images
+from lats_optax.checks.options import check, check_choice
+from lats_optax.models.layers import Network, check_images
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
 """Size -> channels of a token, and attention heads."""

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lats_optax.models.layers import check, check_choice
+from lats_optax.checks.options import check, check_choice
 from lats_optax.models.llama import LlamaConfig
 from lats_optax.torch import llama_weights
 from lats_optax.torch.hugging_face import config_from_sizes

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from lats_optax.checks.options import check, check_choice
 from lats_optax.files.atomic import replacing
-from lats_optax.models.layers import check, check_choice
 from lats_optax.models.llama import LlamaConfig
 from lats_optax.torch import llama_weights, state_dicts
 

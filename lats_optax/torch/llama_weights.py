@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
+from lats_optax.checks.arrays import Shape, misfits
 from lats_optax.models.llama import LlamaConfig
-from lats_optax.torch.fit import Shape, misfits
 from lats_optax.torch.state_dicts import to_numpy
 
 _DTYPES = ("float16", "bfloat16", "float32")

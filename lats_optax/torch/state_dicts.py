@@ -11,8 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from lats_optax.checks.options import check_choice
 from lats_optax.files.atomic import replacing
-from lats_optax.models.layers import check_choice
 
 
 def read(path: Path) -> Any:

@@ -7,7 +7,7 @@ Beside safetensors lies a ``tokenizer.json``, which ``tokenizers.Tokenizer.from_
 import os
 from typing import Any
 
-from lats_optax.models.layers import check, check_choice
+from lats_optax.checks.options import check, check_choice
 from lats_optax.torch import gguf
 from lats_optax.torch.state_dicts import optional_module
 

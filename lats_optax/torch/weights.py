@@ -18,12 +18,12 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from lats_optax.checks.arrays import Shape, misfits
 from lats_optax.checks.numbers import check_threshold
+from lats_optax.checks.options import check, check_choice
 from lats_optax.compatibility import enable_x64
-from lats_optax.models.layers import check, check_choice
 from lats_optax.prox import prox_l1
 from lats_optax.torch import state_dicts
-from lats_optax.torch.fit import Shape, misfits
 from lats_optax.torch.names import Form, form_of
 from lats_optax.torch.state_dicts import to_numpy
 

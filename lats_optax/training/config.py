@@ -8,8 +8,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from lats_optax.checks.options import check
 from lats_optax.files.storage import URL, as_path
-from lats_optax.training.config_checks import MOST_COUNTED, check, check_float32
+from lats_optax.training.config_checks import MOST_COUNTED, check_float32
 from lats_optax.training.prune_config import PruneConfig
 
 __all__ = [

@@ -2,20 +2,12 @@
 
 import numpy as np
 
+from lats_optax.checks.options import check
+
 MOST_COUNTED = 2**31 - 1
 """The largest number of steps, images or seconds."""
 
 _FLOAT32 = np.finfo(np.float32)
-
-
-def check(allowed_if: bool, field: str, value: object, allowed: str) -> None:
-    """Refuses a value.
-
-    Raises:
-      ValueError: `allowed_if` is False.
-    """
-    if not allowed_if:
-        raise ValueError(f"{field} is {value!r}; allowed: {allowed}.")
 
 
 def check_float32(field: str, value: float, *, positive: bool = False) -> None:

@@ -20,6 +20,7 @@ from flax.core import unfreeze
 
 import lats_optax
 from lats_optax import masks, models
+from lats_optax.checks.arrays import FLOATS, misfits
 from lats_optax.files.storage import URL, as_path
 from lats_optax.training.workdir import MODEL
 
@@ -196,7 +197,7 @@ def differences(variables: Any, expected: Mapping[str, Any]) -> str:
     >>> have = {"params": {"head": jnp.zeros((2, 3))}, "batch_stats": {}}
     >>> want = {"params": {"head": jnp.zeros((2, 4)), "bias": jnp.zeros(4)}, "batch_stats": {}}
     >>> differences(have, want)
-    'params/bias is missing, params/head is float32[2, 3] and not of shape [2, 4]'
+    'params/bias is missing, wanted (4,), params/head is (2, 3), wanted (2, 4)'
     """
     if not isinstance(variables, Mapping) or variables.keys() != _COLLECTIONS:
         return f"they are not a dict of {' and '.join(sorted(_COLLECTIONS))}"
@@ -204,25 +205,12 @@ def differences(variables: Any, expected: Mapping[str, Any]) -> str:
         dict(zip(jax.tree.leaves(masks.paths(tree)), jax.tree.leaves(tree)))
         for tree in (variables, expected)
     )
-    found = []
-    for name in sorted(have.keys() | want.keys()):
-        if name not in have:
-            found.append(f"{name} is missing")
-        elif name not in want:
-            found.append(f"{name} is none of the model's")
-        elif have[name].shape != want[name].shape:
-            found.append(f"{name} is {_shown(have[name])} and not of shape {[*want[name].shape]}")
-        elif not jnp.issubdtype(have[name].dtype, jnp.floating):
-            found.append(f"{name} is {_shown(have[name])} and not of floats")
+    found = misfits(have, {name: {leaf.shape} for name, leaf in want.items()}, FLOATS)
     containers: list[Any] = [jax.tree.structure(dict(tree)) for tree in (variables, expected)]
     if not found and containers[0] != containers[1]:
         return "they are in other containers than dicts"
     more = f" and {len(found) - 5} more" if len(found) > 5 else ""
     return ", ".join(item[:120] for item in found[:5]) + more
-
-
-def _shown(array: Any) -> str:
-    return f"{array.dtype}{[*array.shape]}"
 
 
 def _rebuild(description: str) -> nn.Module:

@@ -6,7 +6,8 @@ The command line is made from this class: the line under a field is its `--help`
 import dataclasses
 from typing import Literal
 
-from lats_optax.training.config_checks import check, check_float32
+from lats_optax.checks.options import check
+from lats_optax.training.config_checks import check_float32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,20 +1,25 @@
-"""Whether the arrays of a file are those that a model has."""
+"""Whether the arrays that are given are those that a model has."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
 Shape = tuple[int, ...]
 
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+"""The float types that models are kept in."""
+
 
 def misfits(
-    given: Mapping[str, Any], wanted: Mapping[str, set[Shape]], dtypes: Collection[str]
+    given: Mapping[str, Any],
+    wanted: Mapping[str, set[Shape]],
+    dtypes: Collection[str] | None = None,
 ) -> list[str]:
     """What is wrong with each array that is too many, too few or not as it should be.
 
     Args:
       given: arrays, or what else has a shape and a dtype, by name.
       wanted: the shapes that each may have.
-      dtypes: the names of those that are allowed.
+      dtypes: the names of those that are allowed; None: any.
 
     Returns:
       One text for each misfit, sorted: what has another name than it should then stands near its
@@ -32,6 +37,6 @@ def misfits(
             problems.append(f"{name} is missing, wanted {shape}")
         elif given[name].shape not in shapes:
             problems.append(f"{name} is {given[name].shape}, wanted {shape}")
-        elif given[name].dtype.name not in dtypes:
+        elif dtypes is not None and given[name].dtype.name not in dtypes:
             problems.append(f"{name} is {given[name].dtype}, wanted {', '.join(dtypes)}")
     return sorted(problems)
