@@ -14,6 +14,7 @@ import numpy as np
 
 from lats_optax.analysis.operations import OperationsReport
 from lats_optax.analysis.sparsity import sparsity
+from lats_optax.analysis.tables import table
 
 _BINS = 201
 
@@ -90,13 +91,8 @@ class ModelReport:
             foot.append(("no parameter", "", "", "", "", f"{other:,}", f"{other:,}"))
             foot.append(("multiply-adds", "", "", "", "", f"{total:,}", f"{effective:,}"))
         columns = len(head) if self.operations is not None else 5
-        names, *cells = zip(*(row[:columns] for row in [head, *body, *foot]))
-        width = max(map(len, names))
-        aligned = [[f"{cell:>{max(map(len, column))}}" for cell in column] for column in cells]
-        lines = ["  ".join([f"{name:<{width}}", *row]) for name, *row in zip(names, *aligned)]
-        rule = "-" * len(lines[0])
-        lines[1:1], lines[-len(foot) : -len(foot)] = [rule], [rule]
-        return "\n".join([*(line.rstrip() for line in lines), *self._remarks()])
+        body, foot = ([row[:columns] for row in rows] for rows in (body, foot))
+        return "\n".join([*table(head[:columns], body, foot), *self._remarks()])
 
     def _remarks(self) -> list[str]:
         layers = [layer for layer in self.layers if layer.prunable]

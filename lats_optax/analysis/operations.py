@@ -15,6 +15,7 @@ import jax
 from lats_optax import masks
 from lats_optax.analysis.multiply_adds import Tally, walk
 from lats_optax.analysis.provenance import ACTIVATION, Value, Weight, has_values
+from lats_optax.analysis.tables import table
 
 
 @dataclass(frozen=True)
@@ -85,35 +86,27 @@ class OperationsReport:
                 parameter.path,
                 "×".join(map(str, parameter.shape)) or "scalar",
                 "" if parameter.sparsity is None else f"{parameter.sparsity:.2%}",
-                parameter.dense,
-                parameter.effective,
+                *_counts(parameter.dense, parameter.effective),
             )
             for parameter in self.parameters
             if parameter.dense
         ]
         if self.other:
-            rows.append(("no parameter", "", "", self.other, self.other))
-        rows.append(("multiply-adds", "", "", self.dense, self.effective))
-        names = max(len("parameter"), *(len(row[0]) for row in rows))
-        shapes = max(len("shape"), *(len(row[1]) for row in rows))
-        lines = [
-            f"{'parameter':<{names}}  {'shape':>{shapes}}  sparsity  {'dense':>17}  "
-            f"{'effective':>17}"
-        ]
-        for name, shape, sparsity, dense, effective in rows:
-            shown = "" if effective is None else f"{effective:,}"
-            lines.append(
-                f"{name:<{names}}  {shape:>{shapes}}  {sparsity:>8}  {dense:>17,}  {shown:>17}"
-            )
-        rule = "-" * len(lines[0])
-        lines[1:1], lines[-1:-1] = [rule], [rule]
+            rows.append(("no parameter", "", "", *_counts(self.other, self.other)))
+        total = ("multiply-adds", "", "", *_counts(self.dense, self.effective))
+        head = ("parameter", "shape", "sparsity", "dense", "effective")
+        lines = table(head, rows, [total], least=(0, 0, 8, 17, 17))
         if self.unknown_loops:
             lines.append(
                 f"while loops of unknown length, counted as one iteration: {self.unknown_loops}"
             )
         if self.uncounted:
             lines.append(f"not counted: {', '.join(self.uncounted)}")
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(lines)
+
+
+def _counts(dense: int, effective: int | None) -> tuple[str, str]:
+    return f"{dense:,}", "" if effective is None else f"{effective:,}"
 
 
 def count_operations(fn: Callable[..., Any], *args: Any, params: int = 0) -> OperationsReport:

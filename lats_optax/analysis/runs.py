@@ -8,6 +8,7 @@ import numpy as np
 
 from lats_optax.analysis.curves import mean_l1
 from lats_optax.analysis.sparsity import LayerSparsity, SparsityReport
+from lats_optax.analysis.tables import table
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,7 @@ def comparison_table(runs: Sequence[Run]) -> str:
         ("seconds", "", *(f"{run.seconds:.1f}" for run in runs)),
     ]
     head = ("", "weights", *(run.name for run in runs))
-    names, *columns = zip(head, *body, *foot)
-    widths = [max(9, *map(len, column)) for column in columns]
-
-    def line(cells: Sequence[str]) -> str:
-        right = (f"{cell:>{width}}" for cell, width in zip(cells[1:], widths))
-        return "  ".join([f"{cells[0]:<{max(map(len, names))}}", *right])
-
-    rule = "-" * len(line(head))
-    return "\n".join([line(head), rule, *map(line, body), rule, *map(line, foot)])
+    return "\n".join(table(head, body, foot, least=(0, *[9] * (len(head) - 1))))
 
 
 def implied_l1(metrics: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lats_optax import masks
+from lats_optax.analysis.tables import table
 from lats_optax.masks import MaskOrFunction
 from lats_optax.operators.parts import check_fits, parts_of
 from lats_optax.operators.protocol import Groups
@@ -112,29 +113,18 @@ class SparsityReport:
 
         Of what is not prunable it names the arrays of two or more dimensions, a line a reason.
         """
-        rows = [
-            (layer.path, _shape(layer.shape), layer.size, layer.zeros, _groups(layer))
+        body = [
+            _row(layer.path, _shape(layer.shape), layer.size, layer.zeros, _groups(layer))
             for layer in self.layers
             if layer.prunable
         ]
-        rows.append(("prunable weights", "", self.size, self.zeros, _groups(self)))
-        rows.append(("all parameters", "", self.total_size, self.total_zeros, ""))
-        names = max(len(row[0]) for row in rows)
-        shapes = max(max(len(row[1]) for row in rows), len("shape"))
-        title = "" if self.groups is None else self.counted
-        width = max(len(title), *(len(row[4]) for row in rows))
-        lines = [
-            f"{'layer':<{names}}  {'shape':>{shapes}}  {'weights':>13}  {'non-zero':>13}  sparsity"
-            f"  {title:>{width}}".rstrip()
+        foot = [
+            _row("prunable weights", "", self.size, self.zeros, _groups(self)),
+            _row("all parameters", "", self.total_size, self.total_zeros, ""),
         ]
-        for name, shape, size, zeros, groups in rows:
-            line = (
-                f"{name:<{names}}  {shape:>{shapes}}  {size:>13,}  {size - zeros:>13,}  "
-                f"{_fraction(zeros, size):8.2%}  {groups:>{width}}"
-            )
-            lines.append(line.rstrip())
-        rule = "-" * len(lines[0])
-        lines[1:1], lines[-2:-2] = [rule], [rule]
+        title = "" if self.groups is None else self.counted
+        head = ("layer", "shape", "weights", "non-zero", "sparsity", title)
+        lines = table(head, body, foot, least=(0, 0, 13, 13, 8))
         if self.wholly_zero:
             lines.append(f"wholly zero: {', '.join(self.wholly_zero)}")
         lines += _left_out(self.layers)
@@ -258,6 +248,10 @@ def _left_out(layers: Iterable[LayerSparsity]) -> list[str]:
         if not layer.prunable and len(layer.shape) >= 2:
             found.setdefault(layer.reason, []).append(f"{layer.path} {_shape(layer.shape)}")
     return [f"not pruned ({reason}): {masks.some(names)}" for reason, names in found.items()]
+
+
+def _row(name: str, shape: str, size: int, zeros: int, groups: str) -> tuple[str, ...]:
+    return name, shape, f"{size:,}", f"{size - zeros:,}", f"{_fraction(zeros, size):.2%}", groups
 
 
 def _groups(counted: LayerSparsity | SparsityReport) -> str:

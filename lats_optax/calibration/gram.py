@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lats_optax import masks
 from lats_optax.analysis.interpreter import Found, Traced, interpret
+from lats_optax.analysis.tables import table
 from lats_optax.analysis.views import View
 from lats_optax.checks.numbers import check_steps
 from lats_optax.masks import MaskOrFunction
@@ -120,16 +121,8 @@ class Grams:
             )
             for gram in self.products
         ]
-        titles = ("parameter", "inputs", "samples", "Gram", "")
-        widths = [max(len(row[at]) for row in (titles, *rows)) for at in range(4)]
-        lines = []
-        for row in (titles, *rows):
-            name, inputs, samples, kind, remark = (
-                cell.ljust(width) if at in (0, 3) else cell.rjust(width)
-                for at, (cell, width) in enumerate(zip(row, (*widths, 0)))
-            )
-            lines.append(f"{name}  {inputs}  {samples}  {kind}  {remark}".rstrip())
-        lines.insert(1, "-" * (sum(widths) + 6))
+        head = ("parameter", "inputs", "samples", "Gram", "")
+        lines = table(head, rows, left=(0, 3))
         lines += [f"{path}: {what}" for path, what in self.repeated.items()]
         lines += [f"not calibrated: {path}: {why}" for path, why in self.missing.items()]
         return "\n".join(lines)

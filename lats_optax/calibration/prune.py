@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from lats_optax import masks
+from lats_optax.analysis.tables import table
 from lats_optax.calibration.budgets import Budget, Pattern, PerLayer, PerOutput, as_pattern
 from lats_optax.calibration.gram import Gram, Grams
 from lats_optax.calibration.solvers import METHODS, Solver
@@ -74,16 +75,18 @@ class PruneReport:
     def __str__(self) -> str:
         """The table: a line for each product, then all of them."""
         whole = PrunedLayer("all, and their mean error", self.size, self.zeros, self.error)
-        rows = [*self.layers, whole]
-        names = max(len(row.path) for row in rows)
-        lines = [f"{'parameter':<{names}}  {'weights':>13}  sparsity  relative error"]
-        for row in rows:
-            share = row.zeros / row.size
-            line = f"{row.path:<{names}}  {row.size:>13,}  {share:8.2%}  {row.error:14.3e}"
-            lines.append(f"{line}  {row.remark}".rstrip())
-        rule = "-" * len(lines[0])
-        lines[1:1], lines[-1:-1] = [rule], [rule]
-        return "\n".join(lines)
+        *body, last = [
+            (
+                row.path,
+                f"{row.size:,}",
+                f"{row.zeros / row.size:.2%}",
+                f"{row.error:.3e}",
+                row.remark,
+            )
+            for row in (*self.layers, whole)
+        ]
+        head = ("parameter", "weights", "sparsity", "relative error", "")
+        return "\n".join(table(head, body, [last], least=(0, 13, 8, 14)))
 
 
 class Pruned(NamedTuple):
