@@ -123,3 +123,11 @@ def get_all_with_path(tree: Any, key: str) -> list[tuple[Any, Any]]:
     if hasattr(optax, "tree"):
         return optax.tree.get_all_with_path(tree, key)
     return optax.tree_utils.tree_get_all_with_path(tree, key)
+
+
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many constants a `scan` in a jaxpr has, and how many carries: ``ft_in``, jax 0.12."""
+    if "ft_in" in params:
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
+from lats_optax.compatibility import scan_counts
+
 Value = TypeVar("Value")
 
 SAME_VALUES = frozenset(
@@ -78,8 +80,8 @@ def callee(eqn: JaxprEqn) -> Jaxpr | ClosedJaxpr | None:
 
 def scan_inputs(eqn: JaxprEqn, inputs: list[Value]) -> tuple[list[Value], list[Value], list[Value]]:
     """The inputs of a `scan`: its constants, its carry, and what it goes through row by row."""
-    first = eqn.params["num_consts"]
-    last = first + eqn.params["num_carry"]
+    first, carries = scan_counts(eqn.params)
+    last = first + carries
     return inputs[:first], inputs[first:last], inputs[last:]
 
 
