@@ -22,9 +22,9 @@ os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 _CACHE = Path(__file__).parent.parent / ".jax_cache"
 _CACHE_BYTES = 2 * 1024**3
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    if "PYTEST_XDIST_WORKER" not in os.environ and _CACHE.is_dir():
-        if sum(file.stat().st_size for file in os.scandir(_CACHE)) > _CACHE_BYTES:
-            shutil.rmtree(_CACHE, ignore_errors=True)
+    first = "PYTEST_XDIST_WORKER" not in os.environ and _CACHE.is_dir()
+    if first and sum(file.stat().st_size for file in os.scandir(_CACHE)) > _CACHE_BYTES:
+        shutil.rmtree(_CACHE, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_CACHE)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"

@@ -1,4 +1,4 @@
-"""Which cases of a cross product the fast suite runs.
+"""Which cases of a table, or of a cross product of tables, the fast suite runs.
 
 A test marked ``cover`` is one axis of a matrix with all others of its module that have the mark
 (or its name, ``cover("stores")``): the test itself is a value of that axis, and so is each of its
@@ -9,8 +9,33 @@ other axis is longer.
 
 import itertools
 from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
 
 import pytest
+
+
+def fast(table: Iterable[Any], keep: int | Iterable[Any]) -> list[Any]:
+    """The values of a table for ``parametrize``: all but those to keep are marked ``slow``.
+
+    Args:
+      table: the values; tuples where several arguments are parametrized together.
+      keep: which values stay fast, or how many of the first.
+
+    Raises:
+      ValueError: A value to keep is not in the table.
+    """
+    values = list(table)
+    kept = values[:keep] if isinstance(keep, int) else list(keep)
+    for value in kept:
+        if value not in values:
+            raise ValueError(f"keep: {value!r} is not allowed; allowed: {values}")
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)),
+            marks=() if value in kept else pytest.mark.slow,
+        )
+        for value in values
+    ]
 
 
 def cover(rows: Sequence[Iterable[Hashable]]) -> set[int]:

@@ -22,7 +22,7 @@ from lats_optax.training import loop
 from lats_optax.training.config import DataConfig, TrainConfig
 from lats_optax.training.experiment import build
 from lats_optax.training.parallel import PmapEngine
-from tests import small_imagenet, tiny
+from tests import matrix, small_imagenet, tiny
 
 BROKEN = {"ILSVRC2012_val_00000004.JPEG", "n01440764_0.JPEG", "n01440764_3.JPEG"}
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -177,6 +177,7 @@ def test_cifar_keeps_its_images_and_labels(cifar):
         assert pixels(image, mean, std).tobytes() in windows
 
 
+@pytest.mark.slow
 def test_order_and_resumption_do_not_depend_on_workers_or_shards(imagenet):
     def load(workers):
         return data.load("imagenet2012", imagenet[0], image_size=16, workers=workers)
@@ -198,7 +199,7 @@ def test_order_and_resumption_do_not_depend_on_workers_or_shards(imagenet):
         assert resumed.get_state() == {"next_index": 12}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", matrix.fast([0, 2], [0]))
 def test_a_corrupt_image_is_named(broken, workers):
     loaded = data.load("imagenet2012", broken, image_size=16, workers=workers)
     index, where = next(
@@ -223,7 +224,7 @@ def test_a_corrupt_image_for_training_is_named(broken):
         take(loaded.train_batches(8), 5)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", matrix.fast([0, 1], [0]))
 def test_corrupt_images_are_skipped_and_counted(broken, workers):
     loaded = data.load("imagenet2012", broken, image_size=16, skip_corrupt=True, workers=workers)
     evaluation = loaded.eval_batches(8)
@@ -512,6 +513,7 @@ def test_images_of_another_colour_space_or_format_become_rgb_jpegs():
         assert np.abs(np.asarray(fixed, int) - expected).mean() < 3
 
 
+@pytest.mark.slow
 def test_a_run_skips_counts_and_says_so(broken, tmp_path, monkeypatch, capsys, compile_once):
     tiny.add_to_zoo(monkeypatch)
     arguments = ["digits", "--data.name", "imagenet2012", "--data.data-dir", str(broken)]

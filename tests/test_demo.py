@@ -55,6 +55,7 @@ def test_it_trains_both_and_says_where_everything_is(tmp_path, capsys):
         assert (workdir / path).exists()
 
 
+@pytest.mark.slow
 def test_it_overwrites_only_when_told_to(tmp_path, capsys):
     workdir = tmp_path / "demo"
     workdir.mkdir()

@@ -165,6 +165,7 @@ TARGETS = {
 }
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("inner", [False, True], ids=["chained", "inner"])
 @pytest.mark.parametrize("name", TARGETS)
 def test_each_layer_ends_on_its_target(name, inner):

@@ -180,6 +180,7 @@ def umask():
 # --- size -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(("sparsity", "most"), [(0.95, 0.09), (0.99, 0.03), (0.999, 0.01)])
 @pytest.mark.parametrize("clustered", [False, True])
 def test_size_at_the_shapes_of_resnet50(path, sparsity, most, clustered):
@@ -312,6 +313,7 @@ def small(tmp_path_factory):
     return path.read_bytes(), tree
 
 
+@pytest.mark.slow
 def test_a_change_of_any_byte_is_an_error(small, path):
     content, _ = small
     for at in range(len(content)):
@@ -523,6 +525,7 @@ def test_without_safetensors(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_fine_tuning_goes_on_from_a_file(path):
     import optax
 

@@ -164,6 +164,7 @@ def test_any_run_can_begin_from_a_file(tmp_path, initial, prune):
         equal(optax.tree.get(state.opt_state, "latent")["Dense_0"]["kernel"], kernel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prune",
     [FINE, pytest.param(BEFORE, marks=pytest.mark.slow)],

@@ -589,6 +589,7 @@ def test_model_prints_its_table_and_writes_its_picture(files, tmp_path, capsys):
         assert image.format == "PNG"
 
 
+@pytest.mark.slow
 def test_pictures_are_beside_the_run_that_they_are_of(files, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     write_run(

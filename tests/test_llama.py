@@ -7,7 +7,7 @@ import pytest
 
 from lats_optax.models import DecoderLayer, Llama, LlamaConfig, llama
 from lats_optax.torch.hugging_face import params_from_hugging_face
-from tests import tiny_llama
+from tests import matrix, tiny_llama
 
 IDS = np.array([[3, 1, 4, 1, 5, 9, 2, 6], [60, 2, 2, 2, 8, 59, 0, 7]])
 each_config = pytest.mark.parametrize("name", tiny_llama.CONFIGS)
@@ -102,7 +102,7 @@ def test_losses_are_those_of_the_formulas():
 # --- generation -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("length", matrix.fast([1, 5], [1]))
 def test_generation_takes_the_likeliest_token(length):
     config, tensors, params = tiny()
     ids = IDS[:, :length]

@@ -49,3 +49,16 @@ def test_tests_and_parameters_are_axes_and_nothing_is_lost():
     assert items == before
     fast = [item.nodeid.partition("::")[2] for item in items if slow not in item.marks]
     assert fast == ["a[0]", "a[2]", "b[1]", "c[0]", "c[1]", "c[2]", "e[0]", "e[1]"]
+
+
+@pytest.mark.parametrize("keep", [["b", ("c", 1)], 2])
+def test_all_but_those_to_keep_are_slow(keep):
+    table = ["b", ("c", 1), "a"]
+    cases = matrix.fast(table, keep)
+    assert [case.values for case in cases] == [("b",), ("c", 1), ("a",)]
+    assert [bool(case.marks) for case in cases] == [False, False, True]
+
+
+def test_what_is_kept_is_in_the_table():
+    with pytest.raises(ValueError, match=r"^keep: 'c' is not allowed; allowed: \['a', 'b'\]$"):
+        matrix.fast({"a": 1, "b": 2}, ["c"])

@@ -11,7 +11,7 @@ from lats_optax.training.config import ParallelConfig, PruneConfig
 from lats_optax.training.finite import NonFiniteError
 from lats_optax.training.parallel import JitEngine, PmapEngine
 from lats_optax.training.replicas import ReplicaError
-from tests import tiny
+from tests import matrix, tiny
 from tests.runs import assert_equal_runs
 
 SPARSE = PruneConfig(target_sparsity=0.75)
@@ -29,6 +29,7 @@ def run(workdir, dataset=None, **changes):
     return tiny.loop.fit(tiny.build(config, jax.devices()[:2], dataset=dataset))
 
 
+@pytest.mark.slow
 def test_a_run_stops_and_names_step_and_arrays(tmp_path, compile_once):
     with pytest.raises(NonFiniteError) as error:
         run(tmp_path / "run", spoilt(np.nan), log_every=3)
@@ -60,6 +61,7 @@ def test_nothing_but_skipped_steps_is_an_error(tmp_path, compile_once):
         run(tmp_path / "run", dataset, non_finite="skip")
 
 
+@pytest.mark.slow
 def test_skipping_costs_nothing_where_all_is_finite(tmp_path, compile_once):
     plain = run(tmp_path / "stop")
     skipping = run(tmp_path / "skip", non_finite="skip")
@@ -68,7 +70,7 @@ def test_skipping_costs_nothing_where_all_is_finite(tmp_path, compile_once):
     )
 
 
-@pytest.mark.parametrize("engine", ["pmap", "jit"])
+@pytest.mark.parametrize("engine", matrix.fast(["pmap", "jit"], ["pmap"]))
 def test_the_same_seed_gives_the_same_run_twice(tmp_path, compile_once, engine):
     fsdp = 2 if engine == "jit" else 1
     runs = [run(tmp_path / name, parallel=ParallelConfig(engine, fsdp)) for name in ("one", "two")]
@@ -87,6 +89,7 @@ def flipped(array, device, bit=1):
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, copies)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(
     "make",
     [PmapEngine, JitEngine, lambda: JitEngine(fsdp=2)],

@@ -431,6 +431,7 @@ def test_a_spiking_network_computes_its_stem_once_and_the_rest_at_every_step(ste
     assert report.dense == stem + steps * (first + later + 512 * 1000)
 
 
+@pytest.mark.slow
 def test_a_sparse_model_against_its_kernels_one_by_one():
     fn, shapes, images = zoo("resnet20", 32, num_classes=10)
     params = jax.tree.map(lambda leaf: sparse(leaf.size, *leaf.shape, density=0.1), shapes)

@@ -10,7 +10,7 @@ import pytest
 
 import lats_optax
 from lats_optax import freeze, keep_support, prune_at_initialization, soft_threshold
-from tests import versions
+from tests import matrix, versions
 from tests.properties import cosine, dense_start, flat, gradients, shrink
 
 SEARCH, AFTER = 3, 4
@@ -63,8 +63,11 @@ def run(tx, params, state, steps):
 
 @pytest.mark.parametrize(
     ("wrapper", "threshold"),
-    [("chained", name) for name in THRESHOLDS]
-    + [("inner", "lats"), ("inner", "target"), ("masked", "lats"), ("partition", "target")],
+    matrix.fast(
+        [("chained", name) for name in THRESHOLDS]
+        + [("inner", "lats"), ("inner", "target"), ("masked", "lats"), ("partition", "target")],
+        [("chained", "lats"), ("masked", "lats"), ("inner", "target")],
+    ),
 )
 def test_two_transforms_do_what_freeze_after_does_in_one(wrapper, threshold):
     wrap, threshold = WRAPPERS[wrapper], THRESHOLDS[threshold]

@@ -33,6 +33,7 @@ def rescaled(name, x, d, most=2.0):
     return w * min(factor, most)
 
 
+@pytest.mark.cover
 @each
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 def test_values_are_those_of_a_loop(name, dtype):

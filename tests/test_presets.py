@@ -15,6 +15,7 @@ from lats_optax.training.config import ModelConfig, PruneConfig, TrainConfig
 from lats_optax.training.optimizer import make_optimizer
 from lats_optax.training.parallel import PmapEngine
 from lats_optax.training.presets import PRESETS
+from tests import matrix
 
 # The table "Training settings of the published runs", and the published commands.
 IMAGENET = {
@@ -160,7 +161,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", matrix.fast(NETWORKS, ["fashion-mnist-vit-target"]))
 def test_the_step_of_a_preset_needs_no_data(name):
     """Shapes alone: state and metrics of the real step, at the real size."""
     classes, size, parameters, pruned = NETWORKS[name]
@@ -190,6 +191,7 @@ def test_the_step_of_a_preset_needs_no_data(name):
     assert sum(leaf.size for leaf in jax.tree.leaves(latent)) == pruned
 
 
+@pytest.mark.slow
 def test_published_thresholds_can_be_given(capsys):
     """The command that the notes of the presets name."""
     parsed = []

@@ -257,6 +257,7 @@ STRENGTH_TREES = {
 }
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("name", ["l1", "elastic_net", "group_lasso"])
 @pytest.mark.parametrize("case", STRENGTH_TREES)
 def test_a_pytree_is_mapped_leaf_by_leaf(name, case):
@@ -288,6 +289,7 @@ def test_a_strength_for_each_channel():
     np.testing.assert_allclose(jax.jit(prox.prox_group_lasso)(kernel, d), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_groups_are_those_of_a_leaf():
     """A leaf's result does not depend on its neighbours, and the default group is a channel."""
     x = {"large": jnp.full((2, 3), 10.0), "small": jnp.full((2, 3), 0.1)}
@@ -377,6 +379,7 @@ def group_power_jacobian(x, d):
     return np.array(by_x, float).T, np.array(by_d, float)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("jacobian", [jax.jacrev, jax.jacfwd], ids=["reverse", "forward"])
 @pytest.mark.parametrize("name", ALL)
 def test_jacobian(name, jacobian):
@@ -441,6 +444,7 @@ def apply(name, x, d):
         return np.asarray(COMPILED[name](jnp.asarray(x), jnp.asarray(d)))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("d", [0.01, 0.3, 1.0])
 @pytest.mark.parametrize("name", ALL)
 def test_no_other_point_has_a_smaller_objective(name, d):
@@ -560,6 +564,7 @@ def test_special_cases_agree(x, d):
 # --- magnitude and lift -------------------------------------------------------------------------
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("name", ALL)
 def test_magnitude_is_the_least_strength_that_gives_zero(name, dtype):
@@ -589,6 +594,7 @@ def test_magnitude_is_the_least_strength_that_gives_zero(name, dtype):
             assert not mistaken.any()
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("d", [0.0, 0.25, 2.0])
 @pytest.mark.parametrize("name", ALL)
 def test_the_operator_sends_the_preimage_to_the_weight(name, d):
@@ -728,6 +734,7 @@ BAD_INPUT = {
 }
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("operator", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input(operator, case):

@@ -27,6 +27,7 @@ def test_outputs_may_be_on_the_first_axis():
     np.testing.assert_array_equal(other.T, lats_optax.bounded(0.1)(U, W))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("axis", [-1, 0])
 @pytest.mark.parametrize("stack", [(3,), (2, 3)])
 def test_each_of_the_stacked_layers_is_bounded_by_itself(axis, stack):
@@ -129,12 +130,14 @@ def trained(steps=240, **how):
     return float(losses[-20:].mean()), lats_optax.sparsity(params)
 
 
+@pytest.mark.slow
 def test_no_layer_before_a_normalization_dies():
     loss, report = trained()
     assert loss < 0.1
     assert all(layer.zeros < layer.size for layer in report.layers)
 
 
+@pytest.mark.slow
 def test_straight_through_the_classifier_dies_of_what_revives():
     loss, report = trained(pruned_scale=1.0)
     assert loss > 1.3  # that of four classes by chance is 1.386
@@ -143,6 +146,7 @@ def test_straight_through_the_classifier_dies_of_what_revives():
     ]
 
 
+@pytest.mark.slow
 def test_a_classifier_that_begins_at_zero_is_trained():
     params = {"kernel": jnp.zeros((8, 4))}
     tx = optax.chain(

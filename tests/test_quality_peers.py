@@ -105,6 +105,7 @@ def zeros(params):
 # --- all of them ----------------------------------------------------------------------------------
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_ends_at_the_exact_number_of_zeros(method, optimizer):

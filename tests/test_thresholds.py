@@ -69,6 +69,7 @@ def scalar_sums(rate, steps):
     return np.array([math.fsum(rates[:t]) for t in range(steps + 1)])
 
 
+@pytest.mark.cover
 @any_schedule
 def test_lats_is_the_share_of_the_learning_rate_that_is_spent(name):
     schedule, scalar = SCHEDULES[name]
@@ -241,6 +242,7 @@ L1 = {
 }
 
 
+@pytest.mark.cover
 @any_schedule
 @pytest.mark.parametrize("l1", L1)
 def test_l1_to_threshold_and_back(name, l1):

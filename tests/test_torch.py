@@ -33,9 +33,10 @@ FORMS = [
     ("sew-resnet50", {"neuron": PLIF}, None),
     ("vit-tiny", {"depth": 2}, "timm"),
 ]
-each_form = pytest.mark.parametrize(
-    ("name", "options", "layout"), FORMS, ids=[f"{name}-{layout}" for name, _, layout in FORMS]
-)
+FORM_IDS = [f"{name}-{layout}" for name, _, layout in FORMS]
+each_form = pytest.mark.parametrize(("name", "options", "layout"), FORMS, ids=FORM_IDS)
+# Small arrays, for the fast suite.
+LIGHT = ("mobilenet-v1", "resnet20", "vit-tiny")
 DTYPES = [jnp.dtype(dtype) for dtype in ("float32", "bfloat16", "float16", "float64")]
 
 
@@ -88,7 +89,11 @@ def assert_same_bits(left, right):
 # --- names and layouts --------------------------------------------------------------------------
 
 
-@each_form
+@pytest.mark.parametrize(
+    ("name", "options", "layout"),
+    [pytest.param(*form, marks=() if form[0] in LIGHT else pytest.mark.slow) for form in FORMS],
+    ids=FORM_IDS,
+)
 def test_round_trip_keeps_every_bit(name, options, layout):
     model = create(name, **options)
     variables = any_bits(model)

@@ -39,6 +39,7 @@ def drive(tx, params, steps=STEPS, gradients=gradients, **extra_args):
     return params, state
 
 
+@pytest.mark.cover
 @few
 def test_masked_and_partition(case):
     params = case.start()
@@ -70,6 +71,7 @@ def test_a_mask_of_all_parameters_under_masked(conv):
     assert_same(updates["conv"], params["conv"])
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("case", [case for case in FEW if not case.narrow], ids=str)
 def test_multi_steps_is_a_larger_batch(case):
     def mean_of_two(params, count):
@@ -82,6 +84,7 @@ def test_multi_steps_is_a_larger_batch(case):
     assert_close(small, large)
 
 
+@pytest.mark.cover
 @few
 def test_apply_if_finite_leaves_everything_as_it_was(case):
     tx = optax.apply_if_finite(case.make(), max_consecutive_errors=3)
@@ -262,6 +265,7 @@ def test_the_threshold_can_be_read(case):
         assert threshold is case.own_state(state).threshold
 
 
+@pytest.mark.slow
 def test_the_threshold_of_a_closed_loop_can_be_set():
     tx = soft_threshold(target_sparsity(0.5, cosine, STEPS))
     params = dense_start()

@@ -128,6 +128,7 @@ def is_dead(layout, tree):
     return {key for key, size in sizes(layout, tree).items() if size == 0}
 
 
+@pytest.mark.cover
 @each_layout
 def test_values_are_those_of_a_loop(layout):
     operator, _, leaves = LAYOUTS[layout]
@@ -142,6 +143,7 @@ def test_values_are_those_of_a_loop(layout):
             np.testing.assert_allclose(got[path][unit(u)], tree[path][unit(u)] * factor, atol=1e-5)
 
 
+@pytest.mark.cover
 @each_layout
 @pytest.mark.parametrize("kind", ["target", "frozen", "schedule"])
 def test_units_die_as_a_whole(layout, kind):
@@ -176,6 +178,7 @@ def test_units_die_as_a_whole(layout, kind):
     assert (report.groups, report.zero_groups) == (2 * number, len(dead))
 
 
+@pytest.mark.cover
 @each_layout
 def test_a_preimage_gives_the_weights_back(layout):
     operator, _, _ = LAYOUTS[layout]
@@ -206,6 +209,7 @@ def test_a_head_that_is_dead_is_as_good_as_gone():
     )
 
 
+@pytest.mark.slow
 def test_sharded_leaves_have_the_same_heads():
     tree = modules("llama")
     mesh = jax.make_mesh((2,), ("d",))

@@ -286,6 +286,7 @@ def test_the_default_mask_is_the_kernels():
     assert sum(masked.values()) == 2 + 2 * 4
 
 
+@pytest.mark.slow
 def test_heads_die_as_a_whole_and_nothing_is_read_of_them():
     model = create()
     params = random_params(model)
@@ -308,6 +309,7 @@ def test_heads_die_as_a_whole_and_nothing_is_read_of_them():
     np.testing.assert_allclose(apply({"params": biased}, images), logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_hidden_units_die_as_a_whole_and_a_smaller_network_is_the_same():
     model = create()
     params = random_params(model)
@@ -331,6 +333,7 @@ def test_hidden_units_die_as_a_whole_and_a_smaller_network_is_the_same():
     )
 
 
+@pytest.mark.slow
 def test_two_of_four_along_the_inputs_of_every_kernel_but_the_patches():
     params = random_params(create(depth=1))
     after = flat(pruned(params, groups.n_of_m(2, 4), 0.5, select(exclude="^patch_embed/")))

@@ -18,7 +18,7 @@ from lats_optax import cli
 from lats_optax.training import lock, loop, pictures, workdir
 from lats_optax.training.checkpoint import load_state
 from lats_optax.training.parallel import PmapEngine, PrimaryError
-from tests import tiny
+from tests import matrix, tiny
 
 ARGUMENTS = ["digits", "--data.batch-size", "8", "--checkpoint-every", "1", "--epochs"]
 
@@ -149,6 +149,7 @@ def mounted(directory, *options):
         subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_whole_checkpoints(tmp_path, command):
     small = tmp_path / "small"
     with mounted(small, "size=300k"):
@@ -169,7 +170,7 @@ def fill(directory):
             file.write(bytes(1000))
 
 
-@pytest.mark.parametrize("every", ["1", "50"])
+@pytest.mark.parametrize("every", matrix.fast(["1", "50"], ["50"]))
 def test_a_full_disk_at_a_log_is_one_line(tmp_path, command, monkeypatch, every):
     small = tmp_path / "small"
     with mounted(small, "size=300k"):
