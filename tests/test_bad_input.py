@@ -219,7 +219,7 @@ def assert_refused(capsys, arguments: list[str], directory) -> str:
 
 
 @pytest.mark.parametrize(("arguments", "allowed"), cases(RUN, DATA, OPTIMIZER, PRUNE, MODEL))
-def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, compile_once, arguments, allowed):
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, arguments, allowed):
     tiny.install(monkeypatch)
     monkeypatch.chdir(tmp_path)
     line = assert_refused(capsys, shlex.split(arguments), tmp_path)

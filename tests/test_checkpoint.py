@@ -24,7 +24,7 @@ SPARSE = PruneConfig(target_sparsity=0.75)
 
 
 @pytest.fixture(autouse=True)
-def _tiny(monkeypatch, compile_once):
+def _tiny(monkeypatch):
     tiny.install(monkeypatch)
 
 

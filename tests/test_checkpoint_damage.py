@@ -263,7 +263,7 @@ ARGUMENTS = ["digits", "--data.batch-size", "8", "--epochs", "2", "--checkpoint-
 
 
 @pytest.fixture
-def command(monkeypatch, compile_once, tmp_path, capsys):
+def command(monkeypatch, tmp_path, capsys):
     """`lats-train` of a tiny run: its code, and the lines that it writes to standard error."""
     tiny.install(monkeypatch)
     monkeypatch.setattr(pictures, "write", lambda result: [])

@@ -14,7 +14,7 @@ TINY = ["--data.batch-size", "8", "--epochs", "1", "--eval-every", "1"]
 
 
 @pytest.fixture(autouse=True)
-def _tiny(monkeypatch, compile_once):
+def _tiny(monkeypatch):
     tiny.install(monkeypatch)
 
 

@@ -422,7 +422,7 @@ def test_arguments_that_do_not_suit_a_data_set(imagenet, cifar, name, arguments,
         data.load(name, path, **arguments)
 
 
-def test_nothing_to_evaluate_on_is_an_error(broken, tmp_path, compile_once):
+def test_nothing_to_evaluate_on_is_an_error(broken, tmp_path):
     shard = broken / "imagenet2012/5.1.0/imagenet2012-validation.array_record-00000-of-00001"
     shutil.copytree(broken, tmp_path / "data")
     (tmp_path / "data" / shard.relative_to(broken)).write_bytes(b"")
@@ -514,7 +514,7 @@ def test_images_of_another_colour_space_or_format_become_rgb_jpegs():
 
 
 @pytest.mark.slow
-def test_a_run_skips_counts_and_says_so(broken, tmp_path, monkeypatch, capsys, compile_once):
+def test_a_run_skips_counts_and_says_so(broken, tmp_path, monkeypatch, capsys):
     tiny.add_to_zoo(monkeypatch)
     arguments = ["digits", "--data.name", "imagenet2012", "--data.data-dir", str(broken)]
     arguments += ["--model.name", "tiny"]

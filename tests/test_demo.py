@@ -12,7 +12,7 @@ from tests import tiny
 
 
 @pytest.fixture(autouse=True)
-def _tiny(monkeypatch, compile_once):
+def _tiny(monkeypatch):
     tiny.install(monkeypatch)
     preset = presets.PRESETS["digits"]
     data = dataclasses.replace(preset.config.data, batch_size=8)

@@ -34,7 +34,7 @@ TARGET = PruneConfig(target_sparsity=0.75)
 
 
 @pytest.fixture(autouse=True)
-def _everything_is_divided(monkeypatch, compile_once):
+def _everything_is_divided(monkeypatch):
     # The tiny model's arrays too.
     monkeypatch.setattr("lats_optax.training.parallel._DIVIDED_FROM", 16)
 

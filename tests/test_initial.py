@@ -28,7 +28,7 @@ WATCHED = {"average_decay": 0.9, "log_every": 1}  # as other tests have it: comp
 
 
 @pytest.fixture(autouse=True)
-def _tiny(monkeypatch, compile_once):
+def _tiny(monkeypatch):
     tiny.add_to_zoo(monkeypatch)
 
 

@@ -78,7 +78,7 @@ CASES = {
 
 
 def test_slow_rows_are_rows():
-    assert SLOW <= CASES.keys()
+    assert not SLOW - CASES.keys()
 
 
 @pytest.mark.parametrize(

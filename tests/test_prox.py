@@ -220,6 +220,12 @@ class ScalarReferenceTest(chex.TestCase):
             )
 
 
+# Without jit each operation compiles alone, for each type: the fast suite does so for one.
+for _name, _test in list(vars(ScalarReferenceTest).items()):
+    if _name.endswith("__without_jit") and "float32" not in _name:
+        setattr(ScalarReferenceTest, _name, pytest.mark.slow(_test))
+
+
 @pytest.mark.parametrize("operator", ALL.values(), ids=ALL)
 def test_a_result_too_small_for_float16_is_zero_without_a_sign(operator):
     x = jnp.full((1, 1), -1e-3, jnp.float16)

@@ -24,9 +24,6 @@ WATCHED = {"prune": PruneConfig(target_sparsity=0.75), "average_decay": 0.9, "lo
 SIZES = {"Conv_0/kernel": 72, "Dense_0/kernel": 384}  # of tests.tiny
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
-
 # A layer, by hand
 
 

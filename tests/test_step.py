@@ -14,11 +14,6 @@ from lats_optax.training.step import averaged, create_state, train_step
 from tests import matrix, tiny
 
 
-@pytest.fixture(autouse=True)
-def _fast(compile_once):
-    pass
-
-
 class Plain(nn.Module):
     """Without batch statistics: a mean over parts is the mean over the batch."""
 

@@ -227,7 +227,7 @@ def run(directory, **changes):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, compile_once):
+def straight(tmp_path_factory):
     """The run on a disk, and its directory."""
     directory = tmp_path_factory.mktemp("disk") / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -238,7 +238,7 @@ def straight(tmp_path_factory, compile_once):
 
 
 @pytest.fixture
-def zoo(monkeypatch, compile_once):
+def zoo(monkeypatch):
     tiny.install(monkeypatch)
 
 

@@ -15,6 +15,7 @@ from flax import traverse_util
 
 from lats_optax import models, s_lats_threshold
 from lats_optax.torch import weights
+from tests import matrix
 
 REFERENCE = Path(__file__).parent / "reference"
 PLIF = models.Neuron("plif")
@@ -237,11 +238,14 @@ def assert_thresholded(kernel, weight, d):
 
 @pytest.mark.parametrize(
     ("name", "options", "pruned"),
-    [
-        ("resnet18", {}, 21),
-        ("mobilenet-v1", {"width": 0.25}, 28),
-        ("resnet18", {"classifier_bias": True}, 20),
-    ],
+    matrix.fast(
+        [
+            ("resnet18", {}, 21),
+            ("mobilenet-v1", {"width": 0.25}, 28),
+            ("resnet18", {"classifier_bias": True}, 20),
+        ],
+        [("mobilenet-v1", {"width": 0.25}, 28)],
+    ),
 )
 def test_latent_weights_of_lats(name, options, pruned):
     """All convolutions and a classifier without a bias; what is dense in LATS keeps its bits."""
@@ -260,7 +264,7 @@ def test_latent_weights_of_lats(name, options, pruned):
         assert_thresholded(sparse[path], weight, 0.5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", matrix.fast(DTYPES, DTYPES[1:3]), ids=str)
 def test_latent_weights_keep_their_dtype(dtype):
     model = create()
     latent = weights.variables_to_torch(normal(model, dtype), model)
@@ -439,6 +443,7 @@ def test_wrong_layouts_and_models():
 # --- files --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_safetensors_keep_every_bit(tmp_path):
     model = create("resnet18")
     variables = any_bits(model)
@@ -450,6 +455,7 @@ def test_safetensors_keep_every_bit(tmp_path):
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o044
 
 
+@pytest.mark.slow
 def test_a_file_of_latent_weights_feeds_the_model(tmp_path):
     model = create()
     weights.save(tmp_path / "a.safetensors", normal(model), model)

@@ -30,9 +30,6 @@ from tests import matrix, tiny
 SPARSE = PruneConfig(target_sparsity=0.75)
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
-
 def by_hand(config):
     """What a loop written out begins with."""
     model, tx = tiny.Model(), make_optimizer(config, steps_per_epoch=6).phases[0].transform

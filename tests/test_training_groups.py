@@ -22,9 +22,6 @@ BLOCKS = PruneConfig(0.5, structure="blocks", block=(4, 3))
 PATTERN = PruneConfig(0.5, structure="n-of-m", pattern=(2, 4))
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
-
 @pytest.mark.parametrize(
     ("prune", "groups"),
     [

@@ -109,7 +109,7 @@ def test_a_named_sparsity_is_met_behind_adamw(decay_on):
 
 
 @pytest.mark.slow
-def test_a_run_with_adamw_learns(tmp_path, compile_once):
+def test_a_run_with_adamw_learns(tmp_path):
     optimizer = OptimizerConfig("adamw", 3e-2, weight_decay=1e-3, clip_norm=1.0)
     config = tiny.config(
         tmp_path / "run", optimizer=optimizer, prune=PruneConfig(target_sparsity=0.5), epochs=8

@@ -21,9 +21,6 @@ from tests.runs import BEFORE, EARLY, assert_equal_runs, at_step, events, plain_
 STEPS = 6  # an epoch of tests.tiny
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
-
 @pytest.mark.parametrize("mode", matrix.fast(["early", "at-initialization"], ["early"]))
 def test_a_run_is_the_plain_loop(tmp_path, mode):
     early = mode == "early"

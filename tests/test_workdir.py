@@ -28,7 +28,7 @@ def prepared(directory, **changes):
 
 
 @pytest.fixture
-def command(monkeypatch, compile_once, capsys):
+def command(monkeypatch, capsys):
     """`lats-train` of a tiny run: its code, and what it writes to standard error."""
     tiny.install(monkeypatch)
     monkeypatch.setattr(pictures, "write", lambda result: [])
