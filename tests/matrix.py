@@ -25,17 +25,21 @@ def fast(table: Iterable[Any], keep: int | Iterable[Any]) -> list[Any]:
       ValueError: A value to keep is not in the table.
     """
     values = list(table)
-    kept = values[:keep] if isinstance(keep, int) else list(keep)
-    for value in kept:
-        if value not in values:
-            raise ValueError(f"keep: {value!r} is not allowed; allowed: {values}")
+    # By place where only the first stay: values may be arrays.
+    kept = set(range(keep)) if isinstance(keep, int) else {_place(value, values) for value in keep}
     return [
         pytest.param(
             *(value if isinstance(value, tuple) else (value,)),
-            marks=() if value in kept else pytest.mark.slow,
+            marks=() if place in kept else pytest.mark.slow,
         )
-        for value in values
+        for place, value in enumerate(values)
     ]
+
+
+def _place(value: Any, values: list[Any]) -> int:
+    if value not in values:
+        raise ValueError(f"keep: {value!r} is not allowed; allowed: {values}")
+    return values.index(value)
 
 
 def cover(rows: Sequence[Iterable[Hashable]]) -> set[int]:

@@ -33,7 +33,7 @@ from lats_optax.training.config import (
 )
 from lats_optax.training.optimizer import make_optimizer
 from lats_optax.training.parallel import PmapEngine
-from tests import tiny
+from tests import matrix, tiny
 
 SMALL = {f"layer{i}/kernel": (512, 512) for i in range(3)}
 
@@ -50,7 +50,7 @@ def test_resnet50_has_the_published_number_of_parameters():
 
 @pytest.mark.parametrize(
     ("name", "most"),
-    [("proximal_step", 1.02), ("soft_threshold, schedule", 1.5)],
+    matrix.fast([("proximal_step", 1.02), ("soft_threshold, schedule", 1.5)], 1),
 )
 def test_bytes_of_an_update_on_the_cpu(small, name, most):
     programs = {

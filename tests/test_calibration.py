@@ -229,7 +229,7 @@ def test_a_change_of_the_weights_changes_the_output_as_the_gram_matrix_says(case
         np.testing.assert_allclose(found, expected, rtol=rough)
 
 
-@pytest.mark.parametrize("case", LINEAR)
+@pytest.mark.parametrize("case", matrix.fast(LINEAR, 6))
 def test_matrices_go_back_where_they_came_from(case):
     fn, weights, batch, _ = LINEAR[case]
     w = {"w": normal(*weights)}
@@ -243,6 +243,7 @@ def test_matrices_go_back_where_they_came_from(case):
     assert float(marked.mean()) == covered
 
 
+@pytest.mark.slow
 def test_layers_of_a_scan_have_gram_matrices_of_their_own():
     w, x = normal(3, 6, 6), normal(5, 6)
 

@@ -104,6 +104,7 @@ def test_sixteen_bits(dtype):
     assert report.sparsity == 0.5
 
 
+@pytest.mark.slow
 def test_survivors_of_a_mask_alone_stay_bit_for_bit():
     with jax.enable_x64(True):
         before = RANDOM.normal(size=(8, 5))
@@ -114,6 +115,7 @@ def test_survivors_of_a_mask_alone_stay_bit_for_bit():
     np.testing.assert_array_equal(pruned, np.where(pruned == 0, 0.0, before))
 
 
+@pytest.mark.slow
 def test_a_solver_of_your_own():
     def halves(w, gram, budget):
         return jnp.where(budget.keep(jnp.abs(w)), w / 2, 0.0)
@@ -178,6 +180,7 @@ def test_stages_within_a_block():
     assert [layer.path for layer in report.layers] == ["0/a", "0/b"]
 
 
+@pytest.mark.slow
 def test_blocks_cost_two_passes_each():
     calls = []
 
@@ -225,6 +228,7 @@ LAYOUTS = {
 SLOW = ("every large axis", "data parallel")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LAYOUTS]
 )

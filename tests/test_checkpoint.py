@@ -179,6 +179,7 @@ def test_sparse_weights_from_the_latent_ones_of_a_checkpoint(tmp_path):
 # The work directory
 
 
+@pytest.mark.slow
 def test_a_run_is_not_overwritten(tmp_path):
     config = tiny.config(tmp_path / "run", epochs=1)
     loop.train(config)
@@ -195,6 +196,7 @@ def test_a_run_is_not_begun_twice(tmp_path):
         loop.fit(experiment)
 
 
+@pytest.mark.slow
 def test_overwrite_removes_the_run_and_nothing_else(tmp_path):
     config = tiny.config(tmp_path / "run", epochs=1)
     loop.train(config)
@@ -211,6 +213,7 @@ def test_overwrite_removes_the_run_and_nothing_else(tmp_path):
     assert len(list(config.workdir.glob("events.out.tfevents.*"))) == 1
 
 
+@pytest.mark.slow
 def test_resuming_with_another_config_is_refused(tmp_path):
     config = tiny.config(tmp_path / "run", epochs=1)
     loop.train(config)

@@ -63,7 +63,7 @@ def test_description(digits):
     assert (digits.num_classes, digits.num_train, digits.num_test) == (10, 1437, 360)
 
 
-@pytest.mark.parametrize("batch_size", [1, 1437])
+@pytest.mark.parametrize("batch_size", matrix.fast([1, 1437], [1]))
 def test_train_batches_of_any_size(digits, batch_size):
     batches = digits.train_batches(batch_size)
     assert [len(next(batches)["label"]) for _ in range(2)] == [batch_size] * 2
@@ -148,6 +148,7 @@ def test_labels_belong_to_the_training_images(plain, index_of):
         assert (batch["image"].dtype, batch["label"].dtype) == (np.float32, np.int32)
 
 
+@pytest.mark.slow
 def test_augmentation_shifts_by_at_most_one_pixel(digits, plain):
     """Every image is one of the nine shifts of the image that the plain data set has there."""
     background = np.float32((0 - MEAN) / STD)
@@ -166,6 +167,7 @@ def test_augmentation_shifts_by_at_most_one_pixel(digits, plain):
     assert len(shifts) == 9
 
 
+@pytest.mark.slow
 def test_seed_decides_order_and_augmentation(digits):
     first, again, other = (take(digits.train_batches(64, seed), 3) for seed in (0, 0, 1))
     assert same(first, again)

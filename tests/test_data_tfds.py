@@ -288,6 +288,7 @@ def test_flipped_bytes_in_a_file_and_a_file_cut_short(imagenet, tmp_path):
         next(loaded.train_batches(8))
 
 
+@pytest.mark.slow
 def test_workers_leave_the_accelerators_alone():
     def state(example, rng):
         import os

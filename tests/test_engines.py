@@ -60,7 +60,7 @@ def assert_agree_at_the_end(result, expected):
 
 @pytest.mark.parametrize(
     "engine",
-    ["pmap", "jit over 2", *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(REST))],
+    matrix.fast(["pmap", "jit over 2", *sorted(REST)], ["jit over 2"]),
 )
 def test_an_engine_trains_as_one_device(tmp_path, engine):
     changes = {"prune": TARGET, "recalibrate": 2, "epochs": 2}

@@ -235,6 +235,7 @@ def test_a_description_of_another_kind_is_refused(path, description):
     refused(path)
 
 
+@pytest.mark.slow
 def test_a_shape_that_no_image_has_is_refused(path):
     hostile = [
         *([value, 8, 1] for value in ODD),

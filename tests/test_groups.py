@@ -311,7 +311,7 @@ def zeros_and_largest_group(params, name):
 
 @pytest.mark.parametrize(
     ("name", "latent_dtype"),
-    [("input_channels", jnp.bfloat16), ("blocks", None)],
+    matrix.fast([("input_channels", jnp.bfloat16), ("blocks", None)], [("blocks", None)]),
 )
 def test_a_named_sparsity_is_reached_to_a_group(name, latent_dtype):
     tx = soft_threshold(
@@ -347,6 +347,7 @@ def test_each_layer_reaches_a_target_of_its_own_which_freezes():
     assert not np.any(state.threshold)
 
 
+@pytest.mark.slow
 def test_a_group_of_every_layer_survives():
     # The depth-wise layer is one group as a whole.
     operator = groups.input_channels()
@@ -407,6 +408,7 @@ def test_finalize_with_an_operator_for_each_part():
 # --- the report -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_table_counts_groups():
     params = {
         "bias": jnp.zeros(4),
@@ -500,6 +502,7 @@ def test_the_report_names_it_too():
         sparsity(network(), groups=groups.filters())
 
 
+@pytest.mark.slow
 def test_what_the_error_says_helps():
     tx = soft_threshold(0.1, operator=groups.filters())
     with pytest.raises(ValueError, match=r"select\(exclude=\[.*\]\)") as caught:

@@ -187,11 +187,13 @@ def test_a_command_on_an_older_python_is_one_line(command):
     assert line.startswith("error: the commands need Python 3.11 or newer, and this is 3.10.13")
 
 
+@pytest.mark.slow
 def test_the_zoo_without_flax_says_what_to_install():
     done = without("flax", "import lats_optax.models")
     assert done.stderr.splitlines()[-1].endswith("pip install 'lats-optax[models]'")
 
 
+@pytest.mark.slow
 def test_the_throughput_benchmark_runs_where_flax_is_and_no_other():
     pytest.importorskip("flax")
     missing = [name for name in OPTIONAL if name not in ("chex", "flax")]  # optax may need chex

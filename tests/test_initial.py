@@ -101,6 +101,7 @@ def test_overwrite_removes_the_files_of_a_run(tmp_path):
 # What a run begins from
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_masked_sgd(tmp_path, initial):
     """The zeros are exactly the file's and the survivors move, as in a loop of another's."""
     config = tiny.config(tmp_path / "run", prune=FINE, initial=initial)
@@ -187,6 +188,7 @@ def test_a_resumed_run_needs_its_work_directory_alone(tmp_path, monkeypatch, ini
     equal(*(load_model(run.model.path).variables for run in (straight, resumed)))
 
 
+@pytest.mark.slow
 def test_what_a_run_began_from_is_not_exchanged(tmp_path, initial):
     config = tiny.config(tmp_path / "run", prune=FINE, initial=initial)
     # Where there is no checkpoint yet, the run begins anew, from the file that is named now.

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lats_optax import count_operations
-from tests import versions
+from tests import matrix, versions
 
 
 def sparse(seed, *shape, density=0.4):
@@ -305,6 +305,7 @@ def test_gradients_take_two_more_products():
     }
 
 
+@pytest.mark.slow
 def test_which_parameter():
     params = {
         "embedding": sparse(0, 11, 6),
@@ -407,7 +408,10 @@ def zoo(name, size, num_classes=1000, **options):
 
 @pytest.mark.parametrize(
     ("name", "operations", "published"),
-    [("resnet50", 4_089_184_256, 4.09), ("mobilenet-v1", 568_740_352, 0.57)],
+    matrix.fast(
+        [("resnet50", 4_089_184_256, 4.09), ("mobilenet-v1", 568_740_352, 0.57)],
+        [("mobilenet-v1", 568_740_352, 0.57)],
+    ),
 )
 def test_published_counts(name, operations, published):
     report = count_operations(*zoo(name, 224))
@@ -466,6 +470,7 @@ def test_a_recurrent_layer_whose_kernels_are_concatenated():
     assert not found
 
 
+@pytest.mark.slow
 def test_attention_in_nnx():
     nnx = pytest.importorskip("flax.nnx")
     layer = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))

@@ -266,22 +266,28 @@ def test_options_that_are_not_given_are_the_models_own(name, kind, options):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [
-        (["--model.name", "resnet19"], ["resnet19", "'digits-cnn', 'resnet18'"]),
-        (["--model.connection", "XOR"], ["'digits-cnn'", "'connection'", "'width'"]),
-        (["--model.name", "resnet20", "--model.steps", "2"], ["'steps'", "'width'"]),
-        (["--model.name", "sew-resnet18", "--model.connection", "XOR"], ["'XOR'", "'IAND'"]),
-        (["--model.name", "sew-resnet18", "--model.neuron", "izh"], ["'izh'", "'plif'"]),
-        (["--model.name", "sew-resnet18", "--model.stem", "big"], ["'big'", "'cifar'"]),
-        (["--model.name", "sew-resnet18", "--model.steps", "0"], ["steps is 0", "1 or more"]),
-        (["--model.name", "vgg16-bn"], ["(1, 8, 8, 1)", "at least 32"]),
-        (["--model.name", "vit-tiny"], ["(1, 8, 8, 1)", "at least 16"]),
-        (["--model.name", "vit-tiny", "--model.patch-size", "3"], ["multiples of patch_size, 3"]),
-        (["--model.name", "vit-tiny", "--model.depth", "0"], ["depth is 0", "1 to 100"]),
-        (["--model.patch-size", "2"], ["'digits-cnn'", "'patch_size'", "'width'"]),
-        (["--model.width", "0"], ["width is 0.0", "to 1000"]),
-        (["--model.classifier-bias", "maybe"], ["--model.classifier-bias", "maybe"]),
-    ],
+    matrix.fast(
+        [
+            (["--model.name", "resnet19"], ["resnet19", "'digits-cnn', 'resnet18'"]),
+            (["--model.connection", "XOR"], ["'digits-cnn'", "'connection'", "'width'"]),
+            (["--model.name", "resnet20", "--model.steps", "2"], ["'steps'", "'width'"]),
+            (["--model.name", "sew-resnet18", "--model.connection", "XOR"], ["'XOR'", "'IAND'"]),
+            (["--model.name", "sew-resnet18", "--model.neuron", "izh"], ["'izh'", "'plif'"]),
+            (["--model.name", "sew-resnet18", "--model.stem", "big"], ["'big'", "'cifar'"]),
+            (["--model.name", "sew-resnet18", "--model.steps", "0"], ["steps is 0", "1 or more"]),
+            (["--model.name", "vgg16-bn"], ["(1, 8, 8, 1)", "at least 32"]),
+            (["--model.name", "vit-tiny"], ["(1, 8, 8, 1)", "at least 16"]),
+            (
+                ["--model.name", "vit-tiny", "--model.patch-size", "3"],
+                ["multiples of patch_size, 3"],
+            ),
+            (["--model.name", "vit-tiny", "--model.depth", "0"], ["depth is 0", "1 to 100"]),
+            (["--model.patch-size", "2"], ["'digits-cnn'", "'patch_size'", "'width'"]),
+            (["--model.width", "0"], ["width is 0.0", "to 1000"]),
+            (["--model.classifier-bias", "maybe"], ["--model.classifier-bias", "maybe"]),
+        ],
+        4,
+    ),
 )
 def test_a_wrong_model_is_one_line(tmp_path, capsys, arguments, words):
     assert cli.train(["digits", *arguments, "--workdir", str(tmp_path / "run")]) == 2
@@ -293,6 +299,7 @@ def test_a_wrong_model_is_one_line(tmp_path, capsys, arguments, words):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_sparsity_report_leaves_the_classifier_of_a_spiking_network_dense():
     config = PRESETS["cifar10-sew-resnet18-lats"].config
     mask = make_optimizer(config, steps_per_epoch=1).mask

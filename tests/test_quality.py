@@ -510,6 +510,7 @@ def test_batch_statistics_are_those_of_the_final_weights():
     assert outcome == Outcome(outcome.value, 0, 1)
 
 
+@pytest.mark.slow
 def test_the_language_model_is_that_of_the_example():
     from benchmarks.quality.characters import language_model
     from lats_optax.examples import char_transformer as example

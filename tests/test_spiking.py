@@ -132,7 +132,7 @@ def label(neuron):
 
 
 @pytest.mark.cover
-@pytest.mark.parametrize("neuron", NEURONS, ids=label)
+@pytest.mark.parametrize("neuron", matrix.fast(NEURONS, 3), ids=label)
 def test_neuron_is_the_scalar_one(neuron):
     rng = np.random.default_rng(3)
     inputs, tangents = 1.5 * rng.normal(size=(2, 9, 20)) + 0.5
@@ -164,6 +164,7 @@ def test_layer_is_the_neuron_and_reports_its_rate(kind):
     assert float(rate) == pytest.approx(np.count_nonzero(spikes) / 300)
 
 
+@pytest.mark.slow
 def test_tau_of_plif_is_trained():
     """Its gradient, by a finite difference of the potential where nothing fires."""
     neuron = Neuron("plif", threshold=100.0, tau=1.5)

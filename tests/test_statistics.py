@@ -143,6 +143,7 @@ def weights_of(result):
     return [record for record in result.metrics if record["split"] == "weights"]
 
 
+@pytest.mark.slow
 def test_a_run_logs_its_weights(tmp_path):
     config = tiny.config(tmp_path / "run", **WATCHED, eval_every=2)
     result = tiny.train(config, jax.devices()[:2])

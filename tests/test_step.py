@@ -64,6 +64,7 @@ def test_parts_are_the_whole_batch_where_nothing_is_normalised(parts):
     assert zeros[0] == zeros[1] > 0
 
 
+@pytest.mark.slow
 def test_parts_accumulate_in_float32_under_bfloat16():
     (whole, _), (in_parts, _) = (run(Plain(jnp.bfloat16), accumulate=parts) for parts in (1, 12))
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(in_parts[-1].params))

@@ -376,6 +376,7 @@ def test_where_none_is_whole_nothing_is_changed(place, zoo, monkeypatch):
     assert {name: (place / "run" / name).read_bytes() for name in (place / "run").names()} == before
 
 
+@pytest.mark.slow
 def test_overwriting_removes_what_a_run_wrote_alone(place, zoo):
     run(place / "run", epochs=1)
     (place / "run" / "notes.txt").write_bytes(b"mine")

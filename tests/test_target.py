@@ -274,7 +274,9 @@ def selections(threshold, steps):
     return np.flatnonzero(np.asarray(state.quantile) == 1)
 
 
-@pytest.mark.parametrize(("steps", "every"), [(1, 1), (199, 1), (600, 3), (30_000, 150)])
+@pytest.mark.parametrize(
+    ("steps", "every"), matrix.fast([(1, 1), (199, 1), (600, 3), (30_000, 150)], [(1, 1), (600, 3)])
+)
 def test_how_often_the_quantile_is_selected_by_default(steps, every):
     due = selections(to_the_end(0.5, 0.1, steps), steps + 5)
     # Who trains on after the last step stays at the target.
@@ -283,7 +285,7 @@ def test_how_often_the_quantile_is_selected_by_default(steps, every):
 
 
 @pytest.mark.cover
-@pytest.mark.parametrize("size", [1, 2, 3, 10])
+@pytest.mark.parametrize("size", matrix.fast([1, 2, 3, 10], [1, 3]))
 @pytest.mark.parametrize("target", [0.0, 0.3, 0.5, 0.99])
 def test_tiny_models(size, target):
     w = jnp.linspace(1.0, 2.0, size)[None]
@@ -301,6 +303,7 @@ def test_a_target_of_zero_prunes_nothing():
     np.testing.assert_array_equal(after, w)
 
 
+@pytest.mark.slow
 def test_ties_are_pruned_together():
     w = jnp.array([[1.0, -2.0, 2.0, 2.0, 3.0]])
     _, after = still(soft(to_the_end(0.4, 0.1, 1)), w, 1)
@@ -316,7 +319,10 @@ def test_what_is_not_pruned_does_not_count():
 
 @pytest.mark.cover
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("target", "axes"), [(0.3, None), (0.5, 1), (0.9, (0,)), (0.5, (0, 1))])
+@pytest.mark.parametrize(
+    ("target", "axes"),
+    matrix.fast([(0.3, None), (0.5, 1), (0.9, (0,)), (0.5, (0, 1))], [(0.9, (0,)), (0.5, (0, 1))]),
+)
 def test_groups_end_within_one_group_of_the_target(target, axes, dtype):
     w = jax.random.normal(jax.random.key(3), (12, 10)).astype(dtype)
     operator = prox.Axes(axes=axes)
@@ -459,6 +465,7 @@ def test_more_entries_than_32_bits_count():
         jax.eval_shape(lambda x: kth_smallest([x], 1), huge)
 
 
+@pytest.mark.slow
 def test_the_program_sorts_nothing_and_selects_within_a_conditional():
     tx = soft(to_the_end(0.9, 0.1, 1000, update_every=10))
     params = {"a": jnp.ones((32, 16)), "b": jnp.ones((3, 3, 4, 8))}
@@ -523,7 +530,7 @@ def noisy(tx, steps, seed=0):
 
 @pytest.mark.cover
 @pytest.mark.parametrize("law", [None, lats_optax.threshold_curve(), lats_optax.sparsity_curve()])
-@pytest.mark.parametrize("freeze_after", [None, 27])
+@pytest.mark.parametrize("freeze_after", matrix.fast([None, 27], [27]))
 def test_a_target_is_reached_held_and_exact_at_the_end(law, freeze_after):
     target = lats_optax.target_sparsity(0.9, 0.1, 40, law=law, update_every=1)
     zeros, _ = noisy(soft_threshold(target, freeze_after=freeze_after), 44)

@@ -106,12 +106,15 @@ def test_round_trip_keeps_every_bit(name, options, layout):
 
 @pytest.mark.parametrize(
     ("name", "file", "layout"),
-    [
-        ("resnet18", "logits_resnet18", "lats"),
-        ("resnet50", "logits_resnet50", "lats"),
-        ("mobilenet-v1", "logits_mobilenet_v1", "lats"),
-        ("sew-resnet18", "logits_sew_resnet18", "spikingjelly"),
-    ],
+    matrix.fast(
+        [
+            ("resnet18", "logits_resnet18", "lats"),
+            ("resnet50", "logits_resnet50", "lats"),
+            ("mobilenet-v1", "logits_mobilenet_v1", "lats"),
+            ("sew-resnet18", "logits_sew_resnet18", "spikingjelly"),
+        ],
+        1,
+    ),
 )
 def test_names_and_shapes_are_the_recorded_ones(name, file, layout):
     with np.load(REFERENCE / f"{file}.npz") as recording:
@@ -285,6 +288,7 @@ def test_a_threshold_of_zero_leaves_the_values():
     jax.tree.map(np.testing.assert_array_equal, sparse, as_is)
 
 
+@pytest.mark.slow
 def test_latent_weights_of_str():
     """A threshold of its own for each layer that has one; a scale of -12800 prunes nothing."""
     model = create("resnet18")
@@ -466,6 +470,7 @@ def test_a_file_of_latent_weights_feeds_the_model(tmp_path):
     assert np.isfinite(logits).all()
 
 
+@pytest.mark.slow
 def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     model, path = create(), tmp_path / "a.safetensors"
     with pytest.raises(FileNotFoundError, match=r"there is no file .*a\.safetensors\."):
@@ -495,6 +500,7 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
             weights.save(file, normal(model), model)
 
 
+@pytest.mark.slow
 def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
     model, path = create(), tmp_path / "a.safetensors"
     with pytest.raises(FileNotFoundError, match=r"there is no directory .*none\."):

@@ -219,6 +219,7 @@ def test_frozen_survivors_follow_plain_sgd_and_zeros_stay(threshold, inner, dtyp
             np.testing.assert_allclose(np.asarray(w, float), theta, **slack)
 
 
+@pytest.mark.slow
 def test_a_frozen_survivor_that_lands_on_zero_moves_on():
     tx = soft_threshold(0.0, freeze_after=1)
     w = jnp.array([[1.0, 0.0]])

@@ -28,7 +28,8 @@ from tests.properties import (
     run,
 )
 
-few = pytest.mark.parametrize("case", FEW, ids=str)
+# Of the fast suite a schedule, a target, a proximal step and a support.
+few = pytest.mark.parametrize("case", matrix.fast(FEW, FEW[:2] + FEW[-2:]), ids=str)
 
 
 # --- trees --------------------------------------------------------------------------------------
@@ -58,7 +59,7 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize("build", TREES.values(), ids=TREES)
+@pytest.mark.parametrize("build", matrix.fast(TREES.values(), 1), ids=TREES)
 def test_trees_of_any_structure(build):
     case = Case(threshold="target")
     start = dense_start()
@@ -294,7 +295,9 @@ def on_one_device(request):
 
 
 @pytest.mark.cover
-@pytest.mark.parametrize("jitted_init", [False, True], ids=["eager_init", "jitted_init"])
+@pytest.mark.parametrize(
+    "jitted_init", matrix.fast([False, True], [True]), ids=["eager_init", "jitted_init"]
+)
 @pytest.mark.parametrize("spec", [("d",), (None, "d")], ids=["rows", "columns"])
 def test_sharded_parameters(on_one_device, spec, jitted_init):
     name, tx, (expected, _, expected_state, _) = on_one_device
@@ -375,6 +378,7 @@ def test_inner_sees_latent_weights_of_their_own_type():
     assert kinds(after) == kinds(state)
 
 
+@pytest.mark.slow
 def test_float64_reaches_the_target_in_float64():
     with enable_x64(True):
         # Magnitudes that float32 cannot tell apart.
@@ -396,6 +400,7 @@ def test_strict_promotion(case, dtype):
         assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
 
 
+@pytest.mark.slow
 def test_an_update_too_narrow_for_its_parameters_is_widened():
     params = {"kernel": jnp.array([[1.001, 0.5]])}
     narrow = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.bfloat16), params)

@@ -163,8 +163,8 @@ def test_units_die_as_a_whole(layout, kind):
         updates, state = tx.update(slopes, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=STEPS)[0])
-    params, state = run((tree, tx.init(tree)))
+    run = jax.jit(lambda tree: jax.lax.scan(step, (tree, tx.init(tree)), length=STEPS)[0])
+    params, state = run(tree)
     dead = is_dead(layout, params)
     assert 0 < len(dead) < 2 * number
     zeros = sum(int((w == 0).sum()) for w in jax.tree.leaves(params))
@@ -275,6 +275,7 @@ def test_what_is_not_allowed_is_said(case):
         act()
 
 
+@pytest.mark.slow
 def test_a_mask_selects_what_has_heads():
     tree = TREE | {"mlp": jnp.ones((3, 3))}
     tx = soft_threshold(0.1, operator=groups.heads(2), mask=select("_proj"))

@@ -195,6 +195,7 @@ def test_a_full_disk_at_a_log_is_one_line(tmp_path, command, monkeypatch, every)
         assert command(run, "--resume", epochs=2)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_place_that_is_read_only_is_one_line(tmp_path, command):
     place = tmp_path / "place"
     with mounted(place, "size=1m"):
@@ -229,6 +230,7 @@ def test_a_missing_permission_is_one_line_for_root_too(tmp_path, command, monkey
     assert_fails(command(tmp_path / "run"), "Permission denied", str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_run_ends_as_before_where_a_lock_was_left(tmp_path, command):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").write_text("process 1 on nowhere\n")
