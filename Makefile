@@ -33,7 +33,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install  ## train a dense and a 95 % sparse network on real digits, and compare them
 	$(BIN)/lats-demo --overwrite
 
-test: install  ## the test suite, without the slow ones
+test: install  ## the fast tests: one case or a few of each property
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: install smollm2  ## the whole test suite, a real language model included (93 MB are downloaded once)
@@ -95,4 +95,4 @@ bench-quality-full: install  ## the same with all tasks, methods and seeds, lear
 	$(BIN)/python -m benchmarks.quality.picture benchmarks/results/quality.jsonl benchmarks/results/quality.png
 
 clean:  ## remove the environment and everything that was made (not runs/)
-	rm -rf .venv .venv-oldest .venv-newest build dist docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest build dist docs/_build *.egg-info .jax_cache .pytest_cache .ruff_cache .mypy_cache .hypothesis

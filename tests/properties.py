@@ -264,7 +264,8 @@ def oracle(case: Case, start: Any, slopes: list[Any]) -> list[tuple[Any, Any, fl
     w = flat(start)
     pruned = [name for name, leaf in w.items() if leaf.ndim > 1]
     support = {name: w[name] != 0 for name in pruned}
-    d = threshold_of(case, 0, 0.0, [])
+    earlier: dict[str, float] = {}
+    d = threshold_of(case, 0, 0.0, [], earlier)
     kept_in = case.dtype if case.latent_dtype is None else case.latent_dtype
     theta = {name: _round(_lift(case.operator, w[name], d), kept_in) for name in pruned}
     trace = {name: np.zeros_like(leaf) for name, leaf in w.items()}
@@ -284,14 +285,15 @@ def oracle(case: Case, start: Any, slopes: list[Any]) -> list[tuple[Any, Any, fl
             elif case.kind == "keep_support":
                 w[name] = np.where(support[name], w[name] + moved, 0.0)
             elif case.kind == "proximal_step":
-                w[name] = shrink(case.operator, w[name] + moved, threshold_of(case, t, 0.0, []))
+                d = threshold_of(case, t, 0.0, [], earlier)
+                w[name] = shrink(case.operator, w[name] + moved, d)
             else:
                 moved = np.where(w[name] == 0, _pruned_scale(case, w[name], moved), 1.0) * moved
                 moved = _round(theta[name] + moved, kept_in)
                 theta[name] = np.where(frozen & (theta[name] == 0), 0.0, moved)
         if case.kind == "soft_threshold":
             sizes = np.concatenate([magnitude(case.operator, theta[n]).ravel() for n in pruned])
-            d = 0.0 if frozen else threshold_of(case, t + 1, d, sizes)
+            d = 0.0 if frozen else threshold_of(case, t + 1, d, sizes, earlier)
             w.update({name: shrink(case.operator, theta[name], d, t + 1) for name in pruned})
         after.append((w, theta, d))
     return after
@@ -315,8 +317,10 @@ def _pruned_scale(case: Case, w: Any, moved: Any) -> Any:
     return scale
 
 
-def threshold_of(case: Case, t: int, before: float, magnitudes: Any) -> float:
-    """The threshold after t steps."""
+def threshold_of(
+    case: Case, t: int, before: float, magnitudes: Any, earlier: dict[str, float]
+) -> float:
+    """The threshold after t steps; what it needs of earlier ones is kept in a dict."""
     rates = [RATE * (1 + math.cos(math.pi * s / (STEPS + 1))) / 2 for s in range(STEPS)]
     if case.threshold == "float":
         return case.final
@@ -325,7 +329,7 @@ def threshold_of(case: Case, t: int, before: float, magnitudes: Any) -> float:
     if case.threshold == "lats":
         return case.final * sum(rates[:t]) / sum(rates)
     if case.threshold in ("held", "curve"):
-        return _held(case, t, magnitudes)
+        return _held(case, t, magnitudes, earlier)
     rates = rates[: case.steps]
     if t == 0 or t > case.steps or case.threshold == "none":
         return before
@@ -334,33 +338,36 @@ def threshold_of(case: Case, t: int, before: float, magnitudes: Any) -> float:
         spent, left = sum(rates[1:t]), sum(rates[t:])
         rise, first, reach = 0.0, quantile, 0.0
         if t > 1:
-            last, rise, spent_then, left_then, first, _ = _LOOK[case]
-            between = spent - spent_then
+            first = earlier["first"]
+            between = spent - earlier["spent"]
             window = max(between, min(spent, left / 2))
-            rise = rise * left / left_then * (1 - between / window)
-            rise += left * (quantile - last) / window
+            rise = earlier["rise"] * left / earlier["left"] * (1 - between / window)
+            rise += left * (quantile - earlier["quantile"]) / window
             reach = left / spent
-        _LOOK[case] = quantile, rise, spent, left, first, reach
-    quantile, rise, _, _, first, reach = _LOOK[case]
-    aim = quantile + min(rise, reach * (quantile - first))
+        # The quantile as last selected and its rise from there on, the learning rate spent since
+        # the first step and left, the first quantile, and what is left over what is spent.
+        earlier |= dict(
+            quantile=quantile, rise=rise, spent=spent, left=left, first=first, reach=reach
+        )
+    quantile = earlier["quantile"]
+    aim = quantile + min(earlier["rise"], earlier["reach"] * (quantile - earlier["first"]))
     return max(before + rates[t - 1] / sum(rates[t - 1 :]) * (aim - before), 0.0)
 
 
-def _held(case: Case, t: int, magnitudes: Any) -> float:
+def _held(case: Case, t: int, magnitudes: Any, earlier: dict[str, float]) -> float:
     """A target that is reached after half the steps, and held: selections every second step."""
     reached = STEPS // 2
     if t == 0:
-        _HELD[case] = 0.0, 0.0, 0.0, 0.0
         return 0.0
 
     def quantile(fraction: float) -> float:
         return sorted(magnitudes)[round(fraction * TARGET * len(magnitudes)) - 1]
 
-    d, q, first, slope = _HELD[case]
+    d, q, first, slope = (earlier.get(name, 0.0) for name in ("d", "q", "first", "slope"))
     due = (t - 1) % 2 == 0 or t in (reached, STEPS, case.freeze_after)
     if case.threshold == "curve":
         d = quantile(1 - (1 - min(t / reached, 1.0)) ** 3) if due else d
-        _HELD[case] = d, q, first, slope
+        earlier["d"] = d
         return d
     # Increments of a cubic threshold over three steps: 19, 7 and 1 of 27.
     increments = [19 / 27, 7 / 27, 1 / 27]
@@ -379,15 +386,8 @@ def _held(case: Case, t: int, magnitudes: Any) -> float:
         d = max(d + rho * (setpoint - d), 0.0)
     else:
         d = q
-    _HELD[case] = d, q, first, slope
+    earlier |= dict(d=d, q=q, first=first, slope=slope)
     return d
-
-
-_HELD: dict[Case, tuple[float, float, float, float]] = {}
-
-# The quantile when it was last looked at, its rise from there on, the learning rate spent since the
-# first step, and left; the first quantile, and what is left over what is spent.
-_LOOK: dict[Case, tuple[float, float, float, float, float, float]] = {}
 
 
 def shrink(operator: str, x: np.ndarray, d: float, t: int = 0) -> np.ndarray:

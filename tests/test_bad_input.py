@@ -10,7 +10,7 @@ import shlex
 import pytest
 
 from lats_optax import cli
-from tests import tiny
+from tests import matrix, tiny
 
 TINY = "--data.batch-size 8"
 JOIN = "--distributed --coordinator host:1 --process-count 2"
@@ -219,7 +219,7 @@ def assert_refused(capsys, arguments: list[str], directory) -> str:
 
 
 @pytest.mark.parametrize(("arguments", "allowed"), cases(RUN, DATA, OPTIMIZER, PRUNE, MODEL))
-def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, compile_once, arguments, allowed):
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, arguments, allowed):
     tiny.install(monkeypatch)
     monkeypatch.chdir(tmp_path)
     line = assert_refused(capsys, shlex.split(arguments), tmp_path)
@@ -267,7 +267,7 @@ digits-lats --prune.distribution uniform --prune.layer-sparsity nothing 0.5 => s
 """
 
 
-@pytest.mark.parametrize(("arguments", "allowed"), cases(ZOO))
+@pytest.mark.parametrize(("arguments", "allowed"), matrix.fast(cases(ZOO), 8))
 def test_a_name_that_nothing_has_is_one_line(tmp_path, monkeypatch, capsys, arguments, allowed):
     monkeypatch.chdir(tmp_path)
     assert allowed in assert_refused(capsys, shlex.split(arguments), tmp_path)

@@ -33,7 +33,7 @@ from lats_optax.training.config import (
 )
 from lats_optax.training.optimizer import make_optimizer
 from lats_optax.training.parallel import PmapEngine
-from tests import tiny
+from tests import matrix, tiny
 
 SMALL = {f"layer{i}/kernel": (512, 512) for i in range(3)}
 
@@ -43,13 +43,14 @@ def small(monkeypatch):
     monkeypatch.setattr(shapes, "resnet50", lambda: SMALL)
 
 
+@pytest.mark.slow
 def test_resnet50_has_the_published_number_of_parameters():
     assert sum(jnp.zeros(s).size for s in shapes.resnet50().values()) == 25_556_032
 
 
 @pytest.mark.parametrize(
     ("name", "most"),
-    [("proximal_step", 1.02), ("soft_threshold, schedule", 1.5)],
+    matrix.fast([("proximal_step", 1.02), ("soft_threshold, schedule", 1.5)], 1),
 )
 def test_bytes_of_an_update_on_the_cpu(small, name, most):
     programs = {
@@ -245,6 +246,7 @@ def test_steps_that_differ_in_their_table_alone_are_one_program(small_preset, pr
     assert (program(pruned(small_preset, **prune)) == lats) == same
 
 
+@pytest.mark.slow
 def test_row_of_a_step_that_is_told_its_sparsity(small_preset, tmp_path):
     def compiler():
         return tpu_compile.Compiler(
@@ -268,6 +270,7 @@ def test_row_of_a_step_that_is_told_its_sparsity(small_preset, tmp_path):
     assert again == named._replace(preset="again")
 
 
+@pytest.mark.slow
 def test_programs_of_the_jit_engine(small_preset, monkeypatch):
     monkeypatch.setattr("lats_optax.training.parallel._DIVIDED_FROM", 16)
     config, devices = pruned(small_preset, target_sparsity=0.9), jax.devices()[:4]
@@ -295,6 +298,7 @@ def test_engines_that_there_are_not(name):
 # --- train_throughput ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_throughput_of_dense_and_sparse_steps(monkeypatch, capsys):
     tiny.add_to_zoo(monkeypatch)
     arguments = "--model tiny --image-size 4 --batch-size 4 --steps 1 --rounds 2"
@@ -309,6 +313,7 @@ def test_throughput_of_dense_and_sparse_steps(monkeypatch, capsys):
     assert printed.splitlines()[-2].startswith("sparse / thresholded in the layers: ")
 
 
+@pytest.mark.slow
 def test_layers_that_threshold_their_weights(monkeypatch):
     tiny.add_to_zoo(monkeypatch)
     config = tiny.config(Path("unused"))
@@ -408,6 +413,7 @@ def test_layers_in_pytorch_threshold_their_weights():
 # --- compaction ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compaction_at_a_small_size(capsys):
     arguments = "--models digits-cnn --width 0.3 --fractions 0.5 --batch-size 1 --rounds 2"
     dense, inner, streams = compaction.main(arguments.split())

@@ -11,6 +11,7 @@ from jax import lax
 
 from lats_optax import masks
 from lats_optax.calibration import calibrate
+from tests import matrix
 
 RANDOM = np.random.default_rng(0)
 
@@ -198,7 +199,13 @@ def everything(params):
     return jax.tree.map(lambda leaf: True, params)
 
 
-@pytest.mark.parametrize("case", LINEAR)
+@pytest.mark.parametrize(
+    "case",
+    matrix.fast(
+        LINEAR,
+        ["dense", "into heads", "vmapped experts", "scan", "cond", "in two places", "one axis"],
+    ),
+)
 def test_a_change_of_the_weights_changes_the_output_as_the_gram_matrix_says(case):
     """``||f(W + D) - f(W)||^2 = sum over matrices of tr(D^T G D)``, for any D."""
     fn, weights, batch, sides = LINEAR[case]
@@ -222,7 +229,7 @@ def test_a_change_of_the_weights_changes_the_output_as_the_gram_matrix_says(case
         np.testing.assert_allclose(found, expected, rtol=rough)
 
 
-@pytest.mark.parametrize("case", LINEAR)
+@pytest.mark.parametrize("case", matrix.fast(LINEAR, 6))
 def test_matrices_go_back_where_they_came_from(case):
     fn, weights, batch, _ = LINEAR[case]
     w = {"w": normal(*weights)}
@@ -236,6 +243,7 @@ def test_matrices_go_back_where_they_came_from(case):
     assert float(marked.mean()) == covered
 
 
+@pytest.mark.slow
 def test_layers_of_a_scan_have_gram_matrices_of_their_own():
     w, x = normal(3, 6, 6), normal(5, 6)
 
@@ -254,6 +262,7 @@ def test_layers_of_a_scan_have_gram_matrices_of_their_own():
     assert gram.samples == 10
 
 
+@pytest.mark.slow
 def test_a_recurrent_cell_whose_kernels_are_concatenated():
     params = {name: normal(4, 3) for name in "ifgo"} | {"h": normal(3, 12)}
     x = normal(7, 5, 4)

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import lats_optax
 from lats_optax import erdos_renyi, keep_support, soft_threshold, sparsity, support, target_sparsity
 from lats_optax.calibration import calibrate, prune_with, sequential, solvers
+from tests import matrix
 
 RANDOM = np.random.default_rng(0)
 
@@ -46,7 +47,7 @@ def zeros(params):
     return {name: np.asarray(leaf) == 0 for name, leaf in params.items()}
 
 
-@pytest.mark.parametrize("method", solvers.METHODS)
+@pytest.mark.parametrize("method", matrix.fast(solvers.METHODS, ["wanda"]))
 def test_the_sparsity_is_exact_and_the_rest_is_not_touched(method):
     pruned, report = prune_with(grams(), PARAMS, 0.75, method=method, budget="layer")
     found = zeros(pruned)
@@ -58,6 +59,7 @@ def test_the_sparsity_is_exact_and_the_rest_is_not_touched(method):
     assert "75.00%" in str(report)
 
 
+@pytest.mark.slow
 def test_budgets():
     prune = functools.partial(prune_with, grams(), PARAMS, method="magnitude")
     by_output = zeros(prune(0.5, budget="output").params)
@@ -83,6 +85,7 @@ def test_no_layer_and_no_output_dies():
     assert (zeros(pruned)["in"].sum(0) == 7).all()
 
 
+@pytest.mark.slow
 def test_the_reported_error_is_that_of_the_outputs():
     w, x = normal(8, 5), normal(30, 8)
     found = calibrate(lambda p, x: x @ p["w"], {"w": w}, [x])
@@ -92,7 +95,7 @@ def test_the_reported_error_is_that_of_the_outputs():
         np.testing.assert_allclose(report.layers[0].error, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", matrix.fast([jnp.bfloat16, jnp.float16], 1))
 def test_sixteen_bits(dtype):
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), PARAMS)
     batches = [batch.astype(dtype) for batch in BATCHES]
@@ -101,6 +104,7 @@ def test_sixteen_bits(dtype):
     assert report.sparsity == 0.5
 
 
+@pytest.mark.slow
 def test_survivors_of_a_mask_alone_stay_bit_for_bit():
     with jax.enable_x64(True):
         before = RANDOM.normal(size=(8, 5))
@@ -111,6 +115,7 @@ def test_survivors_of_a_mask_alone_stay_bit_for_bit():
     np.testing.assert_array_equal(pruned, np.where(pruned == 0, 0.0, before))
 
 
+@pytest.mark.slow
 def test_a_solver_of_your_own():
     def halves(w, gram, budget):
         return jnp.where(budget.keep(jnp.abs(w)), w / 2, 0.0)
@@ -120,6 +125,7 @@ def test_a_solver_of_your_own():
     np.testing.assert_array_equal(pruned["in"], expected)
 
 
+@pytest.mark.slow
 def test_groups_of_a_convolution_share_a_budget():
     kernel, x = normal(3, 3, 1, 6), normal(4, 7, 7, 6)
 
@@ -148,6 +154,7 @@ def block(params, x):
 BLOCKS = [{"a": normal(8, 12), "b": normal(12, 8)} for _ in range(3)]
 
 
+@pytest.mark.slow
 def test_each_block_is_calibrated_on_what_the_pruned_ones_give():
     pruned, report = sequential(block, BLOCKS, BATCHES, 0.5)
     hidden, by_hand = BATCHES, []
@@ -173,6 +180,7 @@ def test_stages_within_a_block():
     assert [layer.path for layer in report.layers] == ["0/a", "0/b"]
 
 
+@pytest.mark.slow
 def test_blocks_cost_two_passes_each():
     calls = []
 
@@ -220,6 +228,7 @@ LAYOUTS = {
 SLOW = ("every large axis", "data parallel")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LAYOUTS]
 )
@@ -248,6 +257,7 @@ def test_eight_devices_find_the_masks_of_one(layout):
 # --- afterwards -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fine_tuning_keeps_the_zeros():
     pruned = prune_with(grams(), PARAMS, 0.75).params
     x = jnp.concatenate(BATCHES)

@@ -13,6 +13,7 @@ from lats_optax.calibration.budgets import Pattern, PerLayer, PerOutput, as_patt
 from lats_optax.calibration.solvers import metric
 from lats_optax.calibration.solvers.lasso import largest_eigenvalue, minimize_l1
 from lats_optax.calibration.solvers.lats import Lats
+from tests import matrix
 
 RANDOM = np.random.default_rng(0)
 
@@ -61,6 +62,7 @@ BUDGETS = {
 }
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
 @pytest.mark.parametrize("case", BUDGETS)
 def test_a_budget_keeps_the_largest_and_exactly_so_many(case, ties):
@@ -98,8 +100,11 @@ SHAPES = {
 }
 
 
+@pytest.mark.cover("solvers")
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("method", solvers.METHODS)
+@pytest.mark.parametrize(
+    "method", matrix.fast(solvers.METHODS, ["magnitude", "wanda", "sparsegpt"])
+)
 def test_the_budget_is_met_to_the_weight(method, shape):
     w, gram = problem(**SHAPES[shape])
     groups, inputs, outputs = w.shape
@@ -116,12 +121,14 @@ def test_the_budget_is_met_to_the_weight(method, shape):
         assert check(after == 0), (method, budget)
 
 
+@pytest.mark.cover("solvers")
 @pytest.mark.parametrize("method", solvers.METHODS)
 def test_nothing_to_prune_changes_nothing(method):
     w, gram = problem(24, 10)
     np.testing.assert_allclose(solve(method, w, gram, PerLayer(0)), w, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.cover("solvers")
 @pytest.mark.parametrize("method", solvers.METHODS)
 def test_gram_matrices_of_zeros_and_of_few_samples(method):
     """No tokens reached an expert, or fewer samples than inputs: finite, and the budget is met."""
@@ -134,6 +141,7 @@ def test_gram_matrices_of_zeros_and_of_few_samples(method):
         assert (after == 0).sum() >= 120
 
 
+@pytest.mark.cover("solvers")
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "lats", "lasso"])
 def test_inputs_without_correlation_need_no_compensation(method):
     """``G = diag(d)``: the best zeros are those of the smallest d w^2, and survivors stay."""
@@ -224,7 +232,7 @@ SURGERY = {
 }
 
 
-@pytest.mark.parametrize("case", SURGERY)
+@pytest.mark.parametrize("case", matrix.fast(SURGERY, ["layer", "output", "2 of 4"]))
 def test_sparsegpt_is_the_optimal_brain_surgeon(case):
     inputs, budget, pick = SURGERY[case]
     w, gram = problem(inputs, 10)
@@ -234,6 +242,7 @@ def test_sparsegpt_is_the_optimal_brain_surgeon(case):
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_one_weight_by_the_closed_form():
     """``w - w_0 / [H^-1]_00 H^-1_0``: the first input's weight is the one that costs least."""
     w, gram = problem(12, 1)
@@ -262,6 +271,7 @@ def test_the_refit_is_least_squares_on_the_support():
         assert not found[~chosen, output].any()
 
 
+@pytest.mark.slow
 def test_the_refit_lowers_the_error_with_every_step():
     w0, gram = problem(24, 6, blocks=2)
     gram, _ = metric.unit(metric.damped(gram))
@@ -276,7 +286,7 @@ def objective(gram, w, w0, l1):
     return float(0.5 * metric.error(gram, w, w0) + l1 * jnp.sum(jnp.abs(w)))
 
 
-@pytest.mark.parametrize("l1", [0.03, 0.3])
+@pytest.mark.parametrize("l1", matrix.fast([0.03, 0.3], [0.3]))
 def test_fista_falls_and_meets_the_conditions_of_karush_kuhn_and_tucker(l1):
     w0, gram = problem(24, 6)
     gram, _ = metric.unit(metric.damped(gram))
@@ -291,6 +301,7 @@ def test_fista_falls_and_meets_the_conditions_of_karush_kuhn_and_tucker(l1):
     assert (np.abs(slope[~alive]) <= l1 + 2e-4).all()
 
 
+@pytest.mark.slow
 def test_the_largest_eigenvalue():
     _, gram = problem(24, 6, groups=3, blocks=2)
     expected = np.linalg.eigvalsh(np.asarray(gram, np.float64)).max((1, 2))
@@ -298,6 +309,7 @@ def test_the_largest_eigenvalue():
     np.testing.assert_allclose(found, 1.05 * expected, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_survivors_meet_the_conditions_of_least_squares():
     w0, gram = problem(24, 8)
     w = Lats(refit=80)(w0, gram, PerLayer(96))
@@ -305,6 +317,7 @@ def test_survivors_meet_the_conditions_of_least_squares():
     assert np.abs(slope[np.asarray(w) != 0]).max() < 1e-3 * np.abs(slope).max()
 
 
+@pytest.mark.slow
 def test_against_every_support():
     """Six weights of ten in each of 20 outputs: all 210 supports, by brute force."""
     w0, gram = problem(10, 20, decay=1.5)
@@ -326,7 +339,9 @@ def test_against_every_support():
     assert share("lats") < share("sparsegpt") < share("wanda") < share("magnitude")
 
 
-@pytest.mark.parametrize("budget", [PerLayer(1536), PerOutput(48), Pattern(2, 4)], ids=repr)
+@pytest.mark.parametrize(
+    "budget", matrix.fast([PerLayer(1536), PerOutput(48), Pattern(2, 4)], [Pattern(2, 4)]), ids=repr
+)
 @pytest.mark.parametrize("decay", [0.5, 1.0, 2.0])
 def test_lats_has_the_least_error(budget, decay):
     w, gram = problem(96, 32, decay=decay)
@@ -335,6 +350,7 @@ def test_lats_has_the_least_error(budget, decay):
     assert errors["lats"] < 0.9 * errors["sparsegpt"]
 
 
+@pytest.mark.slow
 def test_a_solver_is_a_pure_function_of_arrays():
     w, gram = problem(24, 10)
     once, again = solve("lats", w, gram, PerLayer(100)), solvers.lats(w, gram, PerLayer(100))

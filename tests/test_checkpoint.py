@@ -17,17 +17,18 @@ from lats_optax.training.checkpoint import load_state, load_variables
 from lats_optax.training.config import PruneConfig
 from lats_optax.training.export import load_model
 from lats_optax.training.logging import read_metrics
-from tests import tiny
+from tests import matrix, tiny
 from tests.runs import KilledError, assert_equal_runs, at_step, die
 
 SPARSE = PruneConfig(target_sparsity=0.75)
 
 
 @pytest.fixture(autouse=True)
-def _tiny(monkeypatch, compile_once):
+def _tiny(monkeypatch):
     tiny.install(monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_work_directory_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = tiny.config(Path("runs/here"), epochs=1)
@@ -58,7 +59,9 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, monkeypatch):
     assert read_metrics(config.workdir / "metrics.jsonl") == resumed.metrics
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", matrix.fast([signal.SIGINT, signal.SIGTERM, signal.SIGHUP], [signal.SIGTERM])
+)
 def test_a_signal_is_answered_with_a_checkpoint(tmp_path, monkeypatch, number):
     config = tiny.config(tmp_path / "run", prune=SPARSE)
     # A shell may have told this process to ignore it, and then it is ignored.
@@ -77,7 +80,7 @@ def test_a_signal_is_answered_with_a_checkpoint(tmp_path, monkeypatch, number):
     jax.tree.map(np.testing.assert_array_equal, *jax.device_get((straight.state, resumed.state)))
 
 
-@pytest.mark.parametrize("when", ["in the last step", "while the model is written"])
+@pytest.mark.parametrize("when", matrix.fast(["in the last step", "while the model is written"], 1))
 def test_a_signal_after_the_last_step_still_leaves_the_model(tmp_path, monkeypatch, capfd, when):
     tiny.install(monkeypatch)
     stop = lambda: signal.raise_signal(signal.SIGINT)  # noqa: E731
@@ -95,6 +98,7 @@ def test_a_signal_after_the_last_step_still_leaves_the_model(tmp_path, monkeypat
     assert (workdir / "checkpoints" / "6").is_dir()
 
 
+@pytest.mark.slow
 def test_a_run_may_be_resumed_when_it_is_over(tmp_path):
     config = tiny.config(tmp_path / "run", epochs=1)
     first = loop.train(config)
@@ -107,6 +111,7 @@ def test_a_run_may_be_resumed_before_it_began(tmp_path):
     assert loop.train(config).metrics[-1]["step"] == 6
 
 
+@pytest.mark.slow
 def test_a_run_may_be_resumed_on_other_devices(tmp_path, monkeypatch):
     config = tiny.config(tmp_path / "run", prune=SPARSE)
     with monkeypatch.context() as context:
@@ -128,6 +133,7 @@ def test_the_last_checkpoints_are_kept(tmp_path):
     assert sorted(p.name for p in result.checkpoint.parent.iterdir()) == ["12", "18"]
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_unfinished_is_removed(tmp_path):
     config = tiny.config(tmp_path / "run", prune=SPARSE)
     straight = loop.train(config)
@@ -142,6 +148,7 @@ def test_what_a_killed_run_left_unfinished_is_removed(tmp_path):
     assert not list(config.workdir.glob("*.unfinished"))
 
 
+@pytest.mark.slow
 def test_the_weights_can_be_loaded(tmp_path):
     result = loop.train(tiny.config(tmp_path / "run", epochs=1, prune=SPARSE))
     variables = load_variables(tmp_path / "run")
@@ -155,6 +162,7 @@ def test_the_weights_can_be_loaded(tmp_path):
             load(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_sparse_weights_from_the_latent_ones_of_a_checkpoint(tmp_path):
     loop.train(tiny.config(tmp_path / "run", epochs=1, prune=SPARSE, average_decay=0.9))
     state = load_state(tmp_path / "run")
@@ -171,6 +179,7 @@ def test_sparse_weights_from_the_latent_ones_of_a_checkpoint(tmp_path):
 # The work directory
 
 
+@pytest.mark.slow
 def test_a_run_is_not_overwritten(tmp_path):
     config = tiny.config(tmp_path / "run", epochs=1)
     loop.train(config)
@@ -187,6 +196,7 @@ def test_a_run_is_not_begun_twice(tmp_path):
         loop.fit(experiment)
 
 
+@pytest.mark.slow
 def test_overwrite_removes_the_run_and_nothing_else(tmp_path):
     config = tiny.config(tmp_path / "run", epochs=1)
     loop.train(config)
@@ -203,6 +213,7 @@ def test_overwrite_removes_the_run_and_nothing_else(tmp_path):
     assert len(list(config.workdir.glob("events.out.tfevents.*"))) == 1
 
 
+@pytest.mark.slow
 def test_resuming_with_another_config_is_refused(tmp_path):
     config = tiny.config(tmp_path / "run", epochs=1)
     loop.train(config)

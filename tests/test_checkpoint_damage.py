@@ -81,6 +81,7 @@ def test_what_was_saved_is_restored(run):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, state_at(12, seed=12).params)
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_is_restored(run):
     rng = np.random.default_rng(0)
     newest, aside = run / "checkpoints" / "12", run / "checkpoints" / "12.damaged"
@@ -221,6 +222,7 @@ def test_without_a_whole_checkpoint_there_is_one_error(run):
 # One that cannot be written
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(("name", "at"), [("mkdir", 2), ("fsync", 1), ("fsync", 9), ("rename", 1)])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_a_checkpoint_that_cannot_be_written_leaves_the_others(run, monkeypatch, name, at, number):
@@ -261,7 +263,7 @@ ARGUMENTS = ["digits", "--data.batch-size", "8", "--epochs", "2", "--checkpoint-
 
 
 @pytest.fixture
-def command(monkeypatch, compile_once, tmp_path, capsys):
+def command(monkeypatch, tmp_path, capsys):
     """`lats-train` of a tiny run: its code, and the lines that it writes to standard error."""
     tiny.install(monkeypatch)
     monkeypatch.setattr(pictures, "write", lambda result: [])
@@ -276,6 +278,7 @@ def command(monkeypatch, compile_once, tmp_path, capsys):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default::lats_optax.training.recovery.DamagedCheckpointWarning")
 def test_a_run_goes_on_from_the_checkpoint_before(command, tmp_path):
     assert command()[0] == 0

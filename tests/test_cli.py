@@ -8,13 +8,13 @@ import sys
 import pytest
 
 from lats_optax import cli
-from tests import tiny
+from tests import matrix, tiny
 
 TINY = ["--data.batch-size", "8", "--epochs", "1", "--eval-every", "1"]
 
 
 @pytest.fixture(autouse=True)
-def _tiny(monkeypatch, compile_once):
+def _tiny(monkeypatch):
     tiny.install(monkeypatch)
 
 
@@ -77,6 +77,7 @@ def test_debug_shows_the_traceback_of_a_mistake(command, capsys):
     assert "--debug shows the traceback" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_one_line(tmp_path, capsys):
     arguments = ["--optimizer.learning-rate", "1e30", "--workdir", str(tmp_path / "run")]
     assert cli.train(["digits", *TINY, *arguments]) == 1
@@ -97,7 +98,7 @@ def test_help_names_every_preset_and_field(capsys):
         assert field in out
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+@pytest.mark.parametrize("encoding", matrix.fast(["utf-8", "latin-1"], 1))
 def test_the_command_exits_with_a_line_and_its_code(encoding):
     # tyro draws its boxes differently where standard output is not UTF-8.
     command = [

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import lats_optax
 from lats_optax import compaction, models, prox
 from lats_optax.torch import weights
+from tests import matrix
 
 KEY = jax.random.key(0)
 # Architecture -> options that make it small, pixels of its images, their channels.
@@ -137,7 +138,10 @@ def norms(arrays, rng):
 slow = pytest.mark.slow
 CASES = [
     *[("digits-cnn", way) for way in (both, streams, norms)],
-    *[(name, everything) for name in ("resnet20", "mobilenet-v1", "vgg16-bn")],
+    *[
+        pytest.param(name, everything, marks=slow)
+        for name in ("resnet20", "mobilenet-v1", "vgg16-bn")
+    ],
     *[pytest.param("digits-cnn", way, marks=slow) for way in (outputs, inputs, inner)],
     *[
         pytest.param(name, way, marks=slow)
@@ -365,6 +369,7 @@ def test_what_group_lasso_leaves_of_a_network_in_training():
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("multiple", [1, 4, 1000])
 @pytest.mark.parametrize("name", ["digits-cnn", "resnet20", "mobilenet-v1"])
 def test_channels_are_rounded_up(name, multiple):
@@ -518,7 +523,9 @@ def sequence(name, zeros=0.5):
     return model, nested(arrays), sample
 
 
-@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize(
+    "name", matrix.fast(SEQUENCES, ["no padding", "one dimension", "steps", "dense"])
+)
 def test_outputs_of_a_sequence_are_the_same(name):
     model, variables, sample = sequence(name)
     small = compaction.compact(model, variables, sample=sample)
@@ -613,6 +620,7 @@ def by_hand(model, variables, x):
     return x
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(plain_networks())
 def test_any_plain_network(network):

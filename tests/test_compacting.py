@@ -24,6 +24,7 @@ def saved(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_a_smaller_file_with_the_same_outputs(saved, tmp_path, capsys):
     out = tmp_path / "small.safetensors"
     assert cli.compact([str(saved), "--out", str(out)]) == 0

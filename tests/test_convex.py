@@ -115,6 +115,7 @@ def least_squares(l2=0.0):
     return Problem(loss, np.linalg.eigvalsh(x.T @ x / len(y))[-1] + l2, x.shape[1])
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(
     ("alpha", "method"),
     [(0.03, method) for method in METHODS]
@@ -133,6 +134,7 @@ def elastic_net(alpha, l1_ratio):
     return model.fit(*diabetes()).coef_
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(("alpha", "l1_ratio"), [(0.05, 0.6), (0.5, 0.5)])
 @pytest.mark.parametrize("method", ISTA_AND_DUAL_AVERAGING)
 def test_elastic_net_with_the_quadratic_part_in_the_loss(alpha, l1_ratio, method):
@@ -190,6 +192,7 @@ def logistic(*, penalize_intercept):
     return Problem(loss, curvature, 31 if penalize_intercept else 30)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("c", [0.02, 0.05])
 @pytest.mark.parametrize("method", ISTA_AND_DUAL_AVERAGING)
 def test_logistic_regression_against_saga(c, method):
@@ -205,6 +208,7 @@ def test_logistic_regression_against_saga(c, method):
     assert b == pytest.approx(model.intercept_[0], rel=RELATIVE)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("c", [0.02, 0.05])
 @pytest.mark.parametrize("method", ISTA_AND_DUAL_AVERAGING)
 def test_logistic_regression_against_liblinear(c, method):

@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 
 from lats_optax import data
 from lats_optax.data.digits import IMAGE_SHAPE, MEAN, STD
+from tests import matrix
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_description(digits):
     assert (digits.num_classes, digits.num_train, digits.num_test) == (10, 1437, 360)
 
 
-@pytest.mark.parametrize("batch_size", [1, 1437])
+@pytest.mark.parametrize("batch_size", matrix.fast([1, 1437], [1]))
 def test_train_batches_of_any_size(digits, batch_size):
     batches = digits.train_batches(batch_size)
     assert [len(next(batches)["label"]) for _ in range(2)] == [batch_size] * 2
@@ -118,7 +119,7 @@ def test_training_images_are_normalised(digits):
     assert abs(images.std() - 1) < 1e-3
 
 
-@pytest.mark.parametrize("shard_count", [1, 2])
+@pytest.mark.parametrize("shard_count", matrix.fast([1, 2], [2]))
 def test_training_sees_every_example_once_an_epoch(plain, index_of, shard_count):
     iterators = [plain.train_batches(479, 5, i, shard_count) for i in range(shard_count)]
     # 1437 = 3·479: six batches of one shard, or three of each of two, are two epochs. The shards
@@ -131,6 +132,7 @@ def test_training_sees_every_example_once_an_epoch(plain, index_of, shard_count)
     assert first != second
 
 
+@pytest.mark.slow
 def test_a_global_batch_does_not_depend_on_the_number_of_shards(digits):
     whole = take(digits.train_batches(300, seed=3), 6)  # runs into the next epoch
     parts = [take(digits.train_batches(100, 3, i, 3), 6) for i in range(3)]
@@ -146,6 +148,7 @@ def test_labels_belong_to_the_training_images(plain, index_of):
         assert (batch["image"].dtype, batch["label"].dtype) == (np.float32, np.int32)
 
 
+@pytest.mark.slow
 def test_augmentation_shifts_by_at_most_one_pixel(digits, plain):
     """Every image is one of the nine shifts of the image that the plain data set has there."""
     background = np.float32((0 - MEAN) / STD)
@@ -164,13 +167,14 @@ def test_augmentation_shifts_by_at_most_one_pixel(digits, plain):
     assert len(shifts) == 9
 
 
+@pytest.mark.slow
 def test_seed_decides_order_and_augmentation(digits):
     first, again, other = (take(digits.train_batches(64, seed), 3) for seed in (0, 0, 1))
     assert same(first, again)
     assert not same(first, other)
 
 
-@pytest.mark.parametrize("stop", [0, 1, 9])
+@pytest.mark.parametrize("stop", matrix.fast([0, 1, 9], [9]))
 def test_resumed_iterator_continues_where_it_stopped(digits, stop):
     iterator = digits.train_batches(200, seed=2)
     take(iterator, stop)
@@ -239,6 +243,7 @@ assert next(digits.train_batches(8))["image"].shape == (8, 8, 8, 1)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_prepare_at_once_quietly_and_without_tensorflow(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]

@@ -22,7 +22,7 @@ from lats_optax.training import loop
 from lats_optax.training.config import DataConfig, TrainConfig
 from lats_optax.training.experiment import build
 from lats_optax.training.parallel import PmapEngine
-from tests import small_imagenet, tiny
+from tests import matrix, small_imagenet, tiny
 
 BROKEN = {"ILSVRC2012_val_00000004.JPEG", "n01440764_0.JPEG", "n01440764_3.JPEG"}
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -177,6 +177,7 @@ def test_cifar_keeps_its_images_and_labels(cifar):
         assert pixels(image, mean, std).tobytes() in windows
 
 
+@pytest.mark.slow
 def test_order_and_resumption_do_not_depend_on_workers_or_shards(imagenet):
     def load(workers):
         return data.load("imagenet2012", imagenet[0], image_size=16, workers=workers)
@@ -198,7 +199,7 @@ def test_order_and_resumption_do_not_depend_on_workers_or_shards(imagenet):
         assert resumed.get_state() == {"next_index": 12}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", matrix.fast([0, 2], [0]))
 def test_a_corrupt_image_is_named(broken, workers):
     loaded = data.load("imagenet2012", broken, image_size=16, workers=workers)
     index, where = next(
@@ -223,7 +224,7 @@ def test_a_corrupt_image_for_training_is_named(broken):
         take(loaded.train_batches(8), 5)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", matrix.fast([0, 1], [0]))
 def test_corrupt_images_are_skipped_and_counted(broken, workers):
     loaded = data.load("imagenet2012", broken, image_size=16, skip_corrupt=True, workers=workers)
     evaluation = loaded.eval_batches(8)
@@ -287,6 +288,7 @@ def test_flipped_bytes_in_a_file_and_a_file_cut_short(imagenet, tmp_path):
         next(loaded.train_batches(8))
 
 
+@pytest.mark.slow
 def test_workers_leave_the_accelerators_alone():
     def state(example, rng):
         import os
@@ -421,7 +423,7 @@ def test_arguments_that_do_not_suit_a_data_set(imagenet, cifar, name, arguments,
         data.load(name, path, **arguments)
 
 
-def test_nothing_to_evaluate_on_is_an_error(broken, tmp_path, compile_once):
+def test_nothing_to_evaluate_on_is_an_error(broken, tmp_path):
     shard = broken / "imagenet2012/5.1.0/imagenet2012-validation.array_record-00000-of-00001"
     shutil.copytree(broken, tmp_path / "data")
     (tmp_path / "data" / shard.relative_to(broken)).write_bytes(b"")
@@ -512,7 +514,8 @@ def test_images_of_another_colour_space_or_format_become_rgb_jpegs():
         assert np.abs(np.asarray(fixed, int) - expected).mean() < 3
 
 
-def test_a_run_skips_counts_and_says_so(broken, tmp_path, monkeypatch, capsys, compile_once):
+@pytest.mark.slow
+def test_a_run_skips_counts_and_says_so(broken, tmp_path, monkeypatch, capsys):
     tiny.add_to_zoo(monkeypatch)
     arguments = ["digits", "--data.name", "imagenet2012", "--data.data-dir", str(broken)]
     arguments += ["--model.name", "tiny"]

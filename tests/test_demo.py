@@ -12,7 +12,7 @@ from tests import tiny
 
 
 @pytest.fixture(autouse=True)
-def _tiny(monkeypatch, compile_once):
+def _tiny(monkeypatch):
     tiny.install(monkeypatch)
     preset = presets.PRESETS["digits"]
     data = dataclasses.replace(preset.config.data, batch_size=8)
@@ -55,6 +55,7 @@ def test_it_trains_both_and_says_where_everything_is(tmp_path, capsys):
         assert (workdir / path).exists()
 
 
+@pytest.mark.slow
 def test_it_overwrites_only_when_told_to(tmp_path, capsys):
     workdir = tmp_path / "demo"
     workdir.mkdir()

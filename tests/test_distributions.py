@@ -14,7 +14,7 @@ import lats_optax
 from benchmarks import shapes
 from lats_optax import erdos_renyi, per_layer, soft_threshold, target_sparsity, uniform
 from lats_optax.quantile import kth_smallest_of_each
-from tests import versions
+from tests import matrix, versions
 from tests.properties import STEPS, cosine, dense_start, gradients
 
 NETWORKS = {
@@ -165,7 +165,8 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("inner", [False, True], ids=["chained", "inner"])
+@pytest.mark.cover
+@pytest.mark.parametrize("inner", matrix.fast([False, True], [False]), ids=["chained", "inner"])
 @pytest.mark.parametrize("name", TARGETS)
 def test_each_layer_ends_on_its_target(name, inner):
     target, expected = TARGETS[name]
@@ -184,6 +185,7 @@ def test_each_layer_ends_on_its_target(name, inner):
     assert jnp.all(params["dense"]["bias"] != 0)
 
 
+@pytest.mark.slow
 def test_layers_are_pruned_as_if_they_were_alone():
     start = {"a": dense_start()["dense"]["kernel"], "b": dense_start()["conv"]["kernel"]}
     targets = {"a": 0.7, "b": 0.4}

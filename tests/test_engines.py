@@ -20,7 +20,7 @@ from lats_optax.training.config import ParallelConfig, PruneConfig
 from lats_optax.training.optimizer import make_optimizer
 from lats_optax.training.parallel import Engine, JitEngine, PmapEngine
 from lats_optax.training.step import split_in_order
-from tests import tiny
+from tests import matrix, tiny
 from tests.runs import BEFORE, EARLY, at_step
 
 ENGINES = {
@@ -34,7 +34,7 @@ TARGET = PruneConfig(target_sparsity=0.75)
 
 
 @pytest.fixture(autouse=True)
-def _everything_is_divided(monkeypatch, compile_once):
+def _everything_is_divided(monkeypatch):
     # The tiny model's arrays too.
     monkeypatch.setattr("lats_optax.training.parallel._DIVIDED_FROM", 16)
 
@@ -60,7 +60,7 @@ def assert_agree_at_the_end(result, expected):
 
 @pytest.mark.parametrize(
     "engine",
-    ["pmap", "jit over 2", *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(REST))],
+    matrix.fast(["pmap", "jit over 2", *sorted(REST)], ["jit over 2"]),
 )
 def test_an_engine_trains_as_one_device(tmp_path, engine):
     changes = {"prune": TARGET, "recalibrate": 2, "epochs": 2}
@@ -86,6 +86,7 @@ def test_the_parts_of_a_batch_are_the_same_too(tmp_path):
     assert_agree(run(tmp_path / "jit", "jit over 8", **changes), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
     [("jit over 2", "pmap"), pytest.param("pmap", "jit over 8", marks=pytest.mark.slow)],
@@ -107,6 +108,7 @@ def test_a_checkpoint_goes_on_in_another_engine(tmp_path, before, after):
     assert_agree_at_the_end(resumed, expected)
 
 
+@pytest.mark.slow
 def test_a_device_holds_its_part_alone():
     """By the compiler's report: an eighth of the arrays, where pmap has all of them."""
     params = {"kernel": jnp.zeros((512, 256))}
@@ -158,7 +160,7 @@ class Separable(nn.Module):
         return nn.Dense(8)(x.mean((1, 2)))
 
 
-@pytest.mark.parametrize("fsdp", [2, 8])
+@pytest.mark.parametrize("fsdp", matrix.fast([2, 8], [2]))
 def test_weights_are_gathered_and_activations_stay(fsdp):
     config, model, shape = tiny.config(Path("unused")), Separable(), (8, 8, 4)
     phase, engine = make_optimizer(config, 10).phases[0], JitEngine(fsdp=fsdp)

@@ -115,6 +115,7 @@ def test_char_transformer(capsys):
     assert tables == {"embed_character/embedding", "embed_place/embedding"}
 
 
+@pytest.mark.slow
 def test_char_transformer_sees_no_character_that_it_predicts():
     model = char_transformer.Transformer(7, rngs=nnx.Rngs(0))
     text = np.arange(20)[None] % 7
@@ -134,6 +135,7 @@ def test_char_transformer_holds_whole_topics_out():
     assert decode.endswith(topics[sorted(topics)[70]])
 
 
+@pytest.mark.slow
 def test_equinox_mlp(capsys):
     results = equinox_mlp.main(["--steps", "300", "--sparsity", "0.9"])
     size = 64 * 128 + 128 * 128 + 128 * 10

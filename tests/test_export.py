@@ -15,6 +15,7 @@ from lats_optax.training.assembly import make_model
 from lats_optax.training.config import ModelConfig, TrainConfig
 from lats_optax.training.export import load_model, save_model, variables_of
 from lats_optax.training.initial import load_initial
+from tests import matrix
 
 SMALL = models.create("digits-cnn", num_classes=10, width=0.25)
 LEAKY = models.Neuron("lif", tau=3.0, surrogate=models.Surrogate("sigmoid", alpha=4.0))
@@ -38,6 +39,7 @@ def path(tmp_path):
     return tmp_path / "model.safetensors"
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("model", "shape"),
@@ -202,7 +204,10 @@ def refused(path):
 
 
 @pytest.mark.parametrize(
-    "field", ["name", "num_classes", "dtype", "width", "classifier_bias", "axis_name", "steps"]
+    "field",
+    matrix.fast(
+        ["name", "num_classes", "dtype", "width", "classifier_bias", "axis_name", "steps"], 2
+    ),
 )
 def test_a_description_with_any_field_changed_is_refused(path, field):
     for value in ODD:
@@ -230,6 +235,7 @@ def test_a_description_of_another_kind_is_refused(path, description):
     refused(path)
 
 
+@pytest.mark.slow
 def test_a_shape_that_no_image_has_is_refused(path):
     hostile = [
         *([value, 8, 1] for value in ODD),

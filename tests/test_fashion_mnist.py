@@ -116,7 +116,7 @@ def test_what_is_prepared_is_read_back(tmp_path, capfd):
 
 
 @pytest.mark.usefixtures("_small")
-def test_prepared_and_trained_on(tmp_path, capfd, monkeypatch, compile_once):
+def test_prepared_and_trained_on(tmp_path, capfd, monkeypatch):
     files, data_dir = write(tmp_path / "files"), tmp_path / "data"
     assert prepare(capfd, "fashion_mnist", "--from", files, "--data-dir", data_dir)[0] == 0
     # A model that compiles faster for eight devices than the one of the preset.

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from lats_optax import load_sparse, read_metadata, save_sparse
 from lats_optax.files import sparse as sparse_files
+from tests import matrix
 from tests.signed import write_signed
 
 DTYPES = [*sparse_files._DTYPES.values()]
@@ -180,8 +181,9 @@ def umask():
 # --- size -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(("sparsity", "most"), [(0.95, 0.09), (0.99, 0.03), (0.999, 0.01)])
-@pytest.mark.parametrize("clustered", [False, True])
+@pytest.mark.parametrize("clustered", matrix.fast([False, True], [True]))
 def test_size_at_the_shapes_of_resnet50(path, sparsity, most, clustered):
     """A tenth of the shapes: each stage's last block, the stem and the classifier."""
     rng = np.random.default_rng(0)
@@ -312,6 +314,7 @@ def small(tmp_path_factory):
     return path.read_bytes(), tree
 
 
+@pytest.mark.slow
 def test_a_change_of_any_byte_is_an_error(small, path):
     content, _ = small
     for at in range(len(content)):
@@ -323,6 +326,7 @@ def test_a_change_of_any_byte_is_an_error(small, path):
             read(path)
 
 
+@pytest.mark.slow
 def test_a_file_cut_anywhere_or_lengthened_is_an_error(small, path):
     content, _ = small
     for end in range(len(content)):
@@ -490,6 +494,7 @@ FIELDS = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(layout=FIELDS, whole=st.booleans())
 def test_any_layout_at_all(tmp_path_factory, layout, whole):
@@ -502,6 +507,7 @@ def test_any_layout_at_all(tmp_path_factory, layout, whole):
         assert "is damaged" in str(error)  # noqa: PT017
 
 
+@pytest.mark.slow
 def test_without_safetensors(tmp_path):
     program = (
         "import sys; sys.modules['safetensors'] = None\n"
@@ -523,6 +529,7 @@ def test_without_safetensors(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_fine_tuning_goes_on_from_a_file(path):
     import optax
 

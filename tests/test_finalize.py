@@ -9,7 +9,7 @@ import pytest
 import lats_optax
 from lats_optax import finalize, prox, soft_threshold, target_sparsity
 from lats_optax.masks import select
-from tests import versions
+from tests import matrix, versions
 
 SGD = optax.sgd(0.1, momentum=0.9)
 GROUPS = prox.Axes(axes=0)
@@ -103,7 +103,7 @@ def assert_is_the_sparse_tree(found, params):
     assert jax.tree.map(lambda w: w.dtype, found) == jax.tree.map(lambda w: w.dtype, params)
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", matrix.fast(TRANSFORMS, ["inner", "partition"]))
 def test_every_state(name):
     tx, operator = TRANSFORMS[name]
     params, state, average = trained(tx)
@@ -118,8 +118,8 @@ def test_every_state(name):
             np.testing.assert_array_equal(new, a)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("latent_dtype", [None, jnp.float32])
+@pytest.mark.parametrize("dtype", matrix.fast([jnp.bfloat16, jnp.float16], [jnp.bfloat16]))
+@pytest.mark.parametrize("latent_dtype", matrix.fast([None, jnp.float32], [jnp.float32]))
 def test_sixteen_bits(dtype, latent_dtype):
     tx = optax.chain(SGD, grows(latent_dtype=latent_dtype))
     params, state, _ = trained(tx, start(dtype))
@@ -139,6 +139,7 @@ def test_the_weights_are_those_of_the_formula_and_not_their_rounded_sum():
     np.testing.assert_array_equal(found["first"]["kernel"], expected)
 
 
+@pytest.mark.slow
 def test_nnx():
     nnx = pytest.importorskip("flax.nnx")
     model = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
@@ -172,6 +173,7 @@ def run():
     return trained(TRANSFORMS["chain"][0])
 
 
+@pytest.mark.slow
 def test_zeros_that_differ(run):
     params, state, average = run
     kernel, second = params["first"]["kernel"], params["second"][0]

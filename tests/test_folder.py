@@ -280,7 +280,7 @@ def test_a_data_set_that_is_not_there_names_the_command(tmp_path):
         data.load("mine", tmp_path)
 
 
-def test_trained_on(tmp_path, capfd, monkeypatch, compile_once):
+def test_trained_on(tmp_path, capfd, monkeypatch):
     root = write(tmp_path / "own", (12, 12, 12), size=(8, 8))
     data_dir, workdir = tmp_path / "data", tmp_path / "run"
     assert prepare(capfd, "folder", root, "--name", "mine", "--data-dir", data_dir)[0] == 0

@@ -17,7 +17,7 @@ import lats_optax
 from lats_optax import groups, prox, proximal_step, soft_threshold, sparsity, target_sparsity
 from lats_optax.compatibility import enable_x64
 from lats_optax.quantile import kth_smallest, kth_smallest_of_each
-from tests import properties, versions
+from tests import matrix, properties, versions
 from tests.properties import GROUPS, cosine, magnitude, shrink
 
 OPERATORS = {
@@ -79,6 +79,7 @@ def apply(name, x, d):
 # --- the operator ---------------------------------------------------------------------------------
 
 
+@pytest.mark.cover
 @each_operator
 def test_it_is_the_formula_group_by_group(name):
     tree = leaves(name, np.float64)
@@ -94,6 +95,7 @@ def test_it_is_the_formula_group_by_group(name):
             assert np.any(expected != 0)
 
 
+@pytest.mark.cover
 @each_operator
 def test_magnitudes_counts_and_lifts_are_those_of_the_groups(name):
     tree, killed, (of_weights, of_groups, counts, lifted) = known(name)
@@ -158,7 +160,12 @@ def test_two_of_them_are_the_group_lasso_over_axes():
         np.testing.assert_array_equal(ours, by_axes)
 
 
-@pytest.mark.parametrize("make", [groups.output_channels, groups.input_channels, groups.filters])
+@pytest.mark.parametrize(
+    "make",
+    matrix.fast(
+        [groups.output_channels, groups.input_channels, groups.filters], [groups.input_channels]
+    ),
+)
 def test_groups_lie_within_each_of_the_stacked_layers(make):
     name = f"stacked {make.__name__}"
     x = weights(name, (2, 3, 4, 5, 6)).astype(np.float32)
@@ -230,6 +237,7 @@ def test_no_other_point_has_a_smaller_objective(name, x, d, seed):
     assert min(map(objective, others)) >= least - 4 * np.finfo(float).eps * least
 
 
+@pytest.mark.cover
 @each_operator
 def test_both_derivatives_agree_with_differences(name):
     x, direction = weights(name, SHAPE, 1), weights(name, SHAPE, 2)
@@ -303,7 +311,7 @@ def zeros_and_largest_group(params, name):
 
 @pytest.mark.parametrize(
     ("name", "latent_dtype"),
-    [("input_channels", jnp.bfloat16), ("blocks", None)],
+    matrix.fast([("input_channels", jnp.bfloat16), ("blocks", None)], [("blocks", None)]),
 )
 def test_a_named_sparsity_is_reached_to_a_group(name, latent_dtype):
     tx = soft_threshold(
@@ -324,6 +332,7 @@ def test_a_named_sparsity_is_reached_to_a_group(name, latent_dtype):
     assert dead - at_it < round(0.6 * total) <= dead
 
 
+@pytest.mark.slow
 def test_each_layer_reaches_a_target_of_its_own_which_freezes():
     targets, operator = {"conv": 0.5, "depthwise": 0.8, "dense": 0.7}, groups.output_channels()
     target = target_sparsity(lats_optax.per_layer(targets), cosine, 4)
@@ -338,6 +347,7 @@ def test_each_layer_reaches_a_target_of_its_own_which_freezes():
     assert not np.any(state.threshold)
 
 
+@pytest.mark.slow
 def test_a_group_of_every_layer_survives():
     # The depth-wise layer is one group as a whole.
     operator = groups.input_channels()
@@ -370,6 +380,7 @@ def test_the_selection_reads_the_weights_once():
     np.testing.assert_allclose(each, [values[0][99], values[1][19]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_finalize_with_an_operator_for_each_part():
     parts = {"conv": "filters", "dense": "input_channels"}
     grows = {
@@ -397,6 +408,7 @@ def test_finalize_with_an_operator_for_each_part():
 # --- the report -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_table_counts_groups():
     params = {
         "bias": jnp.zeros(4),
@@ -490,6 +502,7 @@ def test_the_report_names_it_too():
         sparsity(network(), groups=groups.filters())
 
 
+@pytest.mark.slow
 def test_what_the_error_says_helps():
     tx = soft_threshold(0.1, operator=groups.filters())
     with pytest.raises(ValueError, match=r"select\(exclude=\[.*\]\)") as caught:
@@ -499,6 +512,7 @@ def test_what_the_error_says_helps():
     soft_threshold(0.1, operator=groups.filters(), mask=mask).init(network())
 
 
+@pytest.mark.slow
 def test_a_dead_channel_before_batch_normalization_stays_where_it_is():
     """Its gradient is that normalization's 1 / sqrt(epsilon) as large."""
     kernel, out, inputs, teacher = (

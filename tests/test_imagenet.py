@@ -42,9 +42,7 @@ def data_dir(tmp_path_factory):
 # In four steps of narrow networks layers die; the run says so.
 @pytest.mark.filterwarnings("ignore:opt_state. every weight of")
 @pytest.mark.parametrize("name", IMAGENET)
-def test_a_preset_trains_resumes_and_is_evaluated(
-    data_dir, tmp_path, monkeypatch, capsys, compile_once, name
-):
+def test_a_preset_trains_resumes_and_is_evaluated(data_dir, tmp_path, monkeypatch, capsys, name):
     command = [
         *(name, "--data.data-dir", str(data_dir), "--data.image-size", str(SIZE)),
         *("--data.batch-size", str(BATCH), "--model.width", str(WIDTH)),

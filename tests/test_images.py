@@ -499,6 +499,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_without_opencv():
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import lats_optax
+from tests import matrix
 
 PACKAGE = pathlib.Path(lats_optax.__file__).parent
 # Which parts of the package each part may import, itself apart: one line a package, lowest first.
@@ -166,7 +167,7 @@ COMMANDS = ["train", "demo", "prepare", "inspect", "compact"]
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="the commands need Python 3.11")
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", matrix.fast(COMMANDS, ["train"]))
 def test_a_command_without_the_trainer_is_one_line(command):
     done = without("tyro", f"from lats_optax import commands; sys.exit(commands.{command}())")
     assert done.returncode == 1
@@ -176,7 +177,7 @@ def test_a_command_without_the_trainer_is_one_line(command):
     assert line.endswith("pip install 'lats-optax[train]'")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", matrix.fast(COMMANDS, ["compact"]))
 def test_a_command_on_an_older_python_is_one_line(command):
     # What is imported before sees its own version.
     program = "from lats_optax import commands; sys.version_info = (3, 10, 13)"
@@ -186,11 +187,13 @@ def test_a_command_on_an_older_python_is_one_line(command):
     assert line.startswith("error: the commands need Python 3.11 or newer, and this is 3.10.13")
 
 
+@pytest.mark.slow
 def test_the_zoo_without_flax_says_what_to_install():
     done = without("flax", "import lats_optax.models")
     assert done.stderr.splitlines()[-1].endswith("pip install 'lats-optax[models]'")
 
 
+@pytest.mark.slow
 def test_the_throughput_benchmark_runs_where_flax_is_and_no_other():
     pytest.importorskip("flax")
     missing = [name for name in OPTIONAL if name not in ("chex", "flax")]  # optax may need chex

@@ -28,7 +28,7 @@ WATCHED = {"average_decay": 0.9, "log_every": 1}  # as other tests have it: comp
 
 
 @pytest.fixture(autouse=True)
-def _tiny(monkeypatch, compile_once):
+def _tiny(monkeypatch):
     tiny.add_to_zoo(monkeypatch)
 
 
@@ -101,6 +101,7 @@ def test_overwrite_removes_the_files_of_a_run(tmp_path):
 # What a run begins from
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_masked_sgd(tmp_path, initial):
     """The zeros are exactly the file's and the survivors move, as in a loop of another's."""
     config = tiny.config(tmp_path / "run", prune=FINE, initial=initial)
@@ -164,6 +165,7 @@ def test_any_run_can_begin_from_a_file(tmp_path, initial, prune):
         equal(optax.tree.get(state.opt_state, "latent")["Dense_0"]["kernel"], kernel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prune",
     [FINE, pytest.param(BEFORE, marks=pytest.mark.slow)],
@@ -186,6 +188,7 @@ def test_a_resumed_run_needs_its_work_directory_alone(tmp_path, monkeypatch, ini
     equal(*(load_model(run.model.path).variables for run in (straight, resumed)))
 
 
+@pytest.mark.slow
 def test_what_a_run_began_from_is_not_exchanged(tmp_path, initial):
     config = tiny.config(tmp_path / "run", prune=FINE, initial=initial)
     # Where there is no checkpoint yet, the run begins anew, from the file that is named now.

@@ -21,6 +21,7 @@ from lats_optax.plots.curves import draw_thresholds
 from lats_optax.plots.model import draw_model
 from lats_optax.training.export import save_model, variables_of
 from lats_optax.training.presets import PRESETS
+from tests import matrix
 
 EPOCHS, EPOCH = 10, 20
 STEPS = EPOCHS * EPOCH
@@ -164,17 +165,21 @@ def test_a_preset_gives_its_own_schedule(name):
 
 @pytest.mark.parametrize(
     ("name", "epochs", "steps_per_epoch"),
-    [
-        ("imagenet-resnet50-lats", 6, 5004),
-        ("cifar10-vgg16-lats", 2, 390),
-        ("digits-lats", 2, 22),
-    ],
+    matrix.fast(
+        [
+            ("imagenet-resnet50-lats", 6, 5004),
+            ("cifar10-vgg16-lats", 2, 390),
+            ("digits-lats", 2, 22),
+        ],
+        1,
+    ),
 )
 def test_a_preset_gives_its_length(name, epochs, steps_per_epoch):
     found = lineup.build(lineup.Request(preset=name, epochs=epochs))
     assert (found.steps_per_epoch, found.steps) == (steps_per_epoch, epochs * steps_per_epoch)
 
 
+@pytest.mark.slow
 def test_schedules_of_the_users_own(here):
     names = ("ramp", "branches", "wave", "Namespace.constant")
     found = curves(*(f"{name}={here}:{name}" for name in names), f"{here}:ramp")
@@ -335,7 +340,7 @@ PICTURES = {
 }
 
 
-@pytest.mark.parametrize("thresholds", PICTURES.values(), ids=PICTURES)
+@pytest.mark.parametrize("thresholds", matrix.fast(PICTURES.values(), 1), ids=PICTURES)
 def test_picture_is_a_png_of_its_size(tmp_path, thresholds):
     path = tmp_path / "schedules.png"
     path.write_text("old")
@@ -534,11 +539,14 @@ def test_picture_shows_each_layer(tmp_path, monkeypatch, counted):
 
 @pytest.mark.parametrize(
     "params",
-    [
-        {"bias": np.zeros(3, np.float32)},
-        {"half $ a formula": np.zeros((3, 3), np.float32), "long" * 50: np.ones((3, 3))},
-        {f"layer{n:03}": np.full((2, 3), 10.0**n, np.float32) for n in range(-10, 11)},
-    ],
+    matrix.fast(
+        [
+            {"bias": np.zeros(3, np.float32)},
+            {"half $ a formula": np.zeros((3, 3), np.float32), "long" * 50: np.ones((3, 3))},
+            {f"layer{n:03}": np.full((2, 3), 10.0**n, np.float32) for n in range(-10, 11)},
+        ],
+        1,
+    ),
     ids=["nothing is prunable", "names", "many layers of many magnitudes"],
 )
 def test_picture_of_a_model_is_a_png(tmp_path, params):
@@ -567,6 +575,7 @@ def test_resnet50_has_its_published_operations(here, tmp_path):
 # --- the commands -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_schedule_prints_its_table_and_writes_its_picture(here, tmp_path, capsys):
     assert cli.inspect(["schedule", "lats", "pgh:0.1", "--final", "0.05", *SHORT]) == 0
     out, err = capsys.readouterr()
@@ -578,6 +587,7 @@ def test_schedule_prints_its_table_and_writes_its_picture(here, tmp_path, capsys
         assert image.format == "PNG"
 
 
+@pytest.mark.slow
 def test_model_prints_its_table_and_writes_its_picture(files, tmp_path, capsys):
     assert cli.inspect(["model", ".", "--out", "digits.png"]) == 0
     out, err = capsys.readouterr()
@@ -589,6 +599,7 @@ def test_model_prints_its_table_and_writes_its_picture(files, tmp_path, capsys):
         assert image.format == "PNG"
 
 
+@pytest.mark.slow
 def test_pictures_are_beside_the_run_that_they_are_of(files, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     write_run(
@@ -708,7 +719,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(files, tmp_path, capsys, argum
     assert sys.path == path
 
 
-@pytest.mark.parametrize("of", [["schedule"], ["model", "model.safetensors"]])
+@pytest.mark.parametrize("of", matrix.fast([["schedule"], ["model", "model.safetensors"]], 1))
 def test_a_picture_that_cannot_be_drawn_leaves_the_old_one(
     files, tmp_path, monkeypatch, capsys, of
 ):

@@ -64,7 +64,7 @@ def assert_ends_as(workdir, straight):
     assert not list(workdir.rglob("*.unfinished"))
 
 
-def test_a_run_that_is_killed_while_it_saves_goes_on(tmp_path, monkeypatch, compile_once):
+def test_a_run_that_is_killed_while_it_saves_goes_on(tmp_path, monkeypatch):
     tiny.install(monkeypatch)
     loop.train(config(tmp_path / "straight", 4))
     kill(tmp_path / "run", 4, in_save=True, seconds=0.01)
@@ -74,9 +74,7 @@ def test_a_run_that_is_killed_while_it_saves_goes_on(tmp_path, monkeypatch, comp
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_twenty_times_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+def test_a_run_that_is_killed_twenty_times_goes_on(tmp_path):
     epochs, rng, caught = 200, random.Random(0), 0
     with start(tmp_path / "straight", epochs) as straight:
         output, _ = straight.communicate(timeout=300)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from lats_optax.training import lifeline
+from tests import matrix
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_all_others_hear_who_is_lost(address, lost):
         assert ends[index] == ([] if index == lost else told)
 
 
-@pytest.mark.parametrize("failed", [0, 1])
+@pytest.mark.parametrize("failed", matrix.fast([0, 1], [0]))
 def test_one_that_fails_is_named_unless_all_end_by_themselves(address, monkeypatch, failed):
     monkeypatch.setattr(lifeline, "_GRACE", 0.1)
     monkeypatch.setattr(lifeline, "_PATIENCE", 0.5)
@@ -151,7 +152,7 @@ with lifeline.meet(sys.argv[1], 2, int(sys.argv[2]), 20).watch("; resume"):
 """
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", matrix.fast([0, 1], [0]))
 def test_a_killed_process_ends_the_other_with_one_line(address, killed):
     processes = [
         subprocess.Popen(
@@ -195,6 +196,7 @@ def start(address, index, workdir, *more):
     )
 
 
+@pytest.mark.slow
 def test_a_run_whose_other_process_does_not_come_ends_in_time(address, tmp_path):
     begin = time.monotonic()
     alone = start(address, 0, tmp_path, "--process-timeout", "2")

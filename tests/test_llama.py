@@ -7,7 +7,7 @@ import pytest
 
 from lats_optax.models import DecoderLayer, Llama, LlamaConfig, llama
 from lats_optax.torch.hugging_face import params_from_hugging_face
-from tests import tiny_llama
+from tests import matrix, tiny_llama
 
 IDS = np.array([[3, 1, 4, 1, 5, 9, 2, 6], [60, 2, 2, 2, 8, 59, 0, 7]])
 each_config = pytest.mark.parametrize("name", tiny_llama.CONFIGS)
@@ -60,6 +60,7 @@ def test_parameters_have_the_structure_that_the_model_makes(name):
     assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {np.dtype(np.float32)}
 
 
+@pytest.mark.slow
 def test_rotation_turns_pairs_by_their_angles():
     rng = np.random.default_rng(0)
     x, positions = rng.normal(size=(1, 5, 2, 6)), np.array([0, 1, 2, 40, 1000])
@@ -74,6 +75,7 @@ def test_rotation_turns_pairs_by_their_angles():
 # --- parts ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_layers_run_alone_with_their_own_parameters():
     """Each part is given no parameters but its own, and all of them make the whole."""
     config, _, params = tiny()
@@ -89,6 +91,7 @@ def test_layers_run_alone_with_their_own_parameters():
     np.testing.assert_allclose(found, whole, rtol=0, atol=1e-6 * np.abs(whole).max())
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_the_formulas():
     config, tensors, params = tiny("multi-head")
     expected = by_formulas(tensors, config, IDS)
@@ -102,7 +105,7 @@ def test_losses_are_those_of_the_formulas():
 # --- generation -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("length", matrix.fast([1, 5], [1]))
 def test_generation_takes_the_likeliest_token(length):
     config, tensors, params = tiny()
     ids = IDS[:, :length]

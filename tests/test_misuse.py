@@ -7,13 +7,86 @@ import pytest
 
 from tests import misuse
 
-CASES = [
-    pytest.param(case, id=f"{module.name}: {case.what}")
+# Rows that take more than about two seconds, most of them in compiling what they train.
+SLOW = {
+    "calibration: a singular Gram matrix",
+    "calibration: a smaller last batch",
+    "diagnosis: a layer that died as a whole",
+    "diagnosis: a state that was lost",
+    "diagnosis: a state that was lost, before the target was met again",
+    "diagnosis: a survivor that is NaN",
+    "diagnosis: an optimizer before it and another one within",
+    "diagnosis: an optimizer for each part, and one within",
+    "diagnosis: averaged afterwards",
+    "diagnosis: averaged around it",
+    "diagnosis: before Adam",
+    "diagnosis: before an optimizer that diverges",
+    "diagnosis: before the optimizer",
+    "diagnosis: behind a partition of two optimizers",
+    "diagnosis: calls for steps under MultiSteps",
+    "diagnosis: calls for steps under MultiSteps, where half of the steps meet the target",
+    "diagnosis: decayed afterwards",
+    "diagnosis: epochs for steps",
+    "diagnosis: gradients that are not finite",
+    "diagnosis: plain sgd before it and the same within",
+    "diagnosis: scaled afterwards",
+    "diagnosis: sgd with a schedule before it and the same within",
+    "diagnosis: sgd with injected hyperparameters before it and the same within",
+    "diagnosis: the right steps",
+    "diagnosis: the table of a run that stopped early",
+    "diagnosis: too many steps, a target for each layer",
+    "diagnosis: trained twice as long",
+    "diagnosis: transforms of gradients before an optimizer within",
+    "diagnosis: twice",
+    "diagnosis: two steps of a run too few",
+    "diagnosis: updates that apply_if_finite skipped",
+    "diagnosis: updates that apply_if_finite skipped, made up for",
+    "files: the last threshold for a checkpoint of an earlier epoch",
+    "masks: layers that Linen stacks for a scan",
+    "masks: modules of Equinox that call everything weight",
+    "masks: the same in Linen",
+    "numerics: replicas of pmap whose gradients are averaged",
+    "numerics: replicas of pmap whose gradients are not averaged",
+    "numerics: seeds under vmap at different steps",
+    "numerics: the closed loop under vmap over seeds",
+    "numerics: the closed loop under vmap within vmap",
+    "numerics: the derivative through a selection, blocks",
+    "numerics: the derivative through a selection, weights",
+    "numerics: weights that are the same on all devices of an unchecked shard_map",
+    "numerics: weights that differ between the devices of an unchecked shard_map",
+    "numerics: weights too small for float16 beside latent weights in float32",
+    "stacked: channels across attention within a scan, under lats_optax.groups.input_channels()",
+    "stacked: channels across attention within a scan, under lats_optax.groups.output_channels()",
+    "stacked: channels across vmapped experts in nnx, under lats_optax.groups.output_channels()",
+    "stacked: channels across vmapped layers of Equinox, under lats_optax.groups.output_channels()",
+    "stacked: no warning of channels of modules of Equinox",
+    "stacked: no warning of channels within attention in a scan",
+    "trainer: Ctrl-C while the model is written",
+    "trainer: LATS with a late first epoch and a minimal rate implies one L1 coefficient",
+    "trainer: Nesterov's momentum, and no decay of what normalizes, against optax",
+    "trainer: a dense run whose batch statistics lag ends far below its training accuracy",
+    "trainer: a run that meets its target says so",
+    "trainer: a sparse file to begin a dense run from",
+    "trainer: a target sparsity with a late first epoch and schedule lats",
+    "trainer: the same, resumed as the warning says, without training again",
+}
+CASES = {
+    f"{module.name}: {case.what}": case
     for module in pkgutil.iter_modules(misuse.__path__)
     for case in importlib.import_module(f"tests.misuse.{module.name}").CASES
-]
+}
 
 
-@pytest.mark.parametrize("case", CASES)
+def test_slow_rows_are_rows():
+    assert not SLOW - CASES.keys()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=pytest.mark.slow if name in SLOW else ())
+        for name, case in CASES.items()
+    ],
+)
 def test_case(case):
     case.expect(case.act)

@@ -67,6 +67,7 @@ def intermediates(model, variables, images, **options):
     return {path.removesuffix("/__call__"): leaf for path, (leaf,) in flat.items()}, updated
 
 
+@pytest.mark.slow
 def test_parameters_are_these_and_no_others(variables):
     flat = traverse_util.flatten_dict(variables["params"], sep="/")
     assert {path: leaf.shape for path, leaf in flat.items()} == PARAMETERS
@@ -124,6 +125,7 @@ def test_evaluation_uses_the_running_statistics_one_image_at_a_time(images, vari
     assert np.abs(in_training - together).max() > 0.1
 
 
+@pytest.mark.slow
 def test_statistics_are_shared_over_the_named_axis(images, variables):
     """Halves of a batch with a common axis are normalised as the whole, and else are not."""
     whole, _ = train_step(create(), variables, images)

@@ -11,7 +11,7 @@ from lats_optax.training.config import ParallelConfig, PruneConfig
 from lats_optax.training.finite import NonFiniteError
 from lats_optax.training.parallel import JitEngine, PmapEngine
 from lats_optax.training.replicas import ReplicaError
-from tests import tiny
+from tests import matrix, tiny
 from tests.runs import assert_equal_runs
 
 SPARSE = PruneConfig(target_sparsity=0.75)
@@ -29,7 +29,8 @@ def run(workdir, dataset=None, **changes):
     return tiny.loop.fit(tiny.build(config, jax.devices()[:2], dataset=dataset))
 
 
-def test_a_run_stops_and_names_step_and_arrays(tmp_path, compile_once):
+@pytest.mark.slow
+def test_a_run_stops_and_names_step_and_arrays(tmp_path):
     with pytest.raises(NonFiniteError) as error:
         run(tmp_path / "run", spoilt(np.nan), log_every=3)
     message = str(error.value)
@@ -38,8 +39,8 @@ def test_a_run_stops_and_names_step_and_arrays(tmp_path, compile_once):
     assert re.search(r"checkpoint (was written before|is .*run/checkpoints/6)", message)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_skipped_step_does_not_lose_the_target(tmp_path, compile_once, value):
+@pytest.mark.parametrize("value", matrix.fast([np.nan, np.inf], [np.inf]))
+def test_a_skipped_step_does_not_lose_the_target(tmp_path, value):
     result = run(tmp_path / "run", spoilt(value), non_finite="skip", log_every=3)
     assert result.target_line.startswith("target")
     assert result.sparsity.zeros == round(0.75 * result.sparsity.size)
@@ -52,7 +53,7 @@ def test_a_skipped_step_does_not_lose_the_target(tmp_path, compile_once, value):
     assert int(result.state.step) == 18
 
 
-def test_nothing_but_skipped_steps_is_an_error(tmp_path, compile_once):
+def test_nothing_but_skipped_steps_is_an_error(tmp_path):
     dataset = tiny.make_dataset()
     for example in dataset.sources["train"]:
         example["image"][:] = np.nan
@@ -60,7 +61,8 @@ def test_nothing_but_skipped_steps_is_an_error(tmp_path, compile_once):
         run(tmp_path / "run", dataset, non_finite="skip")
 
 
-def test_skipping_costs_nothing_where_all_is_finite(tmp_path, compile_once):
+@pytest.mark.slow
+def test_skipping_costs_nothing_where_all_is_finite(tmp_path):
     plain = run(tmp_path / "stop")
     skipping = run(tmp_path / "skip", non_finite="skip")
     jax.tree.map(
@@ -68,8 +70,8 @@ def test_skipping_costs_nothing_where_all_is_finite(tmp_path, compile_once):
     )
 
 
-@pytest.mark.parametrize("engine", ["pmap", "jit"])
-def test_the_same_seed_gives_the_same_run_twice(tmp_path, compile_once, engine):
+@pytest.mark.parametrize("engine", matrix.fast(["pmap", "jit"], ["pmap"]))
+def test_the_same_seed_gives_the_same_run_twice(tmp_path, engine):
     fsdp = 2 if engine == "jit" else 1
     runs = [run(tmp_path / name, parallel=ParallelConfig(engine, fsdp)) for name in ("one", "two")]
     assert_equal_runs(*runs)
@@ -87,6 +89,7 @@ def flipped(array, device, bit=1):
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, copies)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(
     "make",
     [PmapEngine, JitEngine, lambda: JitEngine(fsdp=2)],
@@ -105,7 +108,8 @@ def test_a_flipped_bit_on_one_device_is_named(make, dtype):
         assert "a/kernel on device 5." in str(error.value)
 
 
-def test_replicas_are_compared_before_a_checkpoint(tmp_path, compile_once, monkeypatch):
+@pytest.mark.slow
+def test_replicas_are_compared_before_a_checkpoint(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(PmapEngine, "check_replicas", lambda self, tree, step: seen.append(step))
     run(tmp_path / "run")

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lats_optax import count_operations
-from tests import versions
+from tests import matrix, versions
 
 
 def sparse(seed, *shape, density=0.4):
@@ -305,6 +305,7 @@ def test_gradients_take_two_more_products():
     }
 
 
+@pytest.mark.slow
 def test_which_parameter():
     params = {
         "embedding": sparse(0, 11, 6),
@@ -407,7 +408,10 @@ def zoo(name, size, num_classes=1000, **options):
 
 @pytest.mark.parametrize(
     ("name", "operations", "published"),
-    [("resnet50", 4_089_184_256, 4.09), ("mobilenet-v1", 568_740_352, 0.57)],
+    matrix.fast(
+        [("resnet50", 4_089_184_256, 4.09), ("mobilenet-v1", 568_740_352, 0.57)],
+        [("mobilenet-v1", 568_740_352, 0.57)],
+    ),
 )
 def test_published_counts(name, operations, published):
     report = count_operations(*zoo(name, 224))
@@ -431,6 +435,7 @@ def test_a_spiking_network_computes_its_stem_once_and_the_rest_at_every_step(ste
     assert report.dense == stem + steps * (first + later + 512 * 1000)
 
 
+@pytest.mark.slow
 def test_a_sparse_model_against_its_kernels_one_by_one():
     fn, shapes, images = zoo("resnet20", 32, num_classes=10)
     params = jax.tree.map(lambda leaf: sparse(leaf.size, *leaf.shape, density=0.1), shapes)
@@ -465,6 +470,7 @@ def test_a_recurrent_layer_whose_kernels_are_concatenated():
     assert not found
 
 
+@pytest.mark.slow
 def test_attention_in_nnx():
     nnx = pytest.importorskip("flax.nnx")
     layer = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))

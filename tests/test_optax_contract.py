@@ -78,6 +78,7 @@ def kinds(tree):
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
 
 
+@pytest.mark.cover
 @every
 def test_a_parabola_is_descended(name):
     params, _ = run(chained(name), start(name))
@@ -90,6 +91,7 @@ def test_a_parabola_is_descended(name):
     assert np.any(np.asarray(params["kernel"]) == 0)
 
 
+@pytest.mark.cover
 @every
 def test_shapes_alone_give_the_state_in_shapes(name):
     tx = chained(name)
@@ -99,6 +101,7 @@ def test_shapes_alone_give_the_state_in_shapes(name):
     assert kinds(tx.init(shapes)) == kinds(jax.eval_shape(tx.init, start(name)))
 
 
+@pytest.mark.cover
 @every
 def test_an_update_keeps_the_structure_the_shapes_and_the_types_of_its_state(name):
     tx = chained(name)
@@ -108,6 +111,7 @@ def test_an_update_keeps_the_structure_the_shapes_and_the_types_of_its_state(nam
     assert kinds(updates) == kinds(start(name))
 
 
+@pytest.mark.cover
 @every
 def test_arguments_are_left_as_they_were(name):
     tx, params = chained(name), start(name)
@@ -117,6 +121,7 @@ def test_arguments_are_left_as_they_were(name):
     jax.tree.map(np.testing.assert_array_equal, (gradients, state, params), copies)
 
 
+@pytest.mark.cover
 @every
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_the_type_of_the_parameters_is_kept(name, dtype):
@@ -125,6 +130,7 @@ def test_the_type_of_the_parameters_is_kept(name, dtype):
     assert kinds(after) == kinds(params)
 
 
+@pytest.mark.cover
 @every
 def test_jit_changes_nothing(name):
     tx, params = chained(name), start(name)
@@ -137,6 +143,7 @@ def test_jit_changes_nothing(name):
         params = optax.apply_updates(params, updates)
 
 
+@pytest.mark.cover
 @every
 def test_micro_batches_are_one_batch(name):
     whole, _ = run(chained(name), start(name), 4)
@@ -144,6 +151,7 @@ def test_micro_batches_are_one_batch(name):
     assert_close(parts, whole)
 
 
+@pytest.mark.cover
 @every
 def test_parameters_are_asked_for(name):
     tx = TRANSFORMS[name]()
@@ -151,6 +159,7 @@ def test_parameters_are_asked_for(name):
         tx.update(START, tx.init(start(name)))
 
 
+@pytest.mark.cover
 @every
 def test_an_empty_tree_stays_empty(name):
     tx = TRANSFORMS[name]()
@@ -158,6 +167,7 @@ def test_an_empty_tree_stays_empty(name):
     assert updates == {}
 
 
+@pytest.mark.cover
 @every
 @pytest.mark.parametrize(
     ("make_mesh", "around"),

@@ -10,7 +10,7 @@ import pytest
 
 import lats_optax
 from lats_optax import freeze, keep_support, prune_at_initialization, soft_threshold
-from tests import versions
+from tests import matrix, versions
 from tests.properties import cosine, dense_start, flat, gradients, shrink
 
 SEARCH, AFTER = 3, 4
@@ -63,8 +63,11 @@ def run(tx, params, state, steps):
 
 @pytest.mark.parametrize(
     ("wrapper", "threshold"),
-    [("chained", name) for name in THRESHOLDS]
-    + [("inner", "lats"), ("inner", "target"), ("masked", "lats"), ("partition", "target")],
+    matrix.fast(
+        [("chained", name) for name in THRESHOLDS]
+        + [("inner", "lats"), ("inner", "target"), ("masked", "lats"), ("partition", "target")],
+        [("chained", "lats"), ("masked", "lats")],
+    ),
 )
 def test_two_transforms_do_what_freeze_after_does_in_one(wrapper, threshold):
     wrap, threshold = WRAPPERS[wrapper], THRESHOLDS[threshold]
@@ -113,6 +116,7 @@ def test_survivors_train_on_without_shrinkage_by_plain_sgd():
     assert 0 < alive.sum() < alive.size
 
 
+@pytest.mark.slow
 def test_freezing_is_a_pure_function():
     search, frozen, params = optax.chain(SGD, soft_threshold(0.3)), kept(SGD), dense_start()
     params, state = run(search, params, search.init(params), range(2))

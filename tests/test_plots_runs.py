@@ -14,6 +14,7 @@ import lats_optax
 from lats_optax.analysis.runs import Run, comparison_table, implied_l1
 from lats_optax.analysis.sparsity import LayerSparsity, SparsityReport
 from lats_optax.plots.runs import draw_runs
+from tests import matrix
 
 STEPS, EPOCH = 600, 60
 COSINE = optax.cosine_decay_schedule(0.1, STEPS)
@@ -141,7 +142,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("runs", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("runs", matrix.fast(CASES.values(), 1), ids=CASES)
 def test_picture_is_a_png_of_its_size(tmp_path, monkeypatch, runs):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # an import of it is an error
     # To look at the back end is to choose it, which imports pyplot.
@@ -155,6 +156,7 @@ def test_picture_is_a_png_of_its_size(tmp_path, monkeypatch, runs):
     assert settings == {name: matplotlib.rcParams[name] for name in names}
 
 
+@pytest.mark.slow
 def test_picture_shows_what_was_recorded(tmp_path, monkeypatch):
     figures = []
 

@@ -7,6 +7,7 @@ from PIL import Image
 
 from lats_optax.analysis.statistics import BINS, Histogram, LayerStatistics
 from lats_optax.plots.weights import draw_weights
+from tests import matrix
 
 RNG = np.random.default_rng(0)
 SIZE = 1000
@@ -39,7 +40,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("metrics", "layers"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("metrics", "layers"), matrix.fast(CASES.values(), 1), ids=CASES)
 def test_picture_is_a_png_of_its_size(tmp_path, metrics, layers):
     draw_weights(tmp_path / "weights.png", metrics, layers)
     with Image.open(tmp_path / "weights.png") as image:

@@ -33,6 +33,7 @@ def rescaled(name, x, d, most=2.0):
     return w * min(factor, most)
 
 
+@pytest.mark.cover
 @each
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 def test_values_are_those_of_a_loop(name, dtype):
@@ -89,6 +90,7 @@ def test_magnitudes_are_those_of_the_operator():
         )
 
 
+@pytest.mark.slow
 def test_groups_are_rescaled_together():
     got = np.asarray(prox.Axes(prox.Rescaled(prox.prox_l1), axes=1)(X, 0.8))
     rms = np.sqrt(np.mean(X * X, axis=1))
@@ -106,6 +108,7 @@ def test_an_annealed_threshold_begins_as_soft_and_ends_as_the_second_power(wrap)
     np.testing.assert_allclose(operator(X, 0.7), wrap(prox.prox_power(2))(X, 0.7), rtol=1e-12)
 
 
+@pytest.mark.slow
 @settings(deadline=None, derandomize=True)
 @given(floats(0, 1e30), floats(0, 1e30), floats(0, 1), floats(0.1, 10))
 def test_laws_of_the_annealed_threshold(size, d, x, factor):

@@ -15,6 +15,7 @@ from lats_optax.training.config import ModelConfig, PruneConfig, TrainConfig
 from lats_optax.training.optimizer import make_optimizer
 from lats_optax.training.parallel import PmapEngine
 from lats_optax.training.presets import PRESETS
+from tests import matrix
 
 # The table "Training settings of the published runs", and the published commands.
 IMAGENET = {
@@ -160,7 +161,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", matrix.fast(NETWORKS, ["fashion-mnist-vit-target"]))
 def test_the_step_of_a_preset_needs_no_data(name):
     """Shapes alone: state and metrics of the real step, at the real size."""
     classes, size, parameters, pruned = NETWORKS[name]
@@ -190,6 +191,7 @@ def test_the_step_of_a_preset_needs_no_data(name):
     assert sum(leaf.size for leaf in jax.tree.leaves(latent)) == pruned
 
 
+@pytest.mark.slow
 def test_published_thresholds_can_be_given(capsys):
     """The command that the notes of the presets name."""
     parsed = []
@@ -264,22 +266,28 @@ def test_options_that_are_not_given_are_the_models_own(name, kind, options):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [
-        (["--model.name", "resnet19"], ["resnet19", "'digits-cnn', 'resnet18'"]),
-        (["--model.connection", "XOR"], ["'digits-cnn'", "'connection'", "'width'"]),
-        (["--model.name", "resnet20", "--model.steps", "2"], ["'steps'", "'width'"]),
-        (["--model.name", "sew-resnet18", "--model.connection", "XOR"], ["'XOR'", "'IAND'"]),
-        (["--model.name", "sew-resnet18", "--model.neuron", "izh"], ["'izh'", "'plif'"]),
-        (["--model.name", "sew-resnet18", "--model.stem", "big"], ["'big'", "'cifar'"]),
-        (["--model.name", "sew-resnet18", "--model.steps", "0"], ["steps is 0", "1 or more"]),
-        (["--model.name", "vgg16-bn"], ["(1, 8, 8, 1)", "at least 32"]),
-        (["--model.name", "vit-tiny"], ["(1, 8, 8, 1)", "at least 16"]),
-        (["--model.name", "vit-tiny", "--model.patch-size", "3"], ["multiples of patch_size, 3"]),
-        (["--model.name", "vit-tiny", "--model.depth", "0"], ["depth is 0", "1 to 100"]),
-        (["--model.patch-size", "2"], ["'digits-cnn'", "'patch_size'", "'width'"]),
-        (["--model.width", "0"], ["width is 0.0", "to 1000"]),
-        (["--model.classifier-bias", "maybe"], ["--model.classifier-bias", "maybe"]),
-    ],
+    matrix.fast(
+        [
+            (["--model.name", "resnet19"], ["resnet19", "'digits-cnn', 'resnet18'"]),
+            (["--model.connection", "XOR"], ["'digits-cnn'", "'connection'", "'width'"]),
+            (["--model.name", "resnet20", "--model.steps", "2"], ["'steps'", "'width'"]),
+            (["--model.name", "sew-resnet18", "--model.connection", "XOR"], ["'XOR'", "'IAND'"]),
+            (["--model.name", "sew-resnet18", "--model.neuron", "izh"], ["'izh'", "'plif'"]),
+            (["--model.name", "sew-resnet18", "--model.stem", "big"], ["'big'", "'cifar'"]),
+            (["--model.name", "sew-resnet18", "--model.steps", "0"], ["steps is 0", "1 or more"]),
+            (["--model.name", "vgg16-bn"], ["(1, 8, 8, 1)", "at least 32"]),
+            (["--model.name", "vit-tiny"], ["(1, 8, 8, 1)", "at least 16"]),
+            (
+                ["--model.name", "vit-tiny", "--model.patch-size", "3"],
+                ["multiples of patch_size, 3"],
+            ),
+            (["--model.name", "vit-tiny", "--model.depth", "0"], ["depth is 0", "1 to 100"]),
+            (["--model.patch-size", "2"], ["'digits-cnn'", "'patch_size'", "'width'"]),
+            (["--model.width", "0"], ["width is 0.0", "to 1000"]),
+            (["--model.classifier-bias", "maybe"], ["--model.classifier-bias", "maybe"]),
+        ],
+        4,
+    ),
 )
 def test_a_wrong_model_is_one_line(tmp_path, capsys, arguments, words):
     assert cli.train(["digits", *arguments, "--workdir", str(tmp_path / "run")]) == 2
@@ -291,6 +299,7 @@ def test_a_wrong_model_is_one_line(tmp_path, capsys, arguments, words):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_sparsity_report_leaves_the_classifier_of_a_spiking_network_dense():
     config = PRESETS["cifar10-sew-resnet18-lats"].config
     mask = make_optimizer(config, steps_per_epoch=1).mask

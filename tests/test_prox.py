@@ -19,6 +19,7 @@ from absl.testing import parameterized
 import lats_optax
 from lats_optax import prox
 from lats_optax.compatibility import enable_x64
+from tests import matrix
 
 elastic = prox.ElasticNet(0.5)
 by_column = prox.Axes()
@@ -220,6 +221,12 @@ class ScalarReferenceTest(chex.TestCase):
             )
 
 
+# Without jit each operation compiles alone, for each type: the fast suite does so for one.
+for _name, _test in list(vars(ScalarReferenceTest).items()):
+    if _name.endswith("__without_jit") and "float32" not in _name:
+        setattr(ScalarReferenceTest, _name, pytest.mark.slow(_test))
+
+
 @pytest.mark.parametrize("operator", ALL.values(), ids=ALL)
 def test_a_result_too_small_for_float16_is_zero_without_a_sign(operator):
     x = jnp.full((1, 1), -1e-3, jnp.float16)
@@ -257,6 +264,7 @@ STRENGTH_TREES = {
 }
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("name", ["l1", "elastic_net", "group_lasso"])
 @pytest.mark.parametrize("case", STRENGTH_TREES)
 def test_a_pytree_is_mapped_leaf_by_leaf(name, case):
@@ -288,6 +296,7 @@ def test_a_strength_for_each_channel():
     np.testing.assert_allclose(jax.jit(prox.prox_group_lasso)(kernel, d), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_groups_are_those_of_a_leaf():
     """A leaf's result does not depend on its neighbours, and the default group is a channel."""
     x = {"large": jnp.full((2, 3), 10.0), "small": jnp.full((2, 3), 0.1)}
@@ -298,6 +307,7 @@ def test_groups_are_those_of_a_leaf():
     assert (prox.prox_group_lasso(one_channel, 0.5) == 0).tolist() == [[False, True, False]] * 2
 
 
+@pytest.mark.slow
 def test_integers_become_floats_and_empty_leaves_stay():
     assert prox.prox_l1(jnp.array([-3, 2])).tolist() == [-2.0, 1.0]
     assert prox.prox_l1(-3, 1) == -2.0
@@ -377,6 +387,7 @@ def group_power_jacobian(x, d):
     return np.array(by_x, float).T, np.array(by_d, float)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("jacobian", [jax.jacrev, jax.jacfwd], ids=["reverse", "forward"])
 @pytest.mark.parametrize("name", ALL)
 def test_jacobian(name, jacobian):
@@ -441,8 +452,9 @@ def apply(name, x, d):
         return np.asarray(COMPILED[name](jnp.asarray(x), jnp.asarray(d)))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("d", [0.01, 0.3, 1.0])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", matrix.fast(ALL, [name for name in ALL if "power" not in name]))
 def test_no_other_point_has_a_smaller_objective(name, d):
     rng = np.random.default_rng(3)
     x = rng.normal(size=(4, 3))
@@ -560,6 +572,7 @@ def test_special_cases_agree(x, d):
 # --- magnitude and lift -------------------------------------------------------------------------
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("name", ALL)
 def test_magnitude_is_the_least_strength_that_gives_zero(name, dtype):
@@ -589,6 +602,7 @@ def test_magnitude_is_the_least_strength_that_gives_zero(name, dtype):
             assert not mistaken.any()
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("d", [0.0, 0.25, 2.0])
 @pytest.mark.parametrize("name", ALL)
 def test_the_operator_sends_the_preimage_to_the_weight(name, d):
@@ -605,6 +619,7 @@ def test_the_operator_sends_the_preimage_to_the_weight(name, d):
     np.testing.assert_array_equal(result == 0, w == 0)
 
 
+@pytest.mark.slow
 def test_the_preimage_is_exact_where_the_sums_are_exact():
     w = jnp.asarray(np.random.default_rng(8).integers(-8, 9, size=(5, 5)) / 8, jnp.float32)
     for operator in (prox.prox_l1, prox.ElasticNet(4.0)):
@@ -685,6 +700,7 @@ def test_an_operator_of_ones_own_prunes_to_a_named_sparsity(operator):
     chex.assert_trees_all_close(optax.apply_updates(params, updates), params, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_plain_function_serves_where_its_values_are_enough():
     def halved(x, d):
         return jax.tree.map(lambda leaf: jnp.where(jnp.abs(leaf) <= d, 0.0, leaf / 2), x)
@@ -728,6 +744,7 @@ BAD_INPUT = {
 }
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("operator", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input(operator, case):

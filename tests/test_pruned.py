@@ -10,11 +10,13 @@ import pytest
 
 import lats_optax
 from lats_optax.latent.pruned import as_pruned_update
+from tests import matrix
 
 W = np.array([[0.0, 0.0, 3.0], [2.0, 0.0, 4.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]], np.float32)
 U = np.array([[3.0, 1.0, 9.0], [1.0, 2.0, 9.0], [4.0, 3.0, 0.3], [0.0, 4.0, 0.4]], np.float32)
 
 
+@pytest.mark.slow
 def test_an_output_whose_pruned_updates_are_too_long_is_scaled_and_others_are_left():
     found = np.asarray(lats_optax.bounded(0.1)(U, W))
     # 5 in the first output, where 2 is alive: to 0.2. Nothing alive in the second. 0.5 of 5: left.
@@ -27,7 +29,8 @@ def test_outputs_may_be_on_the_first_axis():
     np.testing.assert_array_equal(other.T, lats_optax.bounded(0.1)(U, W))
 
 
-@pytest.mark.parametrize("axis", [-1, 0])
+@pytest.mark.cover
+@pytest.mark.parametrize("axis", matrix.fast([-1, 0], [0]))
 @pytest.mark.parametrize("stack", [(3,), (2, 3)])
 def test_each_of_the_stacked_layers_is_bounded_by_itself(axis, stack):
     rng = np.random.default_rng(0)
@@ -65,7 +68,9 @@ def test_where_updates_are_left_as_they_are(rule, w):
     np.testing.assert_array_equal(rule(U, w), U)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(
+    "dtype", matrix.fast([jnp.float16, jnp.bfloat16, jnp.float32], [jnp.bfloat16])
+)
 def test_narrow_updates_are_measured_in_float32(dtype):
     # Squares of 300 overflow float16.
     update, w = jnp.full((4, 1), 300.0, dtype), jnp.zeros((4, 1), dtype).at[0].set(30.0)
@@ -74,6 +79,7 @@ def test_narrow_updates_are_measured_in_float32(dtype):
     np.testing.assert_allclose(np.asarray(found[1:, 0], float), 3 / math.sqrt(3), rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_non_finite_updates_stay_visible():
     found = lats_optax.bounded()(jnp.array([[jnp.nan], [jnp.inf], [1.0]]), jnp.eye(3)[:, 2:])
     assert not np.isfinite(np.asarray(found[:2])).any()
@@ -129,12 +135,14 @@ def trained(steps=240, **how):
     return float(losses[-20:].mean()), lats_optax.sparsity(params)
 
 
+@pytest.mark.slow
 def test_no_layer_before_a_normalization_dies():
     loss, report = trained()
     assert loss < 0.1
     assert all(layer.zeros < layer.size for layer in report.layers)
 
 
+@pytest.mark.slow
 def test_straight_through_the_classifier_dies_of_what_revives():
     loss, report = trained(pruned_scale=1.0)
     assert loss > 1.3  # that of four classes by chance is 1.386
@@ -143,6 +151,7 @@ def test_straight_through_the_classifier_dies_of_what_revives():
     ]
 
 
+@pytest.mark.slow
 def test_a_classifier_that_begins_at_zero_is_trained():
     params = {"kernel": jnp.zeros((8, 4))}
     tx = optax.chain(

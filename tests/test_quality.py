@@ -21,6 +21,7 @@ from benchmarks.quality.results import Key, Rate, Result, Results, read
 from benchmarks.quality.search import Search, Tried
 from benchmarks.quality.tasks import Task, all_tasks
 from benchmarks.quality.training import Outcome, Problem, fit
+from tests import matrix
 
 SPLITS = []
 
@@ -110,6 +111,7 @@ def test_a_line_that_is_no_result_is_named(go, capsys):
     assert "line 1 is not a result" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_workers_write_what_one_process_writes(go, tmp_path):
     arguments = ["--sparsities", "0.9", "--seeds", "2"]
     _, lines, _ = go(*arguments)
@@ -432,7 +434,7 @@ def test_tasks_are_named_once_and_say_what_they_need(tmp_path):
     assert all(set(at) <= set(tasks[name].sparsities) for name, at in run.QUICK_SPARSITIES.items())
 
 
-@pytest.mark.parametrize(("size", "strides"), [(3, 2), (1, 2)])
+@pytest.mark.parametrize(("size", "strides"), matrix.fast([(3, 2), (1, 2)], [(1, 2)]))
 def test_convolution_as_a_matrix_product(size, strides):
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.normal(keys[0], (2, 7, 6, 3))
@@ -508,6 +510,7 @@ def test_batch_statistics_are_those_of_the_final_weights():
     assert outcome == Outcome(outcome.value, 0, 1)
 
 
+@pytest.mark.slow
 def test_the_language_model_is_that_of_the_example():
     from benchmarks.quality.characters import language_model
     from lats_optax.examples import char_transformer as example

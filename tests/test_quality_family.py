@@ -42,6 +42,7 @@ def cubic_zeros(step, first, last):
     return round(TARGET * (1 - (1 - x) ** 3) * 300)
 
 
+@pytest.mark.slow
 def test_gradual_magnitude_follows_the_cubic_curve_and_moves_nothing_that_is_pruned():
     record = run(family.gradual_magnitude)
     for step, (w, latent, _) in enumerate(record):

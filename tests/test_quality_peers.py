@@ -11,6 +11,7 @@ import pytest
 import lats_optax
 from benchmarks.quality.peers import acdc, one_shot, rigl, sparse_evolution, str_
 from benchmarks.quality.peers.base import Setting, smallest_of_each, zero_moments
+from tests import matrix
 
 RATE, MOMENTUM, STEPS = 0.125, 0.5, 20
 # In 3x3x2x4 + 5x4 + 6x5 = 122 weights Erdős–Rényi-kernel densities leave 12, 9 and 11, the sums of
@@ -105,7 +106,8 @@ def zeros(params):
 # --- all of them ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.cover
+@pytest.mark.parametrize("optimizer", matrix.fast(["sgd", "adamw"], ["sgd"]))
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_ends_at_the_exact_number_of_zeros(method, optimizer):
     params, state = run_of(method, optimizer)[-1]
@@ -234,6 +236,7 @@ def test_set_drops_the_smallest_and_grows_what_is_dead():
             np.testing.assert_array_equal(np.asarray(after[name])[new], 0)
 
 
+@pytest.mark.slow
 def test_set_is_reproducible_by_seed():
     params = {"stem": single(start())["stem"]}
     supports = []
@@ -336,6 +339,7 @@ def soft(theta, s):
     return np.sign(theta) * np.maximum(np.abs(theta) - sigmoid(s), 0)
 
 
+@pytest.mark.slow
 def test_gradients_of_str_are_finite_differences_of_a_two_layer_loss():
     rng = np.random.default_rng(5)
     inputs, labels = rng.normal(size=(8, 5)), rng.normal(size=(8, 3))

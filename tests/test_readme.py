@@ -22,8 +22,15 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 PAGES = [README, *(p for p in sorted(DOCS.rglob("*.md")) if "_build" not in p.parts)]
-# Of pages whose code takes more than ten seconds. Cells of notebooks are run by `make docs`.
-SLOW = {"docs/loop.md", "docs/structured.md", "docs/trainer.md"}
+# Of pages whose code takes long. Cells of notebooks are run by `make docs`.
+SLOW = {
+    "docs/architecture.md",
+    "docs/loop.md",
+    "docs/method.md",
+    "docs/pretrained.md",
+    "docs/structured.md",
+    "docs/trainer.md",
+}
 FENCE = re.compile(r"^(```+)(.*?)\n(.*?)^\1$", re.DOTALL | re.MULTILINE)
 
 

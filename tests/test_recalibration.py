@@ -15,9 +15,6 @@ BATCHES = 4
 CHANNELS = PruneConfig(target_sparsity=0.5, structure="output-channels", include=("Conv_0/kernel",))
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
-
 def statistics_of(params, seed):
     """Means over the first batches of the mean and the variance of what is normalised."""
     model, found = tiny.Model(), []

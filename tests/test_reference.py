@@ -16,7 +16,7 @@ import pytest
 
 import lats_optax
 from lats_optax.compatibility import enable_x64
-from tests import versions
+from tests import matrix, versions
 
 REFERENCE = Path(__file__).parent / "reference"
 CONVOLUTIONS = ("conv1", "conv2", "fc")
@@ -138,7 +138,7 @@ def assert_close(actual, recorded, what):
     np.testing.assert_allclose(actual, recorded, rtol=0, atol=TOLERANCE, err_msg=what)
 
 
-@pytest.mark.parametrize("strategy", ["s_lats", "lats", "pgh", "constant"])
+@pytest.mark.parametrize("strategy", matrix.fast(["s_lats", "lats", "pgh", "constant"], ["lats"]))
 def test_trajectory(strategy):
     run, history = trained(strategy)
     assert_close(history["threshold"], run["thresholds"], "thresholds")

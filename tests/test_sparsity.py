@@ -70,6 +70,7 @@ def test_what_counts_as_zero():
     assert sparsity(params).zeros == 2
 
 
+@pytest.mark.slow
 def test_the_table():
     params = {
         "conv_with_a_long_name": {"kernel": jnp.zeros((3, 3, 16, 32)).at[0].set(1.0)},

@@ -16,7 +16,7 @@ from lats_optax.models.layers import TORCH_DEFAULT, batch_norm, convolution
 from lats_optax.models.resnet import basic, bottleneck
 from lats_optax.models.sew_resnet import SEWBlock
 from lats_optax.models.spiking import SpikingLayer, fire
-from tests import torch_weights
+from tests import matrix, torch_weights
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -131,7 +131,8 @@ def label(neuron):
     return f"{neuron.kind}-{neuron.reset}-{'detached' if neuron.detach_reset else 'attached'}"
 
 
-@pytest.mark.parametrize("neuron", NEURONS, ids=label)
+@pytest.mark.cover
+@pytest.mark.parametrize("neuron", matrix.fast(NEURONS, 3), ids=label)
 def test_neuron_is_the_scalar_one(neuron):
     rng = np.random.default_rng(3)
     inputs, tangents = 1.5 * rng.normal(size=(2, 9, 20)) + 0.5
@@ -163,6 +164,7 @@ def test_layer_is_the_neuron_and_reports_its_rate(kind):
     assert float(rate) == pytest.approx(np.count_nonzero(spikes) / 300)
 
 
+@pytest.mark.slow
 def test_tau_of_plif_is_trained():
     """Its gradient, by a finite difference of the potential where nothing fires."""
     neuron = Neuron("plif", threshold=100.0, tau=1.5)
@@ -182,7 +184,9 @@ def test_tau_of_plif_is_trained():
         np.testing.assert_allclose(jax.grad(potential)(u), difference, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize(
+    "dtype", matrix.fast([jnp.bfloat16, jnp.float16, jnp.float32], [jnp.float16])
+)
 def test_potentials_are_float32(dtype):
     """300 inputs of 2⁻⁹ reach 0.58; in bfloat16 their sum would stand still at 0.5."""
     inputs = jnp.full((300, 3), 2**-9, dtype)
@@ -227,7 +231,7 @@ def test_wrong_arguments(build, message):
 # --- SEW ResNet ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("mode", matrix.fast(["eval", "train"], ["eval"]))
 def test_every_step_of_the_recorded_network(mode):
     """A spike that differed anywhere would move an output by far more than this."""
     run = recording("logits_sew_resnet18")
@@ -277,7 +281,7 @@ CONNECTIONS = {
 }
 
 
-@pytest.mark.parametrize("connection", CONNECTIONS)
+@pytest.mark.parametrize("connection", matrix.fast(CONNECTIONS, ["AND", "IAND"]))
 def test_connections_are_the_logical_ones(connection):
     model, x = block(basic(6), connection, Neuron())
 
@@ -293,7 +297,10 @@ def test_connections_are_the_logical_ones(connection):
 
 @pytest.mark.parametrize(
     ("connection", "spec"),
-    [("ADD", bottleneck(6, 2)), ("AND", basic(8, 2)), ("IAND", basic(8, 2))],
+    matrix.fast(
+        [("ADD", bottleneck(6, 2)), ("AND", basic(8, 2)), ("IAND", basic(8, 2))],
+        [("AND", basic(8, 2))],
+    ),
     ids=CONNECTIONS,
 )
 def test_gradients_reach_every_parameter_of_a_block(connection, spec):

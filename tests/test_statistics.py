@@ -24,9 +24,6 @@ WATCHED = {"prune": PruneConfig(target_sparsity=0.75), "average_decay": 0.9, "lo
 SIZES = {"Conv_0/kernel": 72, "Dense_0/kernel": 384}  # of tests.tiny
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
-
 # A layer, by hand
 
 
@@ -55,6 +52,7 @@ def by_loop(before, after):
     return zeros, pruned, revived
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.parametrize("thresholds", [(0.7,), (0.5, 1.5)], ids=["global", "by-layer"])
 def test_counts_are_those_of_a_loop(dtype, thresholds):
@@ -120,6 +118,7 @@ def test_no_weight_is_lost(values, ends):
     assert layer.threshold is None
 
 
+@pytest.mark.slow
 def test_groups_die_and_revive_whole():
     columns = prox.Axes(axes=0)
     transform = lats_optax.soft_threshold(0.5, operator=columns, pruned_scale=1.0)
@@ -144,6 +143,7 @@ def weights_of(result):
     return [record for record in result.metrics if record["split"] == "weights"]
 
 
+@pytest.mark.slow
 def test_a_run_logs_its_weights(tmp_path):
     config = tiny.config(tmp_path / "run", **WATCHED, eval_every=2)
     result = tiny.train(config, jax.devices()[:2])
@@ -187,6 +187,7 @@ def test_a_run_logs_its_weights(tmp_path):
         assert histogram.sum == pytest.approx(kernel.sum(), abs=width / 2 * histogram.num)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_compares_with_the_evaluation_before_it_stopped(tmp_path, monkeypatch):
     """The checkpoint is of step 9, the support in it of step 6: what step 12 is compared with."""
     devices = jax.devices()[:2]

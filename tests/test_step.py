@@ -11,12 +11,7 @@ import pytest
 
 import lats_optax
 from lats_optax.training.step import averaged, create_state, train_step
-from tests import tiny
-
-
-@pytest.fixture(autouse=True)
-def _fast(compile_once):
-    pass
+from tests import matrix, tiny
 
 
 class Plain(nn.Module):
@@ -61,7 +56,7 @@ def run(model, steps=6, mean=lambda tree: tree, average=False, **options):
     return jax.device_get((states, metrics))
 
 
-@pytest.mark.parametrize("parts", [3, 12])
+@pytest.mark.parametrize("parts", matrix.fast([3, 12], [12]))
 def test_parts_are_the_whole_batch_where_nothing_is_normalised(parts):
     whole, in_parts = run(Plain()), run(Plain(), accumulate=parts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, in_parts)
@@ -69,6 +64,7 @@ def test_parts_are_the_whole_batch_where_nothing_is_normalised(parts):
     assert zeros[0] == zeros[1] > 0
 
 
+@pytest.mark.slow
 def test_parts_accumulate_in_float32_under_bfloat16():
     (whole, _), (in_parts, _) = (run(Plain(jnp.bfloat16), accumulate=parts) for parts in (1, 12))
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(in_parts[-1].params))
@@ -99,6 +95,7 @@ def test_replicas_meet_once_a_step(parts):
     assert ("scan" in str(program)) == (parts > 1)
 
 
+@pytest.mark.slow
 def test_memory_falls_with_the_parts():
     model, tx = tiny.Model(), transform()
     sizes = []
@@ -117,7 +114,7 @@ def test_memory_falls_with_the_parts():
     assert sizes[1] < 0.3 * sizes[0]
 
 
-@pytest.mark.parametrize("decay", [0.25, 0.999])
+@pytest.mark.parametrize("decay", matrix.fast([0.25, 0.999], [0.999]))
 def test_the_average_is_the_formula(decay):
     states, _ = run(tiny.Model(), average=True, average_decay=decay)
     for part in ("params", "batch_stats"):
@@ -131,6 +128,7 @@ def test_the_average_is_the_formula(decay):
             np.testing.assert_allclose(leaf, oracle, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_average_does_not_change_the_run_and_costs_nothing_when_off():
     (plain, _), (kept, _) = run(tiny.Model()), run(tiny.Model(), average=True, average_decay=0.25)
     assert plain[-1].average == ()

@@ -29,7 +29,7 @@ from lats_optax.training.logging import read_metrics
 from lats_optax.training.manifest import MANIFEST
 from lats_optax.training.parallel import PmapEngine
 from lats_optax.training.recovery import CheckpointError, DamagedCheckpointWarning
-from tests import stores, tiny
+from tests import matrix, stores, tiny
 from tests.runs import KilledError, assert_equal_runs, at_step, die, events
 
 
@@ -187,6 +187,7 @@ def test_objects_go_in_and_out(tmp_path, bucket):
     assert (bucket / "new").read_bytes() == b"1"
 
 
+@pytest.mark.cover
 def test_an_object_is_replaced_as_a_whole(bucket):
     with replacing(bucket / "notes.txt") as unfinished:
         unfinished.write_text("all of it")
@@ -226,7 +227,7 @@ def run(directory, **changes):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, compile_once):
+def straight(tmp_path_factory):
     """The run on a disk, and its directory."""
     directory = tmp_path_factory.mktemp("disk") / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -237,7 +238,7 @@ def straight(tmp_path_factory, compile_once):
 
 
 @pytest.fixture
-def zoo(monkeypatch, compile_once):
+def zoo(monkeypatch):
     tiny.install(monkeypatch)
 
 
@@ -247,6 +248,7 @@ def kinds_of(names):
     return plain - {".lock"}
 
 
+@pytest.mark.cover
 def test_a_run_in_a_store_is_one_on_a_disk(bucket, zoo, straight, tmp_path, capsys):
     result, directory = straight
     place = bucket / "run"
@@ -284,7 +286,7 @@ def test_a_run_in_a_store_is_one_on_a_disk(bucket, zoo, straight, tmp_path, caps
     assert (bucket / "tuned" / "initial.safetensors").is_file()
 
 
-@pytest.mark.parametrize("step", [3, 9, 14, 18])
+@pytest.mark.parametrize("step", matrix.fast([3, 9, 14, 18], [14]))
 def test_a_run_that_died_goes_on(place, zoo, straight, monkeypatch, step):
     with monkeypatch.context() as context:
         at_step(context, step, die)
@@ -293,6 +295,7 @@ def test_a_run_that_died_goes_on(place, zoo, straight, monkeypatch, step):
     assert_equal_runs(run(place / "run", resume=True), straight[0])
 
 
+@pytest.mark.slow
 def test_a_run_that_died_goes_on_in_every_store(bucket, zoo, straight, monkeypatch):
     with monkeypatch.context() as context:
         at_step(context, 15, die)
@@ -308,7 +311,7 @@ def test_a_run_that_died_goes_on_in_every_store(bucket, zoo, straight, monkeypat
     assert len(found) == 1
 
 
-@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("at", matrix.fast([1, 2], [2]))
 def test_a_checkpoint_that_is_half_there_is_none(place, zoo, straight, monkeypatch, at):
     """Killed before the first or the last upload of the second checkpoint."""
     sent, upload = [], URL.upload
@@ -343,7 +346,7 @@ def spoil(path, how):
         )
 
 
-@pytest.mark.parametrize("how", ["flipped", "short", "missing"])
+@pytest.mark.parametrize("how", matrix.fast(["flipped", "short", "missing"], ["flipped"]))
 def test_the_one_before_a_damaged_checkpoint_is_taken(place, zoo, straight, monkeypatch, how):
     with monkeypatch.context() as context:
         at_step(context, 14, die)
@@ -363,6 +366,7 @@ def test_the_one_before_a_damaged_checkpoint_is_taken(place, zoo, straight, monk
     assert {name.partition("/")[0] for name in checkpoints.names()} == kept
 
 
+@pytest.mark.slow
 def test_where_none_is_whole_nothing_is_changed(place, zoo, monkeypatch):
     run(place / "run", epochs=1)
     spoil(place / "run" / "checkpoints" / "6" / MANIFEST, "flipped")
@@ -372,6 +376,7 @@ def test_where_none_is_whole_nothing_is_changed(place, zoo, monkeypatch):
     assert {name: (place / "run" / name).read_bytes() for name in (place / "run").names()} == before
 
 
+@pytest.mark.slow
 def test_overwriting_removes_what_a_run_wrote_alone(place, zoo):
     run(place / "run", epochs=1)
     (place / "run" / "notes.txt").write_bytes(b"mine")
@@ -390,6 +395,7 @@ def hold(place, *, age=0.0, token="another"):
     (place / ".lock").write_bytes(json.dumps(content).encode())
 
 
+@pytest.mark.cover
 def test_a_second_run_is_refused(bucket, monkeypatch):
     monkeypatch.setattr(lock, "_SETTLED", 0.0)
     says = f"workdir {bucket} is in use by process .* on .*/.lock is removed"
@@ -430,6 +436,7 @@ def test_a_run_gives_signs_of_life(place, monkeypatch):
         assert (place / ".lock").read_bytes() != first
 
 
+@pytest.mark.slow
 def test_a_run_that_was_taken_for_dead_writes_nothing_more(place, zoo, monkeypatch):
     """Another one has begun there; it may have ended, and so has removed its lock."""
     for act in (lambda: hold(place / "run"), (place / "run" / ".lock").unlink):
@@ -463,7 +470,9 @@ def assert_refused(done, capsys, *words):
 TINY = ["digits", "--data.batch-size", "8", "--checkpoint-every", "1", "--epochs", "2"]
 
 
-@pytest.mark.parametrize("method", ["exists", "info", "pipe_file", "put_file", "find", "rm"])
+@pytest.mark.parametrize(
+    "method", matrix.fast(["exists", "info", "pipe_file", "put_file", "find", "rm"], ["pipe_file"])
+)
 def test_a_store_that_refuses_is_one_line(place, zoo, monkeypatch, capsys, method):
     def refuse(self, *args, **keywords):
         raise PermissionError("Access Denied.\nRequest ID: 1")
@@ -475,6 +484,7 @@ def test_a_store_that_refuses_is_one_line(place, zoo, monkeypatch, capsys, metho
     assert cli.train([*TINY, "--resume", "--workdir", str(place / "run")]) in (0, 1)
 
 
+@pytest.mark.slow
 def test_a_store_that_is_away_while_a_run_goes_on_is_no_damage(place, zoo, monkeypatch, capsys):
     assert cli.train([*TINY, "--workdir", str(place / "run")]) == 0
     capsys.readouterr()
@@ -508,6 +518,7 @@ def google():
         yield stores.new_bucket(scheme)
 
 
+@pytest.mark.slow
 def test_data_is_read_from_a_store_as_from_a_disk(google, tmp_path, capfd):
     data_dir = google / "tfds"
     assert cli.prepare(["digits", "--data-dir", str(data_dir)]) == 0
@@ -524,6 +535,7 @@ def test_data_is_read_from_a_store_as_from_a_disk(google, tmp_path, capfd):
     assert {name: (data_dir / name).read_bytes() for name in data_dir.names()} == before
 
 
+@pytest.mark.slow
 def test_a_set_of_tfds_is_read_from_a_store(google, tmp_path):
     """Record by record, by ArrayRecord itself: in worker processes too."""
     made = Path(data_digits.prepare(str(tmp_path)).data_dir)

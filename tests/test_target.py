@@ -19,7 +19,7 @@ from lats_optax import lats_threshold, prox, soft_threshold
 from lats_optax.compatibility import enable_x64
 from lats_optax.quantile import kth_smallest
 from lats_optax.target import Plan, control
-from tests import versions
+from tests import matrix, versions
 
 # The law of LATS to the last step, soft thresholding, and straight-through.
 to_the_end = functools.partial(lats_optax.target_sparsity, law=lats_optax.constant_l1(), reach=1.0)
@@ -106,7 +106,10 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("model", "optimizer", "seed", "target"), RUNS)
+@pytest.mark.parametrize(
+    ("model", "optimizer", "seed", "target"),
+    matrix.fast(RUNS, [(mlp, "sgd", 1, 0.9), (linear, "sgd", 0, 0.99)]),
+)
 def test_a_trained_model_ends_at_its_target(model, optimizer, seed, target):
     peak, make = OPTIMIZERS[optimizer]
     rate = optax.cosine_decay_schedule(peak, TRAIN_STEPS)
@@ -153,6 +156,7 @@ RATES = {
 }
 
 
+@pytest.mark.cover("learning rates")
 @pytest.mark.parametrize("rate", RATES.values(), ids=RATES)
 def test_where_the_quantile_stands_still_it_is_lats(rate):
     weights = jax.random.normal(jax.random.key(0), (10, 20))
@@ -166,6 +170,7 @@ def test_where_the_quantile_stands_still_it_is_lats(rate):
     assert int(jnp.sum(pruned == 0)) == 180
 
 
+@pytest.mark.cover("learning rates")
 @pytest.mark.parametrize("every", [1, 5])
 @pytest.mark.parametrize("growth", [0.7, -0.2])
 @pytest.mark.parametrize("rate", [0.1, optax.cosine_decay_schedule(0.1, 60)], ids=["flat", "cos"])
@@ -189,6 +194,7 @@ def test_where_the_quantile_moves_with_the_learning_rate_the_l1_coefficient_is_c
     assert int(jnp.sum(w == 0)) == 10
 
 
+@pytest.mark.cover("learning rates")
 @pytest.mark.parametrize("every", [1, 4, 7])
 @pytest.mark.parametrize("rate", RATES.values(), ids=RATES)
 def test_the_forecast_is_that_of_a_loop(rate, every):
@@ -219,7 +225,7 @@ def test_the_forecast_is_that_of_a_loop(rate, every):
     assert float(state.threshold) == pytest.approx(quantiles[-1])
 
 
-@pytest.mark.parametrize("every", [1, 2, 7, 10, 1000])
+@pytest.mark.parametrize("every", matrix.fast([1, 2, 7, 10, 1000], [7]))
 def test_the_quantile_is_selected_when_due_and_at_the_last_step(every):
     steps = 10
     tx = soft(to_the_end(0.5, 0.1, steps, update_every=every))
@@ -268,7 +274,9 @@ def selections(threshold, steps):
     return np.flatnonzero(np.asarray(state.quantile) == 1)
 
 
-@pytest.mark.parametrize(("steps", "every"), [(1, 1), (199, 1), (600, 3), (30_000, 150)])
+@pytest.mark.parametrize(
+    ("steps", "every"), matrix.fast([(1, 1), (199, 1), (600, 3), (30_000, 150)], [(1, 1), (600, 3)])
+)
 def test_how_often_the_quantile_is_selected_by_default(steps, every):
     due = selections(to_the_end(0.5, 0.1, steps), steps + 5)
     # Who trains on after the last step stays at the target.
@@ -276,7 +284,8 @@ def test_how_often_the_quantile_is_selected_by_default(steps, every):
     np.testing.assert_array_equal(due, sorted({*range(0, steps, every), steps - 1, *after}))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 10])
+@pytest.mark.cover
+@pytest.mark.parametrize("size", matrix.fast([1, 2, 3, 10], [1, 3]))
 @pytest.mark.parametrize("target", [0.0, 0.3, 0.5, 0.99])
 def test_tiny_models(size, target):
     w = jnp.linspace(1.0, 2.0, size)[None]
@@ -294,6 +303,7 @@ def test_a_target_of_zero_prunes_nothing():
     np.testing.assert_array_equal(after, w)
 
 
+@pytest.mark.slow
 def test_ties_are_pruned_together():
     w = jnp.array([[1.0, -2.0, 2.0, 2.0, 3.0]])
     _, after = still(soft(to_the_end(0.4, 0.1, 1)), w, 1)
@@ -307,8 +317,12 @@ def test_what_is_not_pruned_does_not_count():
     np.testing.assert_array_equal(after["bias"], params["bias"])
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("target", "axes"), [(0.3, None), (0.5, 1), (0.9, (0,)), (0.5, (0, 1))])
+@pytest.mark.parametrize(
+    ("target", "axes"),
+    matrix.fast([(0.3, None), (0.5, 1), (0.9, (0,)), (0.5, (0, 1))], [(0.9, (0,)), (0.5, (0, 1))]),
+)
 def test_groups_end_within_one_group_of_the_target(target, axes, dtype):
     w = jax.random.normal(jax.random.key(3), (12, 10)).astype(dtype)
     operator = prox.Axes(axes=axes)
@@ -385,7 +399,7 @@ def selections_of(dtype):
 RANKS = (0, 1, 2, 9, 16, 17)
 
 
-@pytest.mark.parametrize("dtype", NUMBERS)
+@pytest.mark.parametrize("dtype", matrix.fast(NUMBERS, ["float32"]))
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 @hypothesis.given(data=st.data())
 def test_kth_smallest_of_any_numbers(dtype, data):
@@ -398,6 +412,7 @@ def test_kth_smallest_of_any_numbers(dtype, data):
     np.testing.assert_array_equal(got, [by_partition([wide], rank) for rank in RANKS])
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 @hypothesis.given(shapes=SHAPES_OF_ARRAYS, data=st.data())
 def test_kth_smallest_of_any_shapes(shapes, data):
@@ -417,6 +432,7 @@ def test_every_rank():
     np.testing.assert_array_equal(got, [0.0, *magnitudes])
 
 
+@pytest.mark.slow
 def test_kth_smallest_under_vmap_and_a_magnitude_of_its_own():
     x = jax.random.normal(jax.random.key(0), (3, 4, 5))
     select = jax.jit(jax.vmap(lambda x: kth_smallest([x[:2], x[2:]], 7, prox.prox_l0)))
@@ -449,6 +465,7 @@ def test_more_entries_than_32_bits_count():
         jax.eval_shape(lambda x: kth_smallest([x], 1), huge)
 
 
+@pytest.mark.slow
 def test_the_program_sorts_nothing_and_selects_within_a_conditional():
     tx = soft(to_the_end(0.9, 0.1, 1000, update_every=10))
     params = {"a": jnp.ones((32, 16)), "b": jnp.ones((3, 3, 4, 8))}
@@ -511,8 +528,9 @@ def noisy(tx, steps, seed=0):
     return zeros, state
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("law", [None, lats_optax.threshold_curve(), lats_optax.sparsity_curve()])
-@pytest.mark.parametrize("freeze_after", [None, 27])
+@pytest.mark.parametrize("freeze_after", matrix.fast([None, 27], [27]))
 def test_a_target_is_reached_held_and_exact_at_the_end(law, freeze_after):
     target = lats_optax.target_sparsity(0.9, 0.1, 40, law=law, update_every=1)
     zeros, _ = noisy(soft_threshold(target, freeze_after=freeze_after), 44)

@@ -18,6 +18,7 @@ from lats_optax import (
     threshold_from_l1,
 )
 from lats_optax.compatibility import enable_x64
+from tests import matrix
 
 STEPS = 400
 
@@ -69,6 +70,7 @@ def scalar_sums(rate, steps):
     return np.array([math.fsum(rates[:t]) for t in range(steps + 1)])
 
 
+@pytest.mark.cover
 @any_schedule
 def test_lats_is_the_share_of_the_learning_rate_that_is_spent(name):
     schedule, scalar = SCHEDULES[name]
@@ -97,6 +99,7 @@ def test_threshold_from_l1_sums_coefficient_times_learning_rate(name):
         np.testing.assert_allclose(threshold.table, 0.01 + sums, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_prefix_sums_of_a_long_run():
     steps = 100_000
     scalar = [0.256 * cosine(t, steps) for t in range(steps)]
@@ -241,6 +244,7 @@ L1 = {
 }
 
 
+@pytest.mark.cover
 @any_schedule
 @pytest.mark.parametrize("l1", L1)
 def test_l1_to_threshold_and_back(name, l1):
@@ -285,7 +289,7 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("name", matrix.fast(LONG, 1))
 @pytest.mark.parametrize("initial", [0.0, 1.0])
 def test_round_trip_of_a_long_run(name, initial):
     """Late increments are 1e-16 of the threshold; float32 under jit resolves them all the same."""
@@ -314,6 +318,7 @@ def test_lats_of_a_long_run_has_a_constant_l1_coefficient(name):
     np.testing.assert_allclose(jax.jit(l1)(jnp.asarray(counts)), l1(1), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_l1_of_any_other_schedule():
     """Differenced in float64 on the host, in float32 on the device."""
     threshold = optax.linear_schedule(0.0, 0.5, 100)
@@ -327,6 +332,7 @@ def test_l1_of_any_other_schedule():
     np.testing.assert_allclose(jax.jit(l1)(jnp.int32(100)), 0)
 
 
+@pytest.mark.slow
 def test_threshold_that_moves_where_the_learning_rate_is_zero_has_no_l1():
     l1 = l1_from_threshold(s_lats_threshold(100, 0.02), lambda t: 0.1 * (t != 50))
     assert l1(50) == math.inf

@@ -15,6 +15,7 @@ from flax import traverse_util
 
 from lats_optax import models, s_lats_threshold
 from lats_optax.torch import weights
+from tests import matrix
 
 REFERENCE = Path(__file__).parent / "reference"
 PLIF = models.Neuron("plif")
@@ -33,9 +34,10 @@ FORMS = [
     ("sew-resnet50", {"neuron": PLIF}, None),
     ("vit-tiny", {"depth": 2}, "timm"),
 ]
-each_form = pytest.mark.parametrize(
-    ("name", "options", "layout"), FORMS, ids=[f"{name}-{layout}" for name, _, layout in FORMS]
-)
+FORM_IDS = [f"{name}-{layout}" for name, _, layout in FORMS]
+each_form = pytest.mark.parametrize(("name", "options", "layout"), FORMS, ids=FORM_IDS)
+# Small arrays, for the fast suite.
+LIGHT = ("mobilenet-v1", "resnet20", "vit-tiny")
 DTYPES = [jnp.dtype(dtype) for dtype in ("float32", "bfloat16", "float16", "float64")]
 
 
@@ -88,7 +90,11 @@ def assert_same_bits(left, right):
 # --- names and layouts --------------------------------------------------------------------------
 
 
-@each_form
+@pytest.mark.parametrize(
+    ("name", "options", "layout"),
+    [pytest.param(*form, marks=() if form[0] in LIGHT else pytest.mark.slow) for form in FORMS],
+    ids=FORM_IDS,
+)
 def test_round_trip_keeps_every_bit(name, options, layout):
     model = create(name, **options)
     variables = any_bits(model)
@@ -100,12 +106,15 @@ def test_round_trip_keeps_every_bit(name, options, layout):
 
 @pytest.mark.parametrize(
     ("name", "file", "layout"),
-    [
-        ("resnet18", "logits_resnet18", "lats"),
-        ("resnet50", "logits_resnet50", "lats"),
-        ("mobilenet-v1", "logits_mobilenet_v1", "lats"),
-        ("sew-resnet18", "logits_sew_resnet18", "spikingjelly"),
-    ],
+    matrix.fast(
+        [
+            ("resnet18", "logits_resnet18", "lats"),
+            ("resnet50", "logits_resnet50", "lats"),
+            ("mobilenet-v1", "logits_mobilenet_v1", "lats"),
+            ("sew-resnet18", "logits_sew_resnet18", "spikingjelly"),
+        ],
+        1,
+    ),
 )
 def test_names_and_shapes_are_the_recorded_ones(name, file, layout):
     with np.load(REFERENCE / f"{file}.npz") as recording:
@@ -232,11 +241,14 @@ def assert_thresholded(kernel, weight, d):
 
 @pytest.mark.parametrize(
     ("name", "options", "pruned"),
-    [
-        ("resnet18", {}, 21),
-        ("mobilenet-v1", {"width": 0.25}, 28),
-        ("resnet18", {"classifier_bias": True}, 20),
-    ],
+    matrix.fast(
+        [
+            ("resnet18", {}, 21),
+            ("mobilenet-v1", {"width": 0.25}, 28),
+            ("resnet18", {"classifier_bias": True}, 20),
+        ],
+        [("mobilenet-v1", {"width": 0.25}, 28)],
+    ),
 )
 def test_latent_weights_of_lats(name, options, pruned):
     """All convolutions and a classifier without a bias; what is dense in LATS keeps its bits."""
@@ -255,7 +267,7 @@ def test_latent_weights_of_lats(name, options, pruned):
         assert_thresholded(sparse[path], weight, 0.5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", matrix.fast(DTYPES, DTYPES[1:3]), ids=str)
 def test_latent_weights_keep_their_dtype(dtype):
     model = create()
     latent = weights.variables_to_torch(normal(model, dtype), model)
@@ -276,6 +288,7 @@ def test_a_threshold_of_zero_leaves_the_values():
     jax.tree.map(np.testing.assert_array_equal, sparse, as_is)
 
 
+@pytest.mark.slow
 def test_latent_weights_of_str():
     """A threshold of its own for each layer that has one; a scale of -12800 prunes nothing."""
     model = create("resnet18")
@@ -434,6 +447,7 @@ def test_wrong_layouts_and_models():
 # --- files --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_safetensors_keep_every_bit(tmp_path):
     model = create("resnet18")
     variables = any_bits(model)
@@ -445,6 +459,7 @@ def test_safetensors_keep_every_bit(tmp_path):
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o044
 
 
+@pytest.mark.slow
 def test_a_file_of_latent_weights_feeds_the_model(tmp_path):
     model = create()
     weights.save(tmp_path / "a.safetensors", normal(model), model)
@@ -455,6 +470,7 @@ def test_a_file_of_latent_weights_feeds_the_model(tmp_path):
     assert np.isfinite(logits).all()
 
 
+@pytest.mark.slow
 def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     model, path = create(), tmp_path / "a.safetensors"
     with pytest.raises(FileNotFoundError, match=r"there is no file .*a\.safetensors\."):
@@ -484,6 +500,7 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
             weights.save(file, normal(model), model)
 
 
+@pytest.mark.slow
 def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
     model, path = create(), tmp_path / "a.safetensors"
     with pytest.raises(FileNotFoundError, match=r"there is no directory .*none\."):

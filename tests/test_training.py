@@ -25,12 +25,9 @@ from lats_optax.training.logging import MetricsLog, read_metrics
 from lats_optax.training.optimizer import cosine, curve_law, make_optimizer, schedule_to
 from lats_optax.training.parallel import PmapEngine
 from lats_optax.training.step import cross_entropy
-from tests import tiny
+from tests import matrix, tiny
 
 SPARSE = PruneConfig(target_sparsity=0.75)
-
-
-pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 def by_hand(config):
@@ -49,7 +46,9 @@ def params_of(result):
 
 
 @pytest.mark.parametrize(
-    ("devices", "prune"), [(1, SPARSE), (8, SPARSE), (8, PruneConfig())], ids=["1", "8", "8-dense"]
+    ("devices", "prune"),
+    matrix.fast([(1, SPARSE), (8, SPARSE), (8, PruneConfig())], [(8, SPARSE)]),
+    ids=["1", "8", "8-dense"],
 )
 def test_a_run_is_the_plain_loop(tmp_path, devices, prune):
     config = tiny.config(tmp_path / "run", prune=prune, label_smoothing=0.1)
@@ -103,7 +102,8 @@ def test_target_sparsity_is_met_and_logged_in_one_compilation(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("devices", "batch_size"), [(1, 2), (1, 23), (2, 12), (8, 8), (8, 24), (3, 48)]
+    ("devices", "batch_size"),
+    matrix.fast([(1, 2), (1, 23), (2, 12), (8, 8), (8, 24), (3, 48)], [(1, 23), (8, 24)]),
 )
 def test_evaluation_counts_every_image_once(tmp_path, devices, batch_size):
     config = tiny.config(tmp_path, data=DataConfig(name="tiny", batch_size=batch_size))
@@ -152,7 +152,7 @@ def test_learning_rate_is_the_formula(decay, warmup):
 RISING = [("lats", None), ("s-lats", None), ("epoch-lats", None), ("pgh", 0.01)]
 
 
-@pytest.mark.parametrize(("schedule", "beta"), RISING)
+@pytest.mark.parametrize(("schedule", "beta"), matrix.fast(RISING, [("epoch-lats", None)]))
 def test_a_named_sparsity_follows_the_curve_of_every_schedule(schedule, beta):
     """Weights that stand still: the curve itself. Weights that move: the target, exactly."""
     sgd = OptimizerConfig(learning_rate=0.1, momentum=0.0, warmup_epochs=1, decay="epoch")
@@ -211,6 +211,7 @@ def test_every_schedule_ends_at_the_final_threshold(schedule, beta):
     assert float(optax.tree.get(state, "threshold")) == pytest.approx(0.02, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_excluded_layers_stay_dense():
     prune = PruneConfig(final_threshold=10.0, exclude=("head",))
     tx = make_optimizer(TrainConfig(prune=prune, epochs=1), steps_per_epoch=1).phases[0].transform
@@ -241,6 +242,7 @@ def test_weight_decay_on_latent_and_on_weights_differ_as_told():
 # When it stops
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     messages = []
     for log_every in (1, 50):
@@ -257,6 +259,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert messages[0] == messages[1]
 
 
+@pytest.mark.slow
 def test_the_last_good_checkpoint_is_named(tmp_path, monkeypatch):
     taken = []
 
@@ -275,6 +278,7 @@ def test_the_last_good_checkpoint_is_named(tmp_path, monkeypatch):
     assert (config.workdir / "checkpoints" / "6").is_dir()
 
 
+@pytest.mark.slow
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     # One step: its loss is that of the initial weights, finite; what it leads to is not.
     rate = OptimizerConfig(learning_rate=1e38, weight_decay=1e3)
@@ -338,6 +342,7 @@ def test_resuming_elsewhere_or_watched_differently_is_allowed(tmp_path):
 # The rest
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_with_float32_parameters(tmp_path):
     config = tiny.config(
         tmp_path / "run",
@@ -359,7 +364,7 @@ def test_bfloat16_trains_with_float32_parameters(tmp_path):
 # Averaged weights
 
 
-@pytest.mark.parametrize("prune", [SPARSE, PruneConfig()], ids=["sparse", "dense"])
+@pytest.mark.parametrize("prune", matrix.fast([SPARSE, PruneConfig()], 1), ids=["sparse", "dense"])
 def test_averaged_weights_are_evaluated_and_kept_sparse(tmp_path, monkeypatch, prune):
     traces = tiny.count_calls(monkeypatch, experiments, "eval_step")
     config = tiny.config(tmp_path / "run", prune=prune, average_decay=0.8)
@@ -391,6 +396,7 @@ def test_averaged_weights_are_evaluated_and_kept_sparse(tmp_path, monkeypatch, p
     assert records[-1]["accuracy"] == result.test_accuracy_averaged
 
 
+@pytest.mark.slow
 def test_a_run_without_an_average_has_none_to_load(tmp_path):
     result = tiny.train(tiny.config(tmp_path / "run", epochs=1))
     assert result.state.average == ()
@@ -402,6 +408,7 @@ def test_a_run_without_an_average_has_none_to_load(tmp_path):
 # Accumulated gradients
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_are_one_step(tmp_path):
     """Two devices and two parts each, against a loop by hand over the two global parts."""
     optimizer = OptimizerConfig(learning_rate=0.05, weight_decay=1e-3, accumulate=2)

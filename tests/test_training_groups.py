@@ -22,9 +22,6 @@ BLOCKS = PruneConfig(0.5, structure="blocks", block=(4, 3))
 PATTERN = PruneConfig(0.5, structure="n-of-m", pattern=(2, 4))
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
-
 @pytest.mark.parametrize(
     ("prune", "groups"),
     [
@@ -70,6 +67,7 @@ def test_a_run_ends_with_whole_groups_at_zero(tmp_path, prune, groups):
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a == 0, b == 0), found, params)
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_two_of_every_four(tmp_path):
     config = tiny.config(tmp_path / "run", prune=PATTERN, epochs=2, eval_every=2)
     result = tiny.train(config, jax.devices()[:1])

@@ -7,7 +7,7 @@ import pytest
 
 from lats_optax.training.config import OptimizerConfig, PruneConfig, TrainConfig
 from lats_optax.training.optimizer import make_optimizer
-from tests import tiny
+from tests import matrix, tiny
 
 STEPS = 6
 DENSE = PruneConfig()
@@ -97,7 +97,7 @@ def test_a_run_takes_the_steps_of_its_equations(case):
         np.testing.assert_allclose(found[-1][name], expected, rtol=2e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("decay_on", ["latent", "weights"])
+@pytest.mark.parametrize("decay_on", matrix.fast(["latent", "weights"], ["weights"]))
 def test_a_named_sparsity_is_met_behind_adamw(decay_on):
     prune = PruneConfig(target_sparsity=0.75, weight_decay_on=decay_on)
     optimizer = OptimizerConfig("adamw", 1e-2, weight_decay=0.1, clip_norm=2.0)
@@ -108,7 +108,8 @@ def test_a_named_sparsity_is_met_behind_adamw(decay_on):
     assert (np.asarray(latent) != 0).all()
 
 
-def test_a_run_with_adamw_learns(tmp_path, compile_once):
+@pytest.mark.slow
+def test_a_run_with_adamw_learns(tmp_path):
     optimizer = OptimizerConfig("adamw", 3e-2, weight_decay=1e-3, clip_norm=1.0)
     config = tiny.config(
         tmp_path / "run", optimizer=optimizer, prune=PruneConfig(target_sparsity=0.5), epochs=8

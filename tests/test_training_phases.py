@@ -15,16 +15,13 @@ from lats_optax.training import assembly
 from lats_optax.training.config import PruneConfig, TrainConfig
 from lats_optax.training.config_json import prune_from_json, to_json
 from lats_optax.training.optimizer import cosine, make_optimizer, schedule_to
-from tests import tiny
+from tests import matrix, tiny
 from tests.runs import BEFORE, EARLY, assert_equal_runs, at_step, events, plain_steps
 
 STEPS = 6  # an epoch of tests.tiny
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
-
-@pytest.mark.parametrize("mode", ["early", "at-initialization"])
+@pytest.mark.parametrize("mode", matrix.fast(["early", "at-initialization"], ["early"]))
 def test_a_run_is_the_plain_loop(tmp_path, mode):
     early = mode == "early"
     prune = dataclasses.replace(EARLY, mode=mode)
@@ -76,6 +73,7 @@ def test_a_run_is_the_plain_loop(tmp_path, mode):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
 
 
+@pytest.mark.slow
 def test_two_programs_and_a_threshold_while_there_is_one(tmp_path, monkeypatch):
     traces = tiny.count_calls(monkeypatch, assembly, "train_step")
     result = tiny.train(tiny.config(tmp_path / "run", prune=EARLY))
@@ -86,8 +84,12 @@ def test_two_programs_and_a_threshold_while_there_is_one(tmp_path, monkeypatch):
     assert {r["sparsity"] for r in train if r["step"] >= 6} == {result.sparsity.sparsity}
 
 
-@pytest.mark.parametrize("prune", [EARLY, BEFORE], ids=["early", "at-initialization"])
-@pytest.mark.parametrize("step", [4, 6, 9], ids=["searching", "at-the-end", "frozen"])
+@pytest.mark.parametrize(
+    "prune", matrix.fast([EARLY, BEFORE], 1), ids=["early", "at-initialization"]
+)
+@pytest.mark.parametrize(
+    "step", matrix.fast([4, 6, 9], [6]), ids=["searching", "at-the-end", "frozen"]
+)
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, monkeypatch, prune, step):
     # Of the two programs only that after the search takes nine steps.
     watched = {"prune": prune, "average_decay": 0.9, "log_every": 1}
@@ -102,6 +104,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, monkeypatch, prun
     assert_equal_runs(straight, resumed)
 
 
+@pytest.mark.slow
 def test_averages_begin_anew_with_the_weights(tmp_path):
     """After the first step from scratch an average is 9/10 new and 1/10 initial, as in any run."""
     config = tiny.config(tmp_path / "run", prune=BEFORE, average_decay=0.999, epochs=1)
@@ -128,7 +131,9 @@ def test_averages_begin_anew_with_the_weights(tmp_path):
 
 @pytest.mark.parametrize(
     ("distribution", "layers"),
-    [("uniform", ()), ("erk", ()), ("er", ()), ("uniform", (("^Dense", 0.25),))],
+    matrix.fast(
+        [("uniform", ()), ("erk", ()), ("er", ()), ("uniform", (("^Dense", 0.25),))], [("er", ())]
+    ),
 )
 def test_layers_have_targets_of_their_own(distribution, layers):
     prune = PruneConfig(0.75, distribution=distribution, layer_sparsity=layers)

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import lats_optax
 from lats_optax import masks, prox, select, soft_threshold, target_sparsity
 from lats_optax.compatibility import enable_x64
-from tests import versions
+from tests import matrix, versions
 from tests.properties import (
     FEW,
     STEPS,
@@ -28,7 +28,8 @@ from tests.properties import (
     run,
 )
 
-few = pytest.mark.parametrize("case", FEW, ids=str)
+# Of the fast suite a schedule, a target, a proximal step and a support.
+few = pytest.mark.parametrize("case", matrix.fast(FEW, FEW[:2] + FEW[-2:]), ids=str)
 
 
 # --- trees --------------------------------------------------------------------------------------
@@ -58,7 +59,7 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize("build", TREES.values(), ids=TREES)
+@pytest.mark.parametrize("build", matrix.fast(TREES.values(), 1), ids=TREES)
 def test_trees_of_any_structure(build):
     case = Case(threshold="target")
     start = dense_start()
@@ -93,6 +94,7 @@ def test_a_mask_that_is_a_callable_tree():
     assert lats_optax.sparsity(params["conv"], mask).size == 4
 
 
+@pytest.mark.slow
 def test_linen():
     nn = pytest.importorskip("flax.linen")
     model = nn.Sequential([nn.Conv(2, (3, 3)), nn.relu, nn.Dense(3)])
@@ -115,6 +117,7 @@ def test_linen():
     assert lats_optax.sparsity(step(params, tx.init(params))).zeros == 12
 
 
+@pytest.mark.slow
 def test_nnx_optimizer():
     nnx = pytest.importorskip("flax.nnx")
 
@@ -171,6 +174,7 @@ def test_nnx_optimizer():
 # --- programs -----------------------------------------------------------------------------------
 
 
+@pytest.mark.cover("cases")
 @few
 def test_init_under_jit(case):
     start = case.start()
@@ -182,6 +186,7 @@ def test_init_under_jit(case):
     assert run(case).step._cache_size() == before
 
 
+@pytest.mark.cover("cases")
 @few
 def test_parameters_and_state_can_be_donated(case):
     tx = case.make()
@@ -201,6 +206,7 @@ def test_parameters_and_state_can_be_donated(case):
         assert_close(params, run(case).params[-1])
 
 
+@pytest.mark.cover("cases")
 @few
 def test_scan(case):
     tx = case.make()
@@ -219,6 +225,7 @@ def test_scan(case):
     assert_close(state, run(case).states[-1], 1e-5)
 
 
+@pytest.mark.cover("cases")
 @few
 def test_vmap_over_copies(case):
     tx = case.make()
@@ -287,7 +294,10 @@ def on_one_device(request):
     return request.param, tx, trained(tx, large_start())
 
 
-@pytest.mark.parametrize("jitted_init", [False, True], ids=["eager_init", "jitted_init"])
+@pytest.mark.cover
+@pytest.mark.parametrize(
+    "jitted_init", matrix.fast([False, True], [True]), ids=["eager_init", "jitted_init"]
+)
 @pytest.mark.parametrize("spec", [("d",), (None, "d")], ids=["rows", "columns"])
 def test_sharded_parameters(on_one_device, spec, jitted_init):
     name, tx, (expected, _, expected_state, _) = on_one_device
@@ -309,7 +319,7 @@ def test_sharded_parameters(on_one_device, spec, jitted_init):
         assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize("threshold", ["schedule", "target"])
+@pytest.mark.parametrize("threshold", matrix.fast(["schedule", "target"], ["target"]))
 def test_pmap_without_a_device_axis_in_the_state(threshold):
     tx = Case(threshold=threshold, freeze_after=4).make()
 
@@ -339,6 +349,7 @@ def test_pmap_without_a_device_axis_in_the_state(threshold):
 # --- types --------------------------------------------------------------------------------------
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("latent_dtype", [None, "float32"])
 @pytest.mark.parametrize("threshold", ["float", "schedule", "lats", "target"])
@@ -367,6 +378,7 @@ def test_inner_sees_latent_weights_of_their_own_type():
     assert kinds(after) == kinds(state)
 
 
+@pytest.mark.slow
 def test_float64_reaches_the_target_in_float64():
     with enable_x64(True):
         # Magnitudes that float32 cannot tell apart.
@@ -388,6 +400,7 @@ def test_strict_promotion(case, dtype):
         assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
 
 
+@pytest.mark.slow
 def test_an_update_too_narrow_for_its_parameters_is_widened():
     params = {"kernel": jnp.array([[1.001, 0.5]])}
     narrow = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.bfloat16), params)

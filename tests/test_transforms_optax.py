@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from lats_optax import prox, soft_threshold, target_sparsity
-from tests import versions
+from tests import matrix, versions
 from tests.properties import (
     FEW,
     STEPS,
@@ -22,7 +22,8 @@ from tests.properties import (
     run,
 )
 
-few = pytest.mark.parametrize("case", FEW, ids=str)
+# Of the fast suite a schedule, a target, a proximal step and a support.
+few = pytest.mark.parametrize("case", matrix.fast(FEW, FEW[:2] + FEW[-2:]), ids=str)
 
 
 def drive(tx, params, steps=STEPS, gradients=gradients, **extra_args):
@@ -39,6 +40,7 @@ def drive(tx, params, steps=STEPS, gradients=gradients, **extra_args):
     return params, state
 
 
+@pytest.mark.cover
 @few
 def test_masked_and_partition(case):
     params = case.start()
@@ -70,7 +72,8 @@ def test_a_mask_of_all_parameters_under_masked(conv):
     assert_same(updates["conv"], params["conv"])
 
 
-@pytest.mark.parametrize("case", [case for case in FEW if not case.narrow], ids=str)
+@pytest.mark.cover
+@pytest.mark.parametrize("case", matrix.fast([case for case in FEW if not case.narrow], 2), ids=str)
 def test_multi_steps_is_a_larger_batch(case):
     def mean_of_two(params, count):
         pair = gradients(params, 2 * count), gradients(params, 2 * count + 1)
@@ -82,6 +85,7 @@ def test_multi_steps_is_a_larger_batch(case):
     assert_close(small, large)
 
 
+@pytest.mark.cover
 @few
 def test_apply_if_finite_leaves_everything_as_it_was(case):
     tx = optax.apply_if_finite(case.make(), max_consecutive_errors=3)
@@ -99,7 +103,9 @@ def test_apply_if_finite_leaves_everything_as_it_was(case):
     assert_close(params, run(case).params[-1])
 
 
-@pytest.mark.parametrize("accumulated", [False, True], ids=["plain", "multi_steps"])
+@pytest.mark.parametrize(
+    "accumulated", matrix.fast([False, True], [False]), ids=["plain", "multi_steps"]
+)
 def test_wider_updates_than_parameters_under_a_conditional(accumulated):
     # float32 gradients of bfloat16 parameters: both branches must give updates of one type.
     tx = optax.apply_if_finite(soft_threshold(0.1, latent_dtype=jnp.float32), 3)
@@ -130,7 +136,7 @@ def test_an_injected_threshold_can_be_changed_between_steps():
     assert update._cache_size() == 1
 
 
-@pytest.mark.parametrize("threshold", ["float", "target"])
+@pytest.mark.parametrize("threshold", matrix.fast(["float", "target"], ["target"]))
 def test_injection_changes_nothing(threshold):
     case = Case(threshold=threshold)
     # An operator is a function too, which would be taken for a schedule.
@@ -155,6 +161,7 @@ def test_injection_with_every_other_argument_static():
     assert_close(params, run(case).params[-1])
 
 
+@pytest.mark.slow
 def test_injection_within_inner():
     case = Case(threshold="lats", inner=True)
     rate = optax.inject_hyperparams(case.bare)(inner=case.optimizer())
@@ -172,7 +179,9 @@ def test_injection_within_inner():
 # --- extra arguments ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("around", ["alone", "chain", "masked", "multi_steps"])
+@pytest.mark.parametrize(
+    "around", matrix.fast(["alone", "chain", "masked", "multi_steps"], ["chain", "multi_steps"])
+)
 def test_extra_arguments_reach_inner(around):
     plateau = optax.contrib.reduce_on_plateau(patience=1, factor=0.5, cooldown=0)
     tx = soft_threshold(0.0, inner=optax.chain(optax.sgd(1.0), plateau))
@@ -262,6 +271,7 @@ def test_the_threshold_can_be_read(case):
         assert threshold is case.own_state(state).threshold
 
 
+@pytest.mark.slow
 def test_the_threshold_of_a_closed_loop_can_be_set():
     tx = soft_threshold(target_sparsity(0.5, cosine, STEPS))
     params = dense_start()

@@ -128,6 +128,7 @@ def is_dead(layout, tree):
     return {key for key, size in sizes(layout, tree).items() if size == 0}
 
 
+@pytest.mark.cover
 @each_layout
 def test_values_are_those_of_a_loop(layout):
     operator, _, leaves = LAYOUTS[layout]
@@ -142,6 +143,7 @@ def test_values_are_those_of_a_loop(layout):
             np.testing.assert_allclose(got[path][unit(u)], tree[path][unit(u)] * factor, atol=1e-5)
 
 
+@pytest.mark.cover
 @each_layout
 @pytest.mark.parametrize("kind", ["target", "frozen", "schedule"])
 def test_units_die_as_a_whole(layout, kind):
@@ -161,8 +163,8 @@ def test_units_die_as_a_whole(layout, kind):
         updates, state = tx.update(slopes, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=STEPS)[0])
-    params, state = run((tree, tx.init(tree)))
+    run = jax.jit(lambda tree: jax.lax.scan(step, (tree, tx.init(tree)), length=STEPS)[0])
+    params, state = run(tree)
     dead = is_dead(layout, params)
     assert 0 < len(dead) < 2 * number
     zeros = sum(int((w == 0).sum()) for w in jax.tree.leaves(params))
@@ -176,6 +178,7 @@ def test_units_die_as_a_whole(layout, kind):
     assert (report.groups, report.zero_groups) == (2 * number, len(dead))
 
 
+@pytest.mark.cover
 @each_layout
 def test_a_preimage_gives_the_weights_back(layout):
     operator, _, _ = LAYOUTS[layout]
@@ -189,11 +192,16 @@ def test_a_head_that_is_dead_is_as_good_as_gone():
     x = jax.random.normal(jax.random.key(0), (2, 7, 12))
     nn = pytest.importorskip("flax.linen")
     attention = nn.MultiHeadDotProductAttention(num_heads=4, use_bias=False)
-    params = attention.init(jax.random.key(1), x)["params"]
+    params = jax.jit(attention.init)(jax.random.key(1), x)["params"]
     operator = groups.heads()
     tx = soft_threshold(target_sparsity(0.5, RATE, 1), operator=operator)
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
-    pruned = optax.apply_updates(params, updates)
+
+    @jax.jit
+    def prune(params):
+        updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    pruned = prune(params)
     alive = np.flatnonzero(np.any(np.asarray(pruned["out"]["kernel"]) != 0, axis=(1, 2)))
     assert len(alive) == 2
     smaller = {
@@ -202,10 +210,13 @@ def test_a_head_that_is_dead_is_as_good_as_gone():
     }
     two = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=6, use_bias=False)
     np.testing.assert_allclose(
-        attention.apply({"params": pruned}, x), two.apply({"params": smaller}, x), atol=1e-6
+        jax.jit(attention.apply)({"params": pruned}, x),
+        jax.jit(two.apply)({"params": smaller}, x),
+        atol=1e-6,
     )
 
 
+@pytest.mark.slow
 def test_sharded_leaves_have_the_same_heads():
     tree = modules("llama")
     mesh = jax.make_mesh((2,), ("d",))
@@ -264,6 +275,7 @@ def test_what_is_not_allowed_is_said(case):
         act()
 
 
+@pytest.mark.slow
 def test_a_mask_selects_what_has_heads():
     tree = TREE | {"mlp": jnp.ones((3, 3))}
     tx = soft_threshold(0.1, operator=groups.heads(2), mask=select("_proj"))

@@ -17,6 +17,7 @@ from lats_optax import cli, groups, models, select, soft_threshold, target_spars
 from lats_optax.compaction import compact
 from lats_optax.torch import weights as torch_weights
 from lats_optax.training import export
+from tests import matrix
 
 KEY = jax.random.key(0)
 HEADS = {"tiny": 3, "small": 6, "base": 12}
@@ -112,6 +113,7 @@ def assert_same_bits(left, right):
 # --- the network and its weights ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_paper_written_out():
     tensors = timm()
     images = np.random.default_rng(1).normal(size=(3, SIZE, SIZE, 3))
@@ -166,7 +168,8 @@ def test_tensors_that_do_not_fit_are_named():
 
 
 @pytest.mark.parametrize(
-    ("size", "count"), [("tiny", 5_717_416), ("small", 22_050_664), ("base", 86_567_656)]
+    ("size", "count"),
+    matrix.fast([("tiny", 5_717_416), ("small", 22_050_664), ("base", 86_567_656)], 1),
 )
 def test_count_of_parameters_is_timms(size, count):
     """Published, and by hand: c channels, 12 blocks of 12 c² + 13 c."""
@@ -239,6 +242,7 @@ def test_images_of_the_wrong_shape():
     assert wide["params"]["pos_embed"].shape == (1, 5, CHANNELS)
 
 
+@pytest.mark.slow
 def test_initial_weights():
     """Variances; Xavier-uniform draws are bounded by √3 of their deviations."""
     model = create(width=1.0, depth=1, patch_size=16, num_classes=100)
@@ -286,6 +290,7 @@ def test_the_default_mask_is_the_kernels():
     assert sum(masked.values()) == 2 + 2 * 4
 
 
+@pytest.mark.slow
 def test_heads_die_as_a_whole_and_nothing_is_read_of_them():
     model = create()
     params = random_params(model)
@@ -308,6 +313,7 @@ def test_heads_die_as_a_whole_and_nothing_is_read_of_them():
     np.testing.assert_allclose(apply({"params": biased}, images), logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_hidden_units_die_as_a_whole_and_a_smaller_network_is_the_same():
     model = create()
     params = random_params(model)
@@ -331,6 +337,7 @@ def test_hidden_units_die_as_a_whole_and_a_smaller_network_is_the_same():
     )
 
 
+@pytest.mark.slow
 def test_two_of_four_along_the_inputs_of_every_kernel_but_the_patches():
     params = random_params(create(depth=1))
     after = flat(pruned(params, groups.n_of_m(2, 4), 0.5, select(exclude="^patch_embed/")))

@@ -18,7 +18,7 @@ from lats_optax import cli
 from lats_optax.training import lock, loop, pictures, workdir
 from lats_optax.training.checkpoint import load_state
 from lats_optax.training.parallel import PmapEngine, PrimaryError
-from tests import tiny
+from tests import matrix, tiny
 
 ARGUMENTS = ["digits", "--data.batch-size", "8", "--checkpoint-every", "1", "--epochs"]
 
@@ -28,7 +28,7 @@ def prepared(directory, **changes):
 
 
 @pytest.fixture
-def command(monkeypatch, compile_once, capsys):
+def command(monkeypatch, capsys):
     """`lats-train` of a tiny run: its code, and what it writes to standard error."""
     tiny.install(monkeypatch)
     monkeypatch.setattr(pictures, "write", lambda result: [])
@@ -149,6 +149,7 @@ def mounted(directory, *options):
         subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_whole_checkpoints(tmp_path, command):
     small = tmp_path / "small"
     with mounted(small, "size=300k"):
@@ -169,7 +170,7 @@ def fill(directory):
             file.write(bytes(1000))
 
 
-@pytest.mark.parametrize("every", ["1", "50"])
+@pytest.mark.parametrize("every", matrix.fast(["1", "50"], ["50"]))
 def test_a_full_disk_at_a_log_is_one_line(tmp_path, command, monkeypatch, every):
     small = tmp_path / "small"
     with mounted(small, "size=300k"):
@@ -194,6 +195,7 @@ def test_a_full_disk_at_a_log_is_one_line(tmp_path, command, monkeypatch, every)
         assert command(run, "--resume", epochs=2)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_place_that_is_read_only_is_one_line(tmp_path, command):
     place = tmp_path / "place"
     with mounted(place, "size=1m"):
@@ -228,6 +230,7 @@ def test_a_missing_permission_is_one_line_for_root_too(tmp_path, command, monkey
     assert_fails(command(tmp_path / "run"), "Permission denied", str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_run_ends_as_before_where_a_lock_was_left(tmp_path, command):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").write_text("process 1 on nowhere\n")

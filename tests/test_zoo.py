@@ -11,7 +11,7 @@ import pytest
 from flax import traverse_util
 
 from lats_optax import models
-from tests import torch_weights
+from tests import matrix, torch_weights
 
 REFERENCE = Path(__file__).parent / "reference"
 KEY = jax.random.key(0)
@@ -59,8 +59,8 @@ def flat(tree):
 # --- the published networks ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", RECORDED)
-@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("name", matrix.fast(RECORDED, ["resnet18"]))
+@pytest.mark.parametrize("mode", matrix.fast(["eval", "train"], ["eval"]))
 def test_logits_are_the_published_ones(name, mode):
     run = recording(RECORDED[name])
     recorded = run[f"logits_{mode}"]
@@ -118,7 +118,8 @@ def written_out_resnet20(params, stats, x):
 
 
 @pytest.mark.parametrize(
-    ("name", "written_out"), [("vgg16-bn", written_out_vgg), ("resnet20", written_out_resnet20)]
+    ("name", "written_out"),
+    matrix.fast([("vgg16-bn", written_out_vgg), ("resnet20", written_out_resnet20)], 1),
 )
 def test_logits_are_those_of_the_network_written_out(name, written_out):
     model = models.create(name, num_classes=10, dtype=jnp.float64)
@@ -188,7 +189,7 @@ def test_parameters_statistics_and_logits_are_float32(name, dtype):
     assert set(variables) == {"params", "batch_stats"}
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", matrix.fast(SIZES, ["resnet20", "vgg16-bn", "sew-resnet18"]))
 def test_computes_in_bfloat16(name):
     """Every layer returns bfloat16; the network as a whole, float32."""
     model = models.create(name, num_classes=7, dtype=jnp.bfloat16)
@@ -203,6 +204,7 @@ def test_computes_in_bfloat16(name):
     assert {leaf.dtype for leaf in inner.values()} == {jnp.dtype("bfloat16")}
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("name", SIZES)
 def test_statistics_are_averaged_over_the_named_axis(name):
     """The traced program holds one average a normalisation, and none where no axis is named."""
@@ -348,7 +350,10 @@ DRAWN = [
 ]
 
 
-@pytest.mark.parametrize(("name", "path", "variance", "uniform"), DRAWN)
+@pytest.mark.parametrize(
+    ("name", "path", "variance", "uniform"),
+    matrix.fast(DRAWN, [row for row in DRAWN if row[0] == "sew-resnet18"]),
+)
 def test_initial_weights(name, path, variance, uniform):
     weights = drawn(name, path)
     np.testing.assert_allclose(weights.var(), variance, rtol=0.05)
