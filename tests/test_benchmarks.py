@@ -217,7 +217,7 @@ def small_preset(monkeypatch):
     return TrainConfig(
         data=DataConfig(batch_size=64),
         model=ModelConfig(name="tiny"),
-        optimizer=OptimizerConfig(warmup_epochs=1, decay="epoch"),
+        optimizer=OptimizerConfig(warmup_epochs=1, lr_update="epoch"),
         epochs=10,
     )
 

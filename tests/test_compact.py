@@ -26,7 +26,7 @@ ZOO = {
     "resnet18": ({"width": 0.125}, 32, 3),
     "mobilenet-v1": ({"width": 0.25}, 32, 3),
     "vgg16-bn": ({"width": 0.25}, 32, 3),
-    "sew-resnet18": ({"width": 0.125, "stem": "cifar", "steps": 3}, 8, 3),
+    "sew-resnet18": ({"width": 0.125, "stem": "cifar", "time_steps": 3}, 8, 3),
     "resnet34": ({"width": 0.125, "classifier_bias": True}, 32, 3),
     "resnet50": ({"width": 0.125}, 32, 3),
     "resnet101": ({"width": 0.0625}, 32, 3),

@@ -116,7 +116,7 @@ def test_pgh_falls_by_its_base(name):
     ("settings", "rates"),
     [
         ({"learning_rate": "0.3"}, 3 * COSINE),
-        ({"decay": "epoch"}, COSINE[COUNTS // EPOCH * EPOCH]),
+        ({"lr_update": "epoch"}, COSINE[COUNTS // EPOCH * EPOCH]),
         ({"shape": "constant"}, np.full(STEPS, 0.1)),
         (
             {"shape": "milestones", "milestones": (5, 8), "factor": 0.5},
@@ -635,7 +635,7 @@ def test_pictures_are_beside_the_run_that_they_are_of(files, tmp_path, capsys):
         ),
         (["schedule", "--shape", "milestones"], ["milestones", "()"]),
         (["schedule", "--milestones", "3"], ["shape", "'cosine'", "(3,)"]),
-        (["schedule", "--shape", "constant", "--decay", "epoch"], ["decay", "'epoch'"]),
+        (["schedule", "--shape", "constant", "--lr-update", "epoch"], ["lr_update", "'epoch'"]),
         (["schedule", "--factor", "2"], ["factor is 2.0"]),
         (["schedule", "--warmup-epochs", "9"], ["warmup_epochs", "9"]),
         (["schedule", "--preset", "digts"], ["'digts'", "digits-lats"]),

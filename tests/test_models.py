@@ -161,7 +161,7 @@ LEAKY = models.Neuron("lif", reset="soft", tau=3.0, surrogate=models.Surrogate("
         ("resnet56", {"num_classes": 7, "width": 0.5}),
         ("mobilenet-v1", {"num_classes": 3, "axis_name": "batch"}),
         ("vgg16-bn", {"num_classes": 3}),
-        ("sew-resnet34", {"num_classes": 3, "steps": 2, "stem": "cifar", "neuron": LEAKY}),
+        ("sew-resnet34", {"num_classes": 3, "time_steps": 2, "stem": "cifar", "neuron": LEAKY}),
     ],
 )
 def test_a_description_in_json_makes_the_model_again(name, options):

@@ -421,7 +421,7 @@ def test_published_counts(name, operations, published):
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_spiking_network_computes_its_stem_once_and_the_rest_at_every_step(steps):
-    report = count_operations(*zoo("sew-resnet18", 64, steps=steps))
+    report = count_operations(*zoo("sew-resnet18", 64, time_steps=steps))
     stem = 7 * 7 * 3 * 64 * 32 * 32
     first = 4 * 9 * 64 * 64 * 16 * 16  # both blocks of the first stage, on 16×16
     # A later stage halves the map and doubles the channels: 9·c·2c + 3·9·2c·2c and a 1×1 shortcut.

@@ -20,7 +20,7 @@ from tests import tiny
 from tests.runs import assert_equal_runs, at_step, events
 
 # One program for the tests that need no other.
-WATCHED = {"prune": PruneConfig(target_sparsity=0.75), "average_decay": 0.9, "log_every": 1}
+WATCHED = {"prune": PruneConfig(target_sparsity=0.75), "ema_decay": 0.9, "log_every": 1}
 SIZES = {"Conv_0/kernel": 72, "Dense_0/kernel": 384}  # of tests.tiny
 
 

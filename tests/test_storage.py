@@ -94,7 +94,7 @@ def test_a_url_is_spelt_as_it_was():
 
 COMMANDS = [
     (cli.train, "digits --workdir {}"),
-    (cli.train, "digits --initial {}"),
+    (cli.train, "digits --init-from {}"),
     (cli.train, "digits --data.data-dir {}"),
     (cli.demo, "--workdir {}"),
     (cli.prepare, "digits --data-dir {}"),
@@ -279,7 +279,7 @@ def test_a_run_in_a_store_is_one_on_a_disk(bucket, zoo, straight, tmp_path, caps
         assert (bucket / "drawn.png").read_bytes().startswith(b"\x89PNG")
         (bucket / "drawn.png").unlink()
     fine = PruneConfig(mode="fine-tuning")
-    tuned = tiny.train(tiny.config(bucket / "tuned", prune=fine, initial=model, epochs=1))
+    tuned = tiny.train(tiny.config(bucket / "tuned", prune=fine, init_from=model, epochs=1))
     assert tuned.sparsity.zeros == result.sparsity.zeros
     assert (bucket / "tuned" / "initial.safetensors").is_file()
 

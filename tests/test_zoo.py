@@ -300,7 +300,7 @@ def test_width_multiplies_every_channel(name):
 
 
 def test_small_stem_keeps_small_images_on_four_by_four_maps():
-    model = models.create("sew-resnet18", num_classes=10, stem="cifar", steps=2)
+    model = models.create("sew-resnet18", num_classes=10, stem="cifar", time_steps=2)
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     apply = partial(model.init_with_output, train=False, capture_intermediates=True)
     logits, variables = jax.eval_shape(apply, KEY, images)

@@ -145,6 +145,6 @@ def config(workdir: Path, **changes: Any) -> TrainConfig:
         checkpoint_every=1,
         workdir=workdir,
         log_every=4,
-        recalibrate=0,  # so that batch statistics are those of a plain loop
+        bn_recalibration_batches=0,  # so that batch statistics are those of a plain loop
     )
     return dataclasses.replace(plain, **changes)

@@ -191,7 +191,7 @@ def _spikes(model: SEWResNet, constants: Vector, tau_logit: np.ndarray | None) -
     padded = np.zeros(1 << max(13, len(shown).bit_length()), np.float32)
     padded[: len(shown)] = shown
     rate = None if tau_logit is None else jax.nn.sigmoid(jnp.asarray(tau_logit, jnp.float32))
-    spikes = np.asarray(_run(model.neuron, model.steps, padded, rate), np.float64)
+    spikes = np.asarray(_run(model.neuron, model.time_steps, padded, rate), np.float64)
     spikes = spikes[:, : len(shown)].reshape(-1, len(known))
     varies = np.isnan(constants) | (spikes != spikes[0]).any(axis=0)
     return np.where(varies, np.nan, spikes[0])

@@ -56,8 +56,8 @@ class Request:
     0.1."""
     shape: Literal["cosine", "constant", "milestones"] = "cosine"
     """How the learning rate goes on from its peak: to zero, not at all, or down at milestones."""
-    decay: Literal["step", "epoch"] | None = None
-    """Whether the cosine moves at every step or once an epoch; None: as the preset's, or step."""
+    lr_update: Literal["step", "epoch"] | None = None
+    """When the cosine changes: at every `step`, or once an `epoch`; None: the preset's, or step."""
     warmup_epochs: int | None = None
     """Epochs over which the learning rate rises linearly to its peak; None: the preset's, or 0."""
     milestones: tuple[int, ...] = ()
@@ -88,10 +88,16 @@ class Request:
             raise ValueError(f"milestones is {self.milestones}; allowed: epochs from 1.")
         if not 0 < self.factor <= 1:
             raise ValueError(f"factor is {self.factor}; allowed: 0 < factor <= 1.")
-        if self.shape != "cosine" and self.decay is not None:
-            raise ValueError(f"decay is {self.decay!r}; allowed: none with shape {self.shape}.")
+        if self.shape != "cosine" and self.lr_update is not None:
+            raise ValueError(
+                f"lr_update is {self.lr_update!r}; allowed: none with shape {self.shape}."
+            )
         if self.has_own_rate:
-            for field, otherwise in (("shape", "cosine"), ("decay", None), ("warmup_epochs", None)):
+            for field, otherwise in (
+                ("shape", "cosine"),
+                ("lr_update", None),
+                ("warmup_epochs", None),
+            ):
                 if (value := getattr(self, field)) != otherwise:
                     raise ValueError(
                         f"{field} is {value!r} and learning_rate is {self.learning_rate!r}; "
@@ -205,7 +211,7 @@ def _run(request: Request) -> Run:
         config.optimizer,
         learning_rate=_given(peak, config.optimizer.learning_rate),
         warmup_epochs=_given(request.warmup_epochs, config.optimizer.warmup_epochs),
-        decay=_given(request.decay, config.optimizer.decay),
+        lr_update=_given(request.lr_update, config.optimizer.lr_update),
     )
     epochs = _given(request.epochs, config.epochs)
     config = dataclasses.replace(config, epochs=epochs, optimizer=sgd)
@@ -254,7 +260,7 @@ def _describe(request: Request, run: Run) -> str:
     if request.has_own_rate:
         return f"{request.learning_rate}; {length}"
     shape = {
-        "cosine": f"a cosine from {sgd.learning_rate:g} to 0, moved at every {sgd.decay}",
+        "cosine": f"a cosine from {sgd.learning_rate:g} to 0, moved at every {sgd.lr_update}",
         "constant": f"{sgd.learning_rate:g}",
         "milestones": f"{sgd.learning_rate:g}, times {request.factor:g} after each of the epochs "
         f"{', '.join(map(str, request.milestones))}",

@@ -221,7 +221,7 @@ def load_variables(workdir: Path | URL | str, averaged: bool = False) -> dict[st
         if not state.average:
             raise ValueError(
                 f"averaged is True; allowed for {workdir}: False, because that run has no "
-                "average_decay."
+                "ema_decay."
             )
         prune = config_json.prune_from_json(config)
         mask = pruned_mask(prune) if prune.enabled else None

@@ -27,7 +27,7 @@ class Request:
     file: tyro.conf.Positional[Path | URL]
     """A model file of lats-train, or the work directory of a run."""
     out: Path | URL = Path("compact.safetensors")
-    """The model file to write; --initial of lats-train begins from it."""
+    """The model file to write; --init-from of lats-train begins from it."""
     overwrite: bool = False
     """Replace a file of that name."""
     multiple_of: int = 1

@@ -187,12 +187,12 @@ def build(
     if config.distributed:
         lifeline = join_processes(
             config.coordinator,
-            config.process_count,
-            config.process_index,
+            config.num_processes,
+            config.process_id,
             config.process_timeout,
         )
     parallel = make_engine(config.parallel, devices, lifeline)
-    parallel.host_batch_size(config.data.batch_size, config.optimizer.accumulate)
+    parallel.host_batch_size(config.data.batch_size, config.grad_accum_steps)
     dataset = load_data(config) if dataset is None else dataset
     steps_per_epoch = dataset.num_train // config.data.batch_size
     if steps_per_epoch < 1:
@@ -209,9 +209,9 @@ def build(
     _check_effects(config, optimizer, shapes)
     resumes = _check_resumable(config, parallel)
     initial = None
-    if config.initial is not None:
+    if config.init_from is not None:
         # A run that goes on needs nothing but its work directory.
-        path = config.workdir / workdir.INITIAL if resumes else config.initial
+        path = config.workdir / workdir.INITIAL if resumes else config.init_from
         initial = load_initial(path, config, model, dataset.image_shape, optimizer.mask)
         model, shapes = initial.model, initial.variables
     # Expressions that match no parameter are found when the mask meets the parameters.
@@ -232,13 +232,13 @@ def _check_effects(config: TrainConfig, optimizer: Optimizer, variables: Mapping
         prune, names = config.prune, jax.tree.leaves(masks.paths(params))
         raise ValueError(
             f"prune.include is {prune.include!r}, prune.exclude {prune.exclude!r} and "
-            f"prune.structure {prune.structure!r}, which leaves nothing to prune; allowed: a "
+            f"prune.granularity {prune.granularity!r}, which leaves nothing to prune; allowed: a "
             f"choice with at least one of the parameters {', '.join(names)}."
         )
-    if config.recalibrate and not variables.get("batch_stats"):
+    if config.bn_recalibration_batches and not variables.get("batch_stats"):
         raise ValueError(
-            f"recalibrate is {config.recalibrate}; allowed: None or 0, as the model "
-            f"{config.model.name!r} has no batch statistics."
+            f"bn_recalibration_batches is {config.bn_recalibration_batches}; allowed: None or 0, "
+            f"as the model {config.model.name!r} has no batch statistics."
         )
 
 

@@ -278,7 +278,7 @@ def _evaluate(
         log.write_weights(int(progress["step"]), progress["epoch"], weights)
     state = recalibrated(experiment, state)
     test = {"test": evaluate(experiment, state)}
-    if experiment.config.average_decay is not None:
+    if experiment.config.ema_decay is not None:
         test["test_average"] = evaluate(experiment, averaged(state, mask))
     if progress is not None:
         for split, measured in test.items():

@@ -77,8 +77,9 @@ def problems(
 def _reason(config: TrainConfig, normalized: bool) -> str:
     if normalized and not config.recalibration_batches:
         return (
-            "the running batch statistics lag behind the weights; --resume --recalibrate 50 "
-            "estimates them on the weights as they are, without training again"
+            "the running batch statistics lag behind the weights; "
+            "--resume --bn-recalibration-batches 50 estimates them on the weights as they "
+            "are, without training again"
         )
     return (
         "the weights fit the training images alone; more weight decay, fewer epochs or a lower "
