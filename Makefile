@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 # versions of jax apart, and take less than two minutes.
 CORE := $(filter-out lats_optax/cli.py lats_optax/commands.py,$(wildcard lats_optax/*.py)) \
 	$(addprefix lats_optax/,analysis checks control files latent operators pruning)
-VERSION_TESTS := $(addsuffix .py,$(addprefix tests/test_,compatibility import masks operations \
+VERSION_TESTS := $(addsuffix .py,$(addprefix tests/test_,compatibility import masks macs \
 	optax_contract sparsity transforms_errors)) $(CORE)
 CORE_TESTS := $(VERSION_TESTS) $(addsuffix .py,$(addprefix tests/test_,distributions files finalize \
 	groups n_of_m phases power prox pruned reference sixteen_bits target thresholds transforms \

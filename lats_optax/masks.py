@@ -216,12 +216,12 @@ def support(params: Any, mask: MaskOrFunction = prunable) -> Any:
     )
 
 
-def restrict(params: Any, support: Any) -> Any:
+def apply_support(params: Any, support: Any) -> Any:
     """Zero what a support excludes: ``support * w``.
 
     What it keeps is not touched; what it excludes is +0.0 in the leaf's own type, whatever stood
     there. An average of sparse parameters (EMA) is dense, because each entry was alive at one step
-    or another: restricted to the support of the last parameters it has exactly their zeros.
+    or another. Applied to it, the support of the last parameters gives it exactly their zeros.
 
     Args:
       params: a pytree of arrays.
@@ -238,7 +238,7 @@ def restrict(params: Any, support: Any) -> Any:
       >>> import jax.numpy as jnp, lats_optax
       >>> params = {"kernel": jnp.array([[0.0, 2.0]]), "bias": jnp.zeros(1)}
       >>> average = {"kernel": jnp.array([[0.1, 1.9]]), "bias": jnp.array([0.3])}
-      >>> restrict(average, lats_optax.support(params))
+      >>> apply_support(average, lats_optax.support(params))
       {'bias': Array([0.3], dtype=float32), 'kernel': Array([[0. , 1.9]], dtype=float32)}
     """
     return jax.tree.map(
@@ -252,14 +252,14 @@ def spread_support(support: Any, params: Any) -> Any:
     """A support in exactly the structure of the parameters, as new arrays.
 
     Args:
-      support: what :func:`restrict` takes.
+      support: what :func:`apply_support` takes.
       params: a pytree of arrays.
 
     Returns:
       A pytree of bool arrays, of the shape of their leaf or scalar.
 
     Raises:
-      ValueError: as :func:`restrict`.
+      ValueError: as :func:`apply_support`.
 
     Example:
       >>> import jax.numpy as jnp

@@ -420,7 +420,7 @@ def files(here, made, tmp_path):
 
 
 def by_hand(variables):
-    """Entries, entries that are not zero, and multiply-adds of each kernel."""
+    """Entries, entries that are not zero, and MACs of each kernel."""
     names, leaves = jax.tree.leaves(masks.paths(variables["params"])), variables["params"]
     return {
         path: (v.size, np.count_nonzero(v), POSITIONS[path.split("/")[0]] * v.size)
@@ -438,7 +438,7 @@ def by_hand(variables):
         ("variables.safetensors", {"model": "digits-cnn", "image_shape": (8, 8, 1)}),
     ],
 )
-def test_operations_and_zeros_are_those_counted_by_hand(files, tmp_path, digits, file, settings):
+def test_macs_and_zeros_are_those_counted_by_hand(files, tmp_path, digits, file, settings):
     found = model_file.build(model_file.Request(tmp_path / file, **settings))
     rows = {la.path: la for la in found.report.shown}
     expected = by_hand(digits[1])
@@ -454,7 +454,7 @@ def test_operations_and_zeros_are_those_counted_by_hand(files, tmp_path, digits,
     assert found.file_bytes < found.dense_bytes / 5
 
 
-def test_operations_of_other_images(files, digits):
+def test_macs_of_other_images(files, digits):
     request = model_file.Request(Path("model.safetensors"), image_shape=(16, 16, 1))
     found = {la.path: la.dense for la in model_file.build(request).report.shown}
     for path, (_, _, dense) in by_hand(digits[1]).items():
@@ -462,12 +462,12 @@ def test_operations_of_other_images(files, digits):
 
 
 @pytest.mark.parametrize("file", ["params.safetensors", "mlp.safetensors"])
-def test_a_file_that_does_not_say_its_model_has_no_operations(files, monkeypatch, capsys, file):
+def test_a_file_that_does_not_say_its_model_has_no_macs(files, monkeypatch, capsys, file):
     catch_figures(monkeypatch)
     assert cli.inspect(["model", file]) == 0
     out = capsys.readouterr().out
     assert "not counted: the file does not say of which model it is" in out
-    assert "multiply-adds" not in out.splitlines()[0]
+    assert "MACs" not in out.splitlines()[0]
     assert "effective" not in out
 
 
@@ -503,29 +503,29 @@ def test_the_table_of_a_model():
     np.testing.assert_allclose(middles[found.histogram > 0], expected, atol=np.diff(found.edges)[0])
 
 
-def test_operations_without_a_parameter_are_in_the_total():
+def test_macs_without_a_parameter_are_in_the_total():
     w = np.array([[1.0, 0.0], [0.0, 0.0]], np.float32)
-    counted = lats_optax.count_operations(lambda w, x: (x @ x) @ w, w, np.ones((2, 2), np.float32))
+    counted = lats_optax.count_macs(lambda w, x: (x @ x) @ w, w, np.ones((2, 2), np.float32))
     lines = str(model.inspect_model(w, counted)).splitlines()
     assert lines[-3].split() == ["no", "parameter", "8", "8"]
-    assert lines[-2].split() == ["multiply-adds", "16", "10"]
+    assert lines[-2].split() == ["MACs", "16", "10"]
 
 
 @pytest.mark.parametrize("counted", [True, False])
 def test_picture_shows_each_layer(tmp_path, monkeypatch, counted):
     figures = catch_figures(monkeypatch)
     params = {"kernel": np.array([[0.5, 0.0, -2.0], [0.0, 0.0, 0.0]]), "bias": np.ones(3)}
-    operations = None
+    macs = None
     if counted:
         call = lambda params, x: x @ params["kernel"]  # noqa: E731
-        operations = lats_optax.count_operations(call, params, np.ones((7, 2)))
-    draw_model(tmp_path / "a.png", model.inspect_model(params, operations), "two layers")
+        macs = lats_optax.count_macs(call, params, np.ones((7, 2)))
+    draw_model(tmp_path / "a.png", model.inspect_model(params, macs), "two layers")
     zeros, size, channels, magnitudes, histogram = figures[0].axes
     assert figures[0].get_suptitle() == "two layers"
     assert [text.get_text() for text in zeros.get_yticklabels()] == ["kernel"]
     np.testing.assert_allclose([bar.get_width() for bar in zeros.patches], [100 * 4 / 6])
     assert [bar.get_width() for bar in size.patches] == ([42, 14] if counted else [6, 2])
-    assert size.get_xlabel() == ("multiply-adds" if counted else "weights")
+    assert size.get_xlabel() == ("MACs" if counted else "weights")
     np.testing.assert_allclose([bar.get_width() for bar in channels.patches], [100 / 3, 50])
     np.testing.assert_allclose(magnitudes.get_lines()[0].get_xdata(), [1.25])
     assert histogram.patches[0].get_data().values.sum() == 2
@@ -552,7 +552,7 @@ def test_picture_of_a_model_is_a_png(tmp_path, params):
 
 
 @pytest.mark.slow
-def test_resnet50_has_its_published_operations(here, tmp_path):
+def test_resnet50_has_its_published_macs(here, tmp_path):
     net, rng = models.create("resnet50", num_classes=1000), np.random.default_rng(0)
 
     def a_tenth(shape):
@@ -583,7 +583,7 @@ def test_model_prints_its_table_and_writes_its_picture(files, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     assert "block1/conv1/kernel" in out
-    assert "multiply-adds  1.62 M dense" in out
+    assert "MACs           1.62 M dense" in out
     assert out.endswith("picture        digits.png\n")
     with Image.open(tmp_path / "digits.png") as image:
         assert image.format == "PNG"

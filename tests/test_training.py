@@ -381,7 +381,7 @@ def test_averaged_weights_are_evaluated_and_kept_sparse(tmp_path, monkeypatch, p
         kept["params"]["Dense_0"]["bias"], average.params["Dense_0"]["bias"]
     )
     assert lats_optax.sparsity(kept["params"]).zeros == lats_optax.sparsity(plain["params"]).zeros
-    # The average itself is dense: without `restrict` its zeros would be lost.
+    # The average itself is dense: without `apply_support` its zeros would be lost.
     assert not lats_optax.sparsity(average.params).zeros
 
     examples = tiny.make_dataset().sources["test"]

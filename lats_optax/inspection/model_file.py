@@ -14,8 +14,8 @@ from flax import linen as nn
 
 import lats_optax
 from lats_optax import models
+from lats_optax.analysis.macs import MacsReport
 from lats_optax.analysis.model import ModelReport, in_short, inspect_model
-from lats_optax.analysis.operations import OperationsReport
 from lats_optax.files.storage import URL
 from lats_optax.plots import style
 from lats_optax.plots.model import draw_model
@@ -24,14 +24,14 @@ from lats_optax.training.export import differences, find_model, load_model, vari
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Look at a sparse model: its layers, zeros and multiply-adds, as a table and a picture."""
+    """Look at a sparse model: its layers, zeros and MACs, as a table and a picture."""
 
     file: tyro.conf.Positional[Path | URL]
     """A model file of lats-train, the work directory of a run, or any file of save_sparse."""
     model: str | None = None
     """For a file that does not say it: which model of the zoo the parameters are of."""
     image_shape: tuple[int, int, int] | None = None
-    """Height, width and channels of the image that operations are counted for; None: the file's."""
+    """Height, width and channels of the image that MACs are counted for; None: the file's."""
     out: Path | URL | None = None
     """The picture to write; one that is there is replaced. None: model.png beside the model."""
 
@@ -89,18 +89,18 @@ def build(request: Request) -> Inspected:
     found = _read(path, request)
     if not jax.tree.leaves(found.params):
         raise ValueError(f"{path} holds no parameters")
-    operations = None
+    macs = None
     call = "not counted: the file does not say of which model it is; --model and --image-shape do"
     if found.model is not None:
-        operations = _count(found)
-        dense, effective = operations.dense, operations.effective or 0
+        macs = _count(found)
+        dense, effective = macs.dense, macs.effective or 0
         call = (
             f"{_short(dense)} dense, {_short(effective)} effective ({_share(effective, dense)}), "
             f"for an image of {'×'.join(map(str, found.image_shape))}"
         )
     return Inspected(
         path,
-        inspect_model(found.params, operations),
+        inspect_model(found.params, macs),
         call,
         path.stat().st_size,
         sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(found.tree)),
@@ -124,7 +124,7 @@ def report_on(inspected: Inspected, out: Path | URL) -> str:
     lines = [
         str(inspected.report),
         "",
-        f"multiply-adds  {inspected.call}",
+        f"MACs           {inspected.call}",
         f"file           {sizes}",
         f"picture        {out}",
     ]
@@ -173,7 +173,7 @@ def _read(path: Path | URL, request: Request) -> _Found:
     return _Found(tree, params, expected["batch_stats"], model, request.image_shape)
 
 
-def _count(found: _Found) -> OperationsReport:
+def _count(found: _Found) -> MacsReport:
     model = found.model
     assert model is not None
     images = jax.eval_shape(lambda: jnp.zeros((1, *found.image_shape)))
@@ -182,7 +182,7 @@ def _count(found: _Found) -> OperationsReport:
         return model.apply({"params": params, "batch_stats": statistics}, images, train=False)
 
     with _explained(found.image_shape):
-        return lats_optax.count_operations(call, found.params, found.statistics, images)
+        return lats_optax.count_macs(call, found.params, found.statistics, images)
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ class Compaction:
     Attributes:
       report: what was cut, and why the rest stays.
       small: the smaller model, ready to be saved.
-      operations: multiply-adds for one image, before and after.
+      macs: MACs for one image, before and after.
       difference: the largest between their logits, as a fraction of the largest logit, on random
         images.
       before: the file that was read.
@@ -49,7 +49,7 @@ class Compaction:
 
     report: compaction.CompactReport
     small: SavedModel
-    operations: tuple[int, int]
+    macs: tuple[int, int]
     difference: float
     before: ModelFile
 
@@ -87,7 +87,7 @@ def build(request: Request) -> Compaction:
             f"{path}: the outputs of the smaller model differ by {difference:.1e} of the largest, "
             f"which rounding does not explain (allowed: {limit:g})"
         )
-    counts = (_operations(saved), _operations(small))
+    counts = (_macs(saved), _macs(small))
     return Compaction(report, small, counts, difference, ModelFile.written(path, saved.variables))
 
 
@@ -103,11 +103,11 @@ def report_on(found: Compaction, out: Path | URL) -> str:
     """
     out = as_path(out, "out")
     save_model(out, *found.small)
-    before, after = found.operations
+    before, after = found.macs
     lines = [
         str(found.report),
         "",
-        f"multiply-adds  {before:,} -> {after:,} for an image, {after / before:.1%}",
+        f"MACs           {before:,} -> {after:,} for an image, {after / before:.1%}",
         f"outputs        equal to {found.difference:.1e} of the largest, on random images",
         f"before         {found.before}",
         f"written        {ModelFile.written(out, found.small.variables)}",
@@ -119,9 +119,9 @@ def _logits(saved: SavedModel, images: jax.Array) -> np.ndarray:
     return np.asarray(jax.jit(_evaluation(saved.model))(saved.variables, images), np.float64)
 
 
-def _operations(saved: SavedModel) -> int:
+def _macs(saved: SavedModel) -> int:
     image = jax.eval_shape(lambda: jnp.zeros((1, *saved.image_shape)))
-    counted = lats_optax.count_operations(_evaluation(saved.model), saved.variables, image)
+    counted = lats_optax.count_macs(_evaluation(saved.model), saved.variables, image)
     return counted.dense
 
 

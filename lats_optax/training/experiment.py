@@ -114,7 +114,7 @@ class Experiment:
             return state._replace(opt_state=opt_state)
         first = self.initial_state()
         support = lats_optax.support(state.params, self.optimizer.mask)
-        params = lats_optax.restrict(first.params, support)
+        params = lats_optax.apply_support(first.params, support)
         average = first.average
         if average:
             average = average._replace(params=jax.tree.map(jnp.copy, params))
@@ -122,7 +122,7 @@ class Experiment:
             step=state.step,
             params=params,
             batch_stats=first.batch_stats,
-            # From the found weights, not from the restricted ones: initial weights may be zero.
+            # From the found weights, not from the masked ones: initial weights may be zero.
             opt_state=phase.transform.init(state.params),
             average=average,
         )
@@ -156,8 +156,8 @@ class Experiment:
         elif self.config.prune.enabled:
             kept = optax.tree.get(state.opt_state, "support")
             names = masks.paths(state.params)
-            restricted = lats_optax.restrict(state.params, kept)
-            same = jax.tree.leaves(jax.tree.map(jnp.array_equal, state.params, restricted))
+            masked = lats_optax.apply_support(state.params, kept)
+            same = jax.tree.leaves(jax.tree.map(jnp.array_equal, state.params, masked))
             if wrong := [name for name, ok in zip(jax.tree.leaves(names), same) if not ok]:
                 raise ValueError(f"params: {', '.join(wrong)} are not zero where the support is")
 

@@ -194,7 +194,7 @@ def averaged(state: TrainState, mask: Callable[[Any], Any] | None) -> TrainState
     average: Average = state.average
     params = average.params
     if mask is not None:
-        params = lats_optax.restrict(params, lats_optax.support(state.params, mask))
+        params = lats_optax.apply_support(params, lats_optax.support(state.params, mask))
     return state._replace(params=params, batch_stats=average.batch_stats)
 
 
