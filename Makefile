@@ -92,7 +92,7 @@ bench-quality-full: install  ## the same with all tasks, methods and seeds, lear
 	$(BIN)/python -m benchmarks.quality --tune --jobs 2
 	$(BIN)/python -m benchmarks.quality --jobs 2
 	$(BIN)/python -m benchmarks.quality.table benchmarks/results/quality.jsonl
-	$(BIN)/python -m benchmarks.quality.picture benchmarks/results/quality.jsonl benchmarks/results/quality.png
+	$(BIN)/python -m benchmarks.quality.plot benchmarks/results/quality.jsonl benchmarks/results/quality.png
 
 clean:  ## remove the environment and everything that was made (not runs/)
 	rm -rf .venv .venv-oldest .venv-newest build dist docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

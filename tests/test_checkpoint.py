@@ -191,8 +191,8 @@ def test_overwrite_removes_the_run_and_nothing_else(tmp_path):
     config = tiny.config(tmp_path / "run", epochs=1)
     loop.train(config)
     (config.workdir / "notes.txt").write_text("mine")
-    for picture in ("report.png", "weights.png"):
-        (config.workdir / picture).write_text("of the run before")
+    for plot in ("report.png", "weights.png"):
+        (config.workdir / plot).write_text("of the run before")
     shorter = dataclasses.replace(config, overwrite=True, seed=1)
     result = loop.train(shorter)
     assert (config.workdir / "notes.txt").read_text() == "mine"

@@ -20,7 +20,7 @@ from lats_optax.data import prepare as preparing
 from lats_optax.data.tfds_source import Records, open_builder
 from lats_optax.training import loop
 from lats_optax.training.config import DataConfig, TrainConfig
-from lats_optax.training.experiment import build
+from lats_optax.training.experiment import build_experiment
 from lats_optax.training.parallel import PmapEngine
 from tests import small_imagenet, tiny
 
@@ -433,7 +433,7 @@ def test_nothing_to_evaluate_on_is_an_error(broken, tmp_path, compile_once):
         skip_corrupt=True,
     )
     model = tiny.Model(num_classes=1000, axis_name=PmapEngine.axis_name)
-    experiment = build(TrainConfig(data=chosen, workdir=tmp_path / "run"), model=model)
+    experiment = build_experiment(TrainConfig(data=chosen, workdir=tmp_path / "run"), model=model)
     state = experiment.parallel.place(experiment.initial_state())
     with pytest.raises(data.CorruptRecordError, match="every record that 'imagenet2012' is"):
         loop.evaluate(experiment, state)

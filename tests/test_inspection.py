@@ -16,7 +16,7 @@ import lats_optax
 from lats_optax import cli, masks, models
 from lats_optax.analysis import curves as analysis
 from lats_optax.analysis import model, runs
-from lats_optax.inspection import columns, lineup, model_file
+from lats_optax.inspection import columns, compare_schedules, model_file
 from lats_optax.plots.curves import draw_thresholds
 from lats_optax.plots.model import draw_model
 from lats_optax.training.export import save_model, variables_of
@@ -65,7 +65,9 @@ def here(tmp_path, monkeypatch):
 
 
 def curves(*schedules, **settings):
-    return lineup.build(lineup.Request(schedules, **(RUN | settings))).curves
+    return compare_schedules.compare_schedules(
+        compare_schedules.ScheduleRequest(schedules, **(RUN | settings))
+    ).curves
 
 
 def catch_figures(monkeypatch):
@@ -153,7 +155,9 @@ def test_warm_up_is_that_of_the_trainer():
 )
 def test_a_preset_gives_its_own_schedule(name):
     config = PRESETS[name].config
-    found = lineup.build(lineup.Request(preset=name, epochs=10, steps_per_epoch=10))
+    found = compare_schedules.compare_schedules(
+        compare_schedules.ScheduleRequest(preset=name, epochs=10, steps_per_epoch=10)
+    )
     prune = config.prune
     label = f"pgh:{prune.beta}" if prune.schedule == "pgh" else prune.schedule
     assert list(found.curves) == [label]
@@ -171,7 +175,9 @@ def test_a_preset_gives_its_own_schedule(name):
     ],
 )
 def test_a_preset_gives_its_length(name, epochs, steps_per_epoch):
-    found = lineup.build(lineup.Request(preset=name, epochs=epochs))
+    found = compare_schedules.compare_schedules(
+        compare_schedules.ScheduleRequest(preset=name, epochs=epochs)
+    )
     assert (found.steps_per_epoch, found.steps) == (steps_per_epoch, epochs * steps_per_epoch)
 
 
@@ -266,7 +272,7 @@ def test_columns_of_csv_files(tmp_path, text, column, steps, values):
     assert found[1].tolist() == values
 
 
-# --- schedules: the table and the picture -------------------------------------------------------
+# --- schedules: the table and the plot -------------------------------------------------------
 
 
 def test_the_table_says_where_l1_is_undefined(here):
@@ -407,8 +413,8 @@ def made(tmp_path_factory, digits):
     (made / "cut.npy").write_bytes((made / "cut.npy").read_bytes()[:200])
     write_run(made / "dense", [{"split": "train", "step": 1, "epoch": 1}])
     write_run(made / "broken", [{"step": 1}])
-    for picture in ("schedule.png", "model.png"):
-        (made / picture).write_text("old")
+    for plot in ("schedule.png", "model.png"):
+        (made / plot).write_text("old")
     return made
 
 
@@ -439,7 +445,7 @@ def by_hand(variables):
     ],
 )
 def test_macs_and_zeros_are_those_counted_by_hand(files, tmp_path, digits, file, settings):
-    found = model_file.build(model_file.Request(tmp_path / file, **settings))
+    found = model_file.inspect_file(model_file.ModelRequest(tmp_path / file, **settings))
     rows = {la.path: la for la in found.report.shown}
     expected = by_hand(digits[1])
     assert rows.keys() == expected.keys()
@@ -455,8 +461,8 @@ def test_macs_and_zeros_are_those_counted_by_hand(files, tmp_path, digits, file,
 
 
 def test_macs_of_other_images(files, digits):
-    request = model_file.Request(Path("model.safetensors"), image_shape=(16, 16, 1))
-    found = {la.path: la.dense for la in model_file.build(request).report.shown}
+    request = model_file.ModelRequest(Path("model.safetensors"), image_shape=(16, 16, 1))
+    found = {la.path: la.dense for la in model_file.inspect_file(request).report.shown}
     for path, (_, _, dense) in by_hand(digits[1]).items():
         assert found[path] == (1 if path.startswith("classifier") else 4) * dense
 
@@ -560,7 +566,7 @@ def test_resnet50_has_its_published_macs(here, tmp_path):
 
     variables = jax.tree.map(a_tenth, variables_of(net, (224, 224, 3)))
     save_model("model.safetensors", net, variables, (224, 224, 3))
-    found = model_file.build(model_file.Request(tmp_path))
+    found = model_file.inspect_file(model_file.ModelRequest(tmp_path))
     assert found.call == "4.09 G dense, 409 M effective (10.0%), for an image of 224×224×3"
 
 
@@ -573,7 +579,7 @@ def test_schedule_prints_its_table_and_writes_its_picture(here, tmp_path, capsys
     assert err == ""
     assert [line.split()[0] for line in out.splitlines()[2:4]] == ["lats", "pgh:0.1"]
     assert "a cosine from 0.1 to 0, moved at every step; 2 epochs of 5 steps" in out
-    assert out.endswith("picture        schedule.png\n")
+    assert out.endswith("plot           schedule.png\n")
     with Image.open(tmp_path / "schedule.png") as image:
         assert image.format == "PNG"
 
@@ -584,7 +590,7 @@ def test_model_prints_its_table_and_writes_its_picture(files, tmp_path, capsys):
     assert err == ""
     assert "block1/conv1/kernel" in out
     assert "MACs           1.62 M dense" in out
-    assert out.endswith("picture        digits.png\n")
+    assert out.endswith("plot           digits.png\n")
     with Image.open(tmp_path / "digits.png") as image:
         assert image.format == "PNG"
 
@@ -599,15 +605,15 @@ def test_pictures_are_beside_the_run_that_they_are_of(files, tmp_path, capsys):
         ],
     )
     shutil.copy("model.safetensors", "run")
-    for request, picture in (
+    for request, plot in (
         (["schedule", "linear", "mine=run", *SHORT], "run/schedule.png"),
         (["model", "run"], "run/model.png"),
         (["model", "run/model.safetensors"], "run/model.png"),
     ):
-        Path(picture).unlink(missing_ok=True)
+        Path(plot).unlink(missing_ok=True)
         assert cli.inspect(request) == 0
-        assert capsys.readouterr().out.endswith(f"picture        {picture}\n")
-        assert Path(picture).is_file()
+        assert capsys.readouterr().out.endswith(f"plot           {plot}\n")
+        assert Path(plot).is_file()
 
 
 @pytest.mark.parametrize(

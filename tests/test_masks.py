@@ -190,7 +190,7 @@ def test_support_follows_a_layer_through_masks():
     assert alive["b"].tolist() is True
 
 
-# --- apply_support -----------------------------------------------------------------------------------
+# --- apply_support ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32])

@@ -20,9 +20,9 @@ from lats_optax.training import loop
 from lats_optax.training.checkpoint import load_state, load_variables
 from lats_optax.training.config import ParallelConfig, PruneConfig
 from lats_optax.training.export import load_model, save_model
-from lats_optax.training.interruption import PreemptedError
 from lats_optax.training.logging import MetricsLog, read_metrics
 from lats_optax.training.parallel import PrimaryError
+from lats_optax.training.preemption import PreemptedError
 from lats_optax.training.replicas import ReplicaError
 from tests import stores, tiny
 from tests.runs import at_step
@@ -31,12 +31,12 @@ COMMAND = """
 import sys
 import pytest
 from lats_optax import cli
-from lats_optax.training import pictures
+from lats_optax.training import plots
 from tests import stores, tiny
 _, port, index, *arguments = sys.argv
 with pytest.MonkeyPatch.context() as patch:
     tiny.install(patch)
-    patch.setattr(pictures, "write", lambda result: [])
+    patch.setattr(plots, "write_plots", lambda result: [])
     join = f"--distributed --coordinator 127.0.0.1:{port} --num-processes 2 --process-id {index}"
     sys.exit(cli.train(["digits", "--data.batch-size", "8", *join.split(), *arguments]))
 """

@@ -112,12 +112,12 @@ def _counts(dense: int, effective: int | None) -> tuple[str, str]:
 def count_macs(fn: Callable[..., Any], *args: Any, params: int = 0) -> MacsReport:
     """Count the multiply-accumulates (MACs) of a function, dense and with sparse parameters.
 
-    1 MAC is 2 FLOPs. A product of arrays takes ``M N K`` MACs. A convolution takes one for each output
-    entry, input channel of its group and position of its kernel. Positions on the padding count, as
-    they do in published counts. A transposed convolution is counted without the zeros between its inputs. Every
-    entry of a parameter takes part in equally many, so a parameter of sparsity s has
-    ``(1 - s) * dense`` effective ones. Elementwise arithmetic, biases, normalisation and pooling
-    are not counted, nor are zeros among activations.
+    1 MAC is 2 FLOPs. A product of arrays takes ``M N K`` MACs. A convolution takes one for each
+    output entry, input channel of its group and position of its kernel. Positions on the padding
+    count, as they do in published counts. A transposed convolution is counted without the zeros
+    between its inputs. Every entry of a parameter takes part in equally many, so a parameter of
+    sparsity s has ``(1 - s) * dense`` effective ones. Elementwise arithmetic, biases,
+    normalization and pooling are not counted, nor are zeros among activations.
 
     Nothing is computed: the function is traced to a jaxpr, and through ``jit``, ``checkpoint``,
     custom derivatives, ``custom_vmap``, ``scan`` (times its length), ``cond`` (the dearest branch),

@@ -25,7 +25,7 @@ from lats_optax.compaction.graph import (
 )
 from lats_optax.compaction.wiring import Wiring
 
-Run = Callable[[Any], Any]
+LayerFunction = Callable[[Any], Any]
 
 
 def wire_sequential(model: nn.Sequential, arrays: Arrays, sample: Any) -> Wiring:
@@ -154,7 +154,7 @@ def _pads(layer: nn.Conv) -> bool:
     return any(np.any(np.asarray(side) != 0) for side in sides)
 
 
-def _runner(layer: Any, path: str, arrays: Arrays) -> Run:
+def _runner(layer: Any, path: str, arrays: Arrays) -> LayerFunction:
     if not isinstance(layer, nn.Module):
         return layer
     own: dict[str, Any] = {}
@@ -166,7 +166,7 @@ def _runner(layer: Any, path: str, arrays: Arrays) -> Run:
     return lambda x: layer.apply(variables, x)
 
 
-def _shape(run: Run, before: Any, what: str) -> Any:
+def _shape(run: LayerFunction, before: Any, what: str) -> Any:
     try:
         after = jax.eval_shape(run, before)
     except Exception as error:
@@ -197,7 +197,7 @@ class _Probe:
       after: those of its output.
     """
 
-    run: Run
+    run: LayerFunction
     before: Any
     after: Any
 

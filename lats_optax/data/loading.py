@@ -130,7 +130,7 @@ def _tfds(
         preprocessing = images.ImageNetPreprocessing(
             IMAGE_SIZE if image_size is None else image_size
         )
-    mean, std = normalisation.channel_statistics(builder.info.name, preprocessing.shape[2])
+    mean, std = normalisation.channel_mean_std(builder.info.name, preprocessing.shape[2])
     normalise = normalisation.Normalisation(mean, std, shared["dtype"])
     transform = tfds_source.Transform(preprocessing, normalise)
     return Dataset(

@@ -23,8 +23,8 @@ from lats_optax.training.export import differences, find_model, load_model, vari
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """Look at a sparse model: its layers, zeros and MACs, as a table and a picture."""
+class ModelRequest:
+    """Look at a sparse model: its layers, zeros and MACs, as a table and a plot."""
 
     file: tyro.conf.Positional[Path | URL]
     """A model file of lats-train, the work directory of a run, or any file of save_sparse."""
@@ -33,7 +33,7 @@ class Request:
     image_shape: tuple[int, int, int] | None = None
     """Height, width and channels of the image that MACs are counted for; None: the file's."""
     out: Path | URL | None = None
-    """The picture to write; one that is there is replaced. None: model.png beside the model."""
+    """The plot to write; one that is there is replaced. None: model.png beside the model."""
 
     def __post_init__(self) -> None:
         if self.out is not None:
@@ -66,8 +66,8 @@ class Inspected:
     dense_bytes: int
 
 
-def picture(request: Request) -> Path | URL:
-    """Where the picture goes.
+def plot_path(request: ModelRequest) -> Path | URL:
+    """Where the plot goes.
 
     Raises:
       FileNotFoundError: there is no such file beside which it would be.
@@ -75,7 +75,7 @@ def picture(request: Request) -> Path | URL:
     return request.out or find_model(request.file).parent / "model.png"
 
 
-def build(request: Request) -> Inspected:
+def inspect_file(request: ModelRequest) -> Inspected:
     """Reads and measures the file; writes nothing.
 
     Args:
@@ -107,15 +107,15 @@ def build(request: Request) -> Inspected:
     )
 
 
-def report_on(inspected: Inspected, out: Path | URL) -> str:
-    """Writes the picture.
+def write_report(inspected: Inspected, out: Path | URL) -> str:
+    """Writes the plot.
 
     Args:
-      inspected: of :func:`build`.
+      inspected: of :func:`inspect_file`.
       out: where to.
 
     Returns:
-      The table, and where the picture is, as lines of plain text.
+      The table, and where the plot is, as lines of plain text.
     """
     size, dense = inspected.file_bytes, inspected.dense_bytes
     share = _share(size, dense)
@@ -126,7 +126,7 @@ def report_on(inspected: Inspected, out: Path | URL) -> str:
         "",
         f"MACs           {inspected.call}",
         f"file           {sizes}",
-        f"picture        {out}",
+        f"plot           {out}",
     ]
     return "\n".join(lines)
 
@@ -145,12 +145,12 @@ class _Found(NamedTuple):
 
     tree: Any
     params: Any
-    statistics: Any = None
+    batch_stats: Any = None
     model: nn.Module | None = None
     image_shape: tuple[int, ...] = ()
 
 
-def _read(path: Path | URL, request: Request) -> _Found:
+def _read(path: Path | URL, request: ModelRequest) -> _Found:
     if request.model is None and {"model", "image_shape"} <= lats_optax.read_metadata(path).keys():
         saved = load_model(path)
         tree, image_shape = saved.variables, request.image_shape or saved.image_shape
@@ -178,11 +178,11 @@ def _count(found: _Found) -> MacsReport:
     assert model is not None
     images = jax.eval_shape(lambda: jnp.zeros((1, *found.image_shape)))
 
-    def call(params: Any, statistics: Any, images: Any) -> Any:
-        return model.apply({"params": params, "batch_stats": statistics}, images, train=False)
+    def call(params: Any, batch_stats: Any, images: Any) -> Any:
+        return model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
 
     with _explained(found.image_shape):
-        return lats_optax.count_macs(call, found.params, found.statistics, images)
+        return lats_optax.count_macs(call, found.params, found.batch_stats, images)
 
 
 @contextlib.contextmanager

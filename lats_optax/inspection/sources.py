@@ -43,7 +43,7 @@ _KNOWN = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class ScheduleRun:
     """What thresholds are made for.
 
     Attributes:
@@ -82,7 +82,7 @@ def workdir_of(source: str) -> Path | URL | None:
     return file.parent if file is not None and file.suffix == ".jsonl" else None
 
 
-def find_curve(label: str, source: str, run: Run) -> Curve:
+def find_curve(label: str, source: str, run: ScheduleRun) -> Curve:
     """The curve of what a user names: a method, MODULE:ATTRIBUTE or a file.
 
     Args:
@@ -140,7 +140,7 @@ def number(text: str) -> float | None:
 # --- thresholds ---------------------------------------------------------------------------------
 
 
-def _threshold(source: str, run: Run) -> ScalarOrSchedule:
+def _threshold(source: str, run: ScheduleRun) -> ScalarOrSchedule:
     name, _, argument = source.partition(":")
     if name == "lats" and argument:
         profile = _profile(source, argument)

@@ -1,4 +1,4 @@
-"""The picture of what is left of a sparse model, layer by layer."""
+"""The plot of what is left of a sparse model, layer by layer."""
 
 import os
 from collections.abc import Sequence

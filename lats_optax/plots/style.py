@@ -1,4 +1,4 @@
-"""How pictures look, and how they are written: one style, whole files, no window system.
+"""How plots look, and how they are written: one style, whole files, no window system.
 
 matplotlib is imported where it draws.
 """
@@ -59,7 +59,7 @@ def figure(path: str | os.PathLike[str], size: tuple[float, float]) -> Iterator[
 
 
 def check_path(path: str | os.PathLike[str]) -> None:
-    """Checks that a picture can be written there, before anything is computed for it.
+    """Checks that a plot can be written there, before anything is computed for it.
 
     Raises:
       FileNotFoundError: there is no directory to write to.
@@ -67,7 +67,7 @@ def check_path(path: str | os.PathLike[str]) -> None:
     """
     path = as_path(path, "out")
     if path.suffix != ".png":
-        raise ValueError(f"the picture is to be {str(path)!r}; allowed: a name that ends in .png")
+        raise ValueError(f"the plot is to be {str(path)!r}; allowed: a name that ends in .png")
     if not has_room(path):
         raise FileNotFoundError(f"there is no directory {path.parent} to write to")
 

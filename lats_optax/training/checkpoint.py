@@ -28,7 +28,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lats_optax.analysis.statistics import Support
+from lats_optax.analysis.weight_summary import Support
 from lats_optax.files.storage import URL, as_path, fetched
 from lats_optax.training import config_json, directories, manifest, step
 from lats_optax.training.config import TrainConfig

@@ -162,7 +162,7 @@ class Experiment:
                 raise ValueError(f"params: {', '.join(wrong)} are not zero where the support is")
 
 
-def build(
+def build_experiment(
     config: TrainConfig,
     devices: Sequence[jax.Device] | None = None,
     *,

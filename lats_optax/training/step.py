@@ -99,8 +99,8 @@ def train_step(
 
     With `grad_accum_steps` a replica's images go through the model in so many parts, one after
     another. The gradients of all parts are averaged before the one step of the optimizer: what is
-    pruned, and when, stays as it is. Batch normalization sees one part at a time, and its running statistics
-    move once a part. Gradients and metrics are averaged over replicas once.
+    pruned, and when, stays as it is. Batch normalization sees one part at a time, and its running
+    statistics move once a part. Gradients and metrics are averaged over replicas once.
 
     With `ema_decay` a the averages move after step t (from 0) as
     average ← d · average + (1 − d) · new, d = min(a, (1 + t) / (10 + t)).

@@ -18,7 +18,7 @@ import optax
 import pytest
 
 from lats_optax import cli, epoch_lats_threshold
-from lats_optax.training import experiment, loop, pictures
+from lats_optax.training import experiment, loop, plots
 from lats_optax.training.config import (
     DataConfig,
     OptimizerConfig,
@@ -52,7 +52,7 @@ def _tiny_runs():
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         tiny.install(patch)
         # Drawing takes longer than training.
-        patch.setattr(pictures, "write", lambda result: [])
+        patch.setattr(plots, "write_plots", lambda result: [])
         yield Path(name), patch
 
 
@@ -131,7 +131,7 @@ def _build(prune: PruneConfig, initial: float | None = None) -> Any:
                 variables["params"],
             )
             save_model(runs / "initial", model, variables, tiny.SHAPE, {})
-        return experiment.build(config)
+        return experiment.build_experiment(config)
 
 
 def _steps(config: TrainConfig, count: int, steps_per_epoch: int = 3) -> tuple[list, list]:

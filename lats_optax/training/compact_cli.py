@@ -21,7 +21,7 @@ _IMAGES = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class CompactRequest:
     """Make a physically smaller model of one with dead channels; its outputs stay the same."""
 
     file: tyro.conf.Positional[Path | URL]
@@ -54,7 +54,7 @@ class Compaction:
     before: ModelFile
 
 
-def build(request: Request) -> Compaction:
+def compact_file(request: CompactRequest) -> Compaction:
     """Reads the file, makes the smaller model and compares the two; writes nothing.
 
     Args:
@@ -91,11 +91,11 @@ def build(request: Request) -> Compaction:
     return Compaction(report, small, counts, difference, ModelFile.written(path, saved.variables))
 
 
-def report_on(found: Compaction, out: Path | URL) -> str:
+def write_model(found: Compaction, out: Path | URL) -> str:
     """Writes the file of the smaller model.
 
     Args:
-      found: of `build`.
+      found: of `compact_file`.
       out: where to.
 
     Returns:

@@ -12,7 +12,7 @@ from lats_optax.data.normalisation import (
     IMAGENET_STD,
     NORMALISATION,
     Normalisation,
-    channel_statistics,
+    channel_mean_std,
 )
 
 
@@ -46,12 +46,12 @@ def test_normalisation_of_batches_and_views():
 
 
 def test_statistics_of_unknown_data_sets():
-    assert channel_statistics("mnist", 1) == ((0.1307,), (0.3081,))
-    assert channel_statistics("imagenette/320px-v2:1.0.0", 3)[0] == IMAGENET_MEAN
-    assert channel_statistics("oxford_flowers102", 3)[1] == IMAGENET_STD
-    assert channel_statistics("kmnist", 1) == ((0.5,), (0.5,))
+    assert channel_mean_std("mnist", 1) == ((0.1307,), (0.3081,))
+    assert channel_mean_std("imagenette/320px-v2:1.0.0", 3)[0] == IMAGENET_MEAN
+    assert channel_mean_std("oxford_flowers102", 3)[1] == IMAGENET_STD
+    assert channel_mean_std("kmnist", 1) == ((0.5,), (0.5,))
     # A data set of that name and other channels is not the one that was measured.
-    assert channel_statistics("mnist", 3)[0] == IMAGENET_MEAN
+    assert channel_mean_std("mnist", 3)[0] == IMAGENET_MEAN
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
 # Over all pixels of the train split: 0.28604 and 0.35302.
 FASHION_MNIST_MEAN, FASHION_MNIST_STD = (0.2860,), (0.3530,)
 
-_Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+_MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
 
 # (mean, standard deviation) of each channel on a scale from 0 to 1, by the data set's TFDS name.
-NORMALISATION: dict[str, _Statistics] = {
+NORMALISATION: dict[str, _MeanStd] = {
     "imagenet2012": (IMAGENET_MEAN, IMAGENET_STD),
     # Subsets of ImageNet, for which no others are in use.
     "imagenet2012_subset": (IMAGENET_MEAN, IMAGENET_STD),
@@ -33,7 +33,7 @@ NORMALISATION: dict[str, _Statistics] = {
 }
 
 
-def channel_statistics(name: str, channels: int) -> _Statistics:
+def channel_mean_std(name: str, channels: int) -> _MeanStd:
     """Mean and standard deviation of a data set's channels, for ``Normalisation``.
 
     Args:
@@ -45,9 +45,9 @@ def channel_statistics(name: str, channels: int) -> _Statistics:
       are near those of any photographs, and else 0.5 for all, which maps [0, 1] to [−1, 1].
 
     Example:
-      >>> channel_statistics("cifar10:3.0.2", 3)[0]
+      >>> channel_mean_std("cifar10:3.0.2", 3)[0]
       (0.4914, 0.4822, 0.4465)
-      >>> channel_statistics("kmnist", 1)
+      >>> channel_mean_std("kmnist", 1)
       ((0.5,), (0.5,))
     """
     known = NORMALISATION.get(name.partition("/")[0].partition(":")[0])
