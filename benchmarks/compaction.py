@@ -6,7 +6,7 @@
 In each layer but the classifier a fraction of the output channels is zeroed, by
 `prox.prox_group_lasso` with a threshold of that layer's own; then `compaction.compact` makes the
 smaller model. Weights are random, for times do not depend on them: the norms of channels are
-log-normal, and what batch normalisation knows is drawn too, so that the constants of dead channels
+log-normal, and what batch normalization knows is drawn too, so that the constants of dead channels
 have either sign. Channels that have to go together are one group: those of a point-wise convolution
 and of the depth-wise one behind it. A residual stream has many writers: "inner" leaves the streams
 whole, "streams too" takes what all of its writers write to one of its channels as one group.

@@ -686,7 +686,7 @@ def dense_arrays(**changes):
             nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=False)]),
             None,
             X,
-            r"layers_1 \(BatchNorm\) normalises with the statistics of the batch",
+            r"layers_1 \(BatchNorm\) normalizes with the statistics of the batch",
         ),
         (
             nn.Sequential([nn.Dense(3), lambda x: (x, x), lambda x, y: x + y]),

@@ -329,7 +329,7 @@ def test_long_runs_are_thinned_and_keep_their_extremes(tmp_path, monkeypatch):
 
 PICTURES = {
     "one that stands still": {"constant": 0.1},
-    "both signs, and more than there are colours": {
+    "both signs, and more than there are colors": {
         f"{n}": (lambda t, n=n: 0.1 * (1.1 + np.sin(t / (n + 1)))) for n in range(9)
     },
     "names that matplotlib takes for something else": {

@@ -131,7 +131,7 @@ FOLLOWED = {
     "scaled": (lambda w, x: x @ (2.0 * w / 3.0), DENSE),
     "negated": (lambda w, x: x @ -w, DENSE),
     "soft-thresholded": (lambda w, x: x @ (jnp.sign(w) * jnp.abs(w)), DENSE),
-    "standardised": (lambda w, x: x @ ((w - w.mean(0)) / w.std(0)), FULL),
+    "standardized": (lambda w, x: x @ ((w - w.mean(0)) / w.std(0)), FULL),
     "shifted": (lambda w, x: x @ (w + 1.0), FULL),
     "half": (lambda w, x: x @ w[:, :4], (48, 2 * LEFT)),
     "split": (lambda w, x: x @ jnp.split(w, 2, 1)[0], (48, 2 * LEFT)),

@@ -125,7 +125,7 @@ def test_evaluation_uses_the_running_statistics_one_image_at_a_time(images, vari
 
 
 def test_statistics_are_shared_over_the_named_axis(images, variables):
-    """Halves of a batch with a common axis are normalised as the whole, and else are not."""
+    """Halves of a batch with a common axis are normalized as the whole, and else are not."""
     whole, _ = train_step(create(), variables, images)
     halves = images.reshape(2, 3, 8, 8, 1)
 

@@ -1,4 +1,4 @@
-"""Normalisation of images: against a loop over pixels; statistics by the name of a data set."""
+"""Normalization of images: against a loop over pixels; statistics by the name of a data set."""
 
 import math
 import pickle
@@ -7,21 +7,21 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lats_optax.data.normalisation import (
+from lats_optax.data.normalization import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    NORMALISATION,
-    Normalisation,
+    NORMALIZATION,
+    Normalization,
     channel_mean_std,
 )
 
 
-@pytest.mark.parametrize("name", sorted(NORMALISATION))
+@pytest.mark.parametrize("name", sorted(NORMALIZATION))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_normalisation_against_a_loop(name, dtype):
-    mean, std = NORMALISATION[name]
+def test_normalization_against_a_loop(name, dtype):
+    mean, std = NORMALIZATION[name]
     image = np.random.default_rng(0).integers(256, size=(7, 9, len(mean)), dtype=np.uint8)
-    made = Normalisation(mean, std, dtype)(image)
+    made = Normalization(mean, std, dtype)(image)
     assert made.dtype == (np.float32 if dtype == "float32" else ml_dtypes.bfloat16)
     expected = np.empty(image.shape)
     for index in np.ndindex(image.shape):
@@ -32,17 +32,17 @@ def test_normalisation_against_a_loop(name, dtype):
     )
 
 
-def test_normalisation_of_batches_and_views():
-    normalise = Normalisation(IMAGENET_MEAN, IMAGENET_STD)
+def test_normalization_of_batches_and_views():
+    normalize = Normalization(IMAGENET_MEAN, IMAGENET_STD)
     batch = np.random.default_rng(0).integers(256, size=(2, 3, 4, 5, 3), dtype=np.uint8)
-    made = normalise(batch)
+    made = normalize(batch)
     for i in range(2):
         for j in range(3):
-            np.testing.assert_array_equal(made[i, j], normalise(batch[i, j]))
+            np.testing.assert_array_equal(made[i, j], normalize(batch[i, j]))
     view = batch[0, 0, :, ::-1]
-    np.testing.assert_array_equal(normalise(view), made[0, 0, :, ::-1])
-    assert normalise(batch[:0]).shape == (0, 3, 4, 5, 3)
-    assert pickle.loads(pickle.dumps(normalise)) == normalise
+    np.testing.assert_array_equal(normalize(view), made[0, 0, :, ::-1])
+    assert normalize(batch[:0]).shape == (0, 3, 4, 5, 3)
+    assert pickle.loads(pickle.dumps(normalize)) == normalize
 
 
 def test_statistics_of_unknown_data_sets():
@@ -57,18 +57,18 @@ def test_statistics_of_unknown_data_sets():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Normalisation((), ()), r"mean is \(\); allowed is a tuple of a number for each"),
-        (lambda: Normalisation((123.7,), (58.4,)), r"mean is \(123\.7,\); .* scale from 0 to 1"),
-        (lambda: Normalisation((math.nan,), (0.5,)), "mean is"),
-        (lambda: Normalisation((0.5,), (0.0,)), r"std is \(0\.0,\); zeros"),
-        (lambda: Normalisation((0.5,), (0.5, 0.5)), "mean has 1 channels and std 2"),
-        (lambda: Normalisation((0.5,), (0.5,), "float16"), "dtype is 'float16'; allowed are"),
+        (lambda: Normalization((), ()), r"mean is \(\); allowed is a tuple of a number for each"),
+        (lambda: Normalization((123.7,), (58.4,)), r"mean is \(123\.7,\); .* scale from 0 to 1"),
+        (lambda: Normalization((math.nan,), (0.5,)), "mean is"),
+        (lambda: Normalization((0.5,), (0.0,)), r"std is \(0\.0,\); zeros"),
+        (lambda: Normalization((0.5,), (0.5, 0.5)), "mean has 1 channels and std 2"),
+        (lambda: Normalization((0.5,), (0.5,), "float16"), "dtype is 'float16'; allowed are"),
         (
-            lambda: Normalisation((0.5,), (0.5,))(np.zeros((2, 2, 1), np.float32)),
+            lambda: Normalization((0.5,), (0.5,))(np.zeros((2, 2, 1), np.float32)),
             r"image is float32 of shape \(2, 2, 1\); allowed is uint8",
         ),
         (
-            lambda: Normalisation((0.5,), (0.5,))(np.zeros((2, 2, 3), np.uint8)),
+            lambda: Normalization((0.5,), (0.5,))(np.zeros((2, 2, 3), np.uint8)),
             r"of shape \(2, 2, 3\); allowed is uint8 of shape \(…, height, width, 1\)",
         ),
     ],

@@ -137,7 +137,7 @@ CASES = {
     "nothing recorded": [FinishedRun("bare", 0.5, 1.0, sparsity_report(0, 10), [])],
     "one record": [FinishedRun("short", 0.5, 1.0, sparsity_report(0, 10), SPARSE.metrics[:1])],
     "threshold never moves": [CONSTANT],
-    "more runs than colours": [DENSE, SPARSE, CONSTANT] * 4,
+    "more runs than colors": [DENSE, SPARSE, CONSTANT] * 4,
 }
 
 

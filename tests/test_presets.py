@@ -148,7 +148,7 @@ def test_settings_are_these(name):
 NETWORKS = {
     "imagenet-resnet50-s-lats": (1000, 224, 25_556_032, 25_502_912),
     "imagenet-mobilenet-v1-s-lats": (1000, 224, 4_230_976, 4_209_088),
-    # With a dense classifier of 512 × 1000 weights and 1000 biases, and 9,600 of normalisation.
+    # With a dense classifier of 512 × 1000 weights and 1000 biases, and 9,600 of normalization.
     "imagenet-sew-resnet18-s-lats": (1000, 224, 11_689_512, 11_689_512 - 513_000 - 9_600),
     # Patches, twelve blocks of 12 c² and a classifier, of c = 384 channels.
     "imagenet-vit-s16-target": (1000, 224, 22_050_664, 768 * 384 + 144 * 384**2 + 384_000),

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 def statistics_of(params, seed):
-    """Means over the first batches of the mean and the variance of what is normalised."""
+    """Means over the first batches of the mean and the variance of what is normalized."""
     model, found = tiny.Model(), []
     batches = tiny.make_dataset().train_batches(8, seed=seed, shard_index=0, shard_count=1)
     with contextlib.closing(batches):

@@ -62,7 +62,7 @@ def run(model, steps=6, mean=lambda tree: tree, average=False, **options):
 
 
 @pytest.mark.parametrize("parts", [3, 12])
-def test_parts_are_the_whole_batch_where_nothing_is_normalised(parts):
+def test_parts_are_the_whole_batch_where_nothing_is_normalized(parts):
     whole, in_parts = run(Plain()), run(Plain(), grad_accum_steps=parts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, in_parts)
     zeros = [lats_optax.sparsity(states[-1].params).zeros for states, _ in (whole, in_parts)]

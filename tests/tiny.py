@@ -26,7 +26,7 @@ _build = experiment.build_experiment
 
 
 def make_dataset() -> data.Dataset:
-    """Random images with a label that can be learnt."""
+    """Random images with a label that can be learned."""
     rng = np.random.default_rng(0)
 
     def examples(count: int) -> list[dict[str, Any]]:

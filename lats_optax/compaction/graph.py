@@ -148,7 +148,7 @@ class PerChannel(Layer):
 
 @dataclass(frozen=True)
 class Norm(Node):
-    """Batch normalisation in evaluation: (x − mean) / √(var + epsilon) · scale + bias."""
+    """Batch normalization in evaluation: (x − mean) / √(var + epsilon) · scale + bias."""
 
     epsilon: float
 
@@ -287,7 +287,7 @@ class Builder:
         return self.add(kind(layer, (source,), features, padded, bias))
 
     def norm(self, source: str, layer: str, epsilon: float = 1e-5) -> str:
-        """Batch normalisation."""
+        """Batch normalization."""
         return self.add(Norm(layer, (source,), self.channels(source), epsilon))
 
     def apply(self, source: str, name: str, constants: Callable[[Vector], Vector]) -> str:

@@ -59,7 +59,7 @@ def wire_sequential(model: nn.Sequential, arrays: Arrays, sample: Any) -> Wiring
         own = paths.setdefault(id(layer), path) if isinstance(layer, nn.Module) else path
         if type(layer) is nn.BatchNorm and layer.use_running_average is not True:
             raise ValueError(
-                f"{own} (BatchNorm) normalises with the statistics of the batch; allowed: "
+                f"{own} (BatchNorm) normalizes with the statistics of the batch; allowed: "
                 "use_running_average=True, as in evaluation."
             )
         run = _runner(layer, own, arrays)
@@ -131,7 +131,7 @@ def _wire(build: Builder, layer: Any, path: str, x: str, probe: "_Probe") -> str
         return fixed(f"its {groups} groups of channels have to stay equal")
     if type(layer) is nn.BatchNorm:
         if layer.axis not in (-1, len(probe.before.shape) - 1):
-            return fixed(f"it normalises axis {layer.axis}, not the last")
+            return fixed(f"it normalizes axis {layer.axis}, not the last")
         return build.norm(x, path, layer.epsilon)
     if not jnp.issubdtype(probe.before.dtype, jnp.floating):
         return fixed("it takes integers")

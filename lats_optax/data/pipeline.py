@@ -105,8 +105,8 @@ class Dataset:
       image_shape: (height, width, channels) of the images in a batch.
       num_classes: labels are 0 … num_classes − 1.
       sources: the examples of each split, by random access.
-      train_example: ``(example, rng)`` → ``{"image", "label"}``, augmented and normalised.
-      eval_example: ``example`` → ``{"image", "label"}``, normalised.
+      train_example: ``(example, rng)`` → ``{"image", "label"}``, augmented and normalized.
+      eval_example: ``example`` → ``{"image", "label"}``, normalized.
       eval_split: the split that evaluation is on.
       dtype: of the images in a batch.
       skip_corrupt: whether corrupt records are left out and counted, or an error.
@@ -154,7 +154,7 @@ class Dataset:
           shard_count: how many shards share the split; usually ``jax.process_count()``.
 
         Returns:
-          An iterator of ``{"image": (batch, height, width, channels) of dtype, normalised,
+          An iterator of ``{"image": (batch, height, width, channels) of dtype, normalized,
           "label": int32 (batch,)}``. ``get_state()`` is a dict that JSON can hold; after
           ``set_state(state)``, on an iterator made with the same arguments, come exactly the
           batches that would have followed.

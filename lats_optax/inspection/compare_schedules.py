@@ -159,7 +159,7 @@ def compare_schedules(request: ScheduleRequest) -> ScheduleComparison:
     learning_rates(run.learning_rate, run.steps)
     curves: dict[str, Curve] = {}
     for source in request.schedules or (_own_schedule(request, run.config),):
-        label, named = sources.labelled(source)
+        label, named = sources.labeled(source)
         if label in curves:
             raise ValueError(f"schedule {label!r} is there twice; LABEL={named} tells them apart")
         curves[label] = sources.find_curve(label, named, run)

@@ -64,10 +64,10 @@ class ScheduleRun:
         return self.config.epochs * self.steps_per_epoch
 
 
-def labelled(source: str) -> tuple[str, str]:
+def labeled(source: str) -> tuple[str, str]:
     """What a curve is called and what it is of, from LABEL=SCHEDULE or SCHEDULE.
 
-    >>> labelled("mine=pgh:0.1"), labelled("lats")
+    >>> labeled("mine=pgh:0.1"), labeled("lats")
     (('mine', 'pgh:0.1'), ('lats', 'lats'))
     """
     # A path may have an equals sign of its own.
@@ -77,7 +77,7 @@ def labelled(source: str) -> tuple[str, str]:
 
 def workdir_of(source: str) -> Path | URL | None:
     """The work directory of the run whose record a user names; None for all else."""
-    named = labelled(source)[1]
+    named = labeled(source)[1]
     file, _ = (None, None) if named.startswith("lats:") else _file(named)
     return file.parent if file is not None and file.suffix == ".jsonl" else None
 

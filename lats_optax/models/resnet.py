@@ -119,7 +119,7 @@ CIFAR_PLANS = {20: 3, 32: 5, 56: 9}
 def branch(
     x: Array, spec: BlockSpec, conv: Maker, norm: Maker, activate: Callable[[Array, str], Array]
 ) -> Array:
-    """The convolutions of a block, each normalised, with activations between them.
+    """The convolutions of a block, each normalized, with activations between them.
 
     To be called in a compact method, whose module ``conv1``, ``norm1``, … then belong to.
 
@@ -127,11 +127,11 @@ def branch(
       x: (…, height, width, channels).
       spec: the convolutions.
       conv: makes a convolution from features, kernel size, strides and a name.
-      norm: makes a normalisation from a name.
+      norm: makes a normalization from a name.
       activate: the activation, from its input and a name.
 
     Returns:
-      What the last normalisation returns: (…, height / strides, width / strides, features).
+      What the last normalization returns: (…, height / strides, width / strides, features).
 
     Example: `ResidualBlock`, below, is this with a shortcut.
     """
@@ -144,7 +144,7 @@ def branch(
 
 
 def projection(x: Array, spec: BlockSpec, conv: Maker, norm: Maker) -> Array:
-    """A shortcut to the shape that `branch` gives: a strided 1×1 convolution, normalised.
+    """A shortcut to the shape that `branch` gives: a strided 1×1 convolution, normalized.
 
     To be called in a compact method, whose module ``shortcut`` and ``shortcut_norm`` then belong
     to: see `ResidualBlock`. Arguments and result are those of `branch`.
@@ -190,7 +190,7 @@ class ResidualBlock(nn.Module):
     Attributes:
       spec: the convolutions of the branch.
       conv: makes a convolution from features, kernel size, strides and a name.
-      norm: makes a normalisation from a name.
+      norm: makes a normalization from a name.
       shortcut: one of `SHORTCUTS`; ``None``: the identity where the shape stays, else a
         projection.
       places: of a padded shortcut, the channels as `subsample_and_pad` takes them.

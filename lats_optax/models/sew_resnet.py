@@ -44,7 +44,7 @@ CONNECTIONS: dict[str, Callable[[Array, Array], Array]] = {
 class SEWBlock(nn.Module):
     """connect(shortcut(x), branch(x)), in which both ends of the branch are spikes.
 
-    As a `ResidualBlock`, with spiking neurons after every normalisation, the last one and the
+    As a `ResidualBlock`, with spiking neurons after every normalization, the last one and the
     shortcut's included, and none after the connection:
 
         ADD   shortcut + branch        AND   shortcut · branch        IAND   shortcut · (1 − branch)
@@ -52,7 +52,7 @@ class SEWBlock(nn.Module):
     Attributes:
       spec: the convolutions of the branch.
       conv: makes a convolution from features, kernel size, strides and a name.
-      norm: makes a normalisation from a name.
+      norm: makes a normalization from a name.
       spike: makes a layer of neurons from a name.
       connection: ``"ADD"``, ``"AND"`` or ``"IAND"``.
       shortcut: ``"identity"`` or ``"projection"``; ``None``: the identity where the shape stays.

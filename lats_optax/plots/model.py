@@ -83,12 +83,12 @@ def _draw_size(axes: "Axes", layers: Sequence[Layer], macs: MacsReport | None) -
 
 def _draw_channels(axes: "Axes", layers: Sequence[Layer]) -> None:
     rows = np.arange(len(layers))
-    for offset, kind, colour in ((-0.2, "outputs", _LEFT), (0.2, "inputs", _INPUTS)):
+    for offset, kind, color in ((-0.2, "outputs", _LEFT), (0.2, "inputs", _INPUTS)):
         share = [
             100 * getattr(la, f"zero_{kind}") / total if (total := getattr(la, kind)) else 0.0
             for la in layers
         ]
-        axes.barh(rows + offset, share, 0.38, color=colour, label=kind[:-1])
+        axes.barh(rows + offset, share, 0.38, color=color, label=kind[:-1])
     axes.set(title="Zero channels", xlabel="channels (%)", xlim=(0, 100))
     _legend(axes)
 

@@ -100,7 +100,7 @@ def _draw_by_layer(
     name: str,
     layers: Mapping[str, WeightSummary],
 ) -> "QuadMesh":
-    """A row for each layer, a column for each evaluation; what a colour bar is made of."""
+    """A row for each layer, a column for each evaluation; what a color bar is made of."""
     from matplotlib.colors import LogNorm
 
     axes.grid(visible=False)

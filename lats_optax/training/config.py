@@ -190,7 +190,7 @@ class TrainConfig:
     init_from: Path | URL | None = None
     """Model file of another run to begin from; options of `model` that are None are its own."""
     non_finite: Literal["stop", "skip"] = "stop"
-    """A loss or gradients that are not finite: `stop` the run, or `skip` what is learnt from these
+    """A loss or gradients that are not finite: `stop` the run, or `skip` what is learned from these
     images. A target sparsity is met all the same."""
     grad_accum_steps: int = 1
     """Parts of each device's images that go through the model one after another, to save memory."""
