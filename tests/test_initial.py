@@ -188,7 +188,7 @@ def test_a_resumed_run_needs_its_work_directory_alone(tmp_path, monkeypatch, ini
 
 def test_what_a_run_began_from_is_not_exchanged(tmp_path, initial):
     config = tiny.config(tmp_path / "run", prune=FINE, init_from=initial)
-    # Where there is no checkpoint yet, the run begins anew, from the file that is named now.
+    # Where there is no checkpoint yet, the run begins again, from the file that is named now.
     config.workdir.mkdir()
     (config.workdir / "initial.safetensors").write_bytes(b"of a run that was killed")
     tiny.train(dataclasses.replace(config, resume=True), jax.devices()[:1])

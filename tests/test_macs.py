@@ -49,9 +49,9 @@ LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "
 def scalar_convolution(kernel, out_shape):
     """One MAC for each output entry, kernel position and input channel of the group."""
     dense = effective = 0
-    *taps, channels, _ = kernel.shape
+    *positions, channels, _ = kernel.shape
     for *_, feature in itertools.product(*map(range, out_shape)):
-        for at in itertools.product(*map(range, taps), range(channels)):
+        for at in itertools.product(*map(range, positions), range(channels)):
             dense += 1
             effective += kernel[(*at, feature)] != 0
     return dense, effective

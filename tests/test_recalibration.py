@@ -1,4 +1,4 @@
-"""Batch statistics that are estimated anew: against NumPy, and that nothing else changes."""
+"""Batch statistics that are estimated again: against NumPy, and that nothing else changes."""
 
 import contextlib
 import dataclasses

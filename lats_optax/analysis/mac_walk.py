@@ -102,10 +102,10 @@ def _convolution(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -
     lhs, rhs, result = numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
     macs = out[result[0]] * out[result[1]] * right[rhs[1]]
     spatial = zip(lhs[2:], rhs[2:], result[2:], eqn.params["lhs_dilation"])
-    for axis, tap, position, dilation in spatial:
-        taps = out[position] * right[tap]
+    for axis, kernel_axis, position, dilation in spatial:
+        positions = out[position] * right[kernel_axis]
         # Between dilated inputs lie zeros, which are in no published count.
-        macs *= taps if dilation == 1 else min(taps, left[axis] * right[tap])
+        macs *= positions if dilation == 1 else min(positions, left[axis] * right[kernel_axis])
     return _product(eqn, inputs, tally, times * macs)
 
 

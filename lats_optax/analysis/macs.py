@@ -56,7 +56,7 @@ class MacsReport:
       other: MACs where neither operand is a parameter, such as attention scores.
       unknown_loops: how many ``while`` loops were counted as one iteration, because nothing says
         how many they take.
-      uncounted: primitives that may multiply arrays and cannot be looked into.
+      uncounted: primitives that may multiply arrays and cannot be traced.
     """
 
     parameters: tuple[ParameterMacs, ...]
@@ -80,7 +80,7 @@ class MacsReport:
         return total
 
     def __str__(self) -> str:
-        """The table: the parameters that multiply anything, the total, and what deserves a look."""
+        """The table: the parameters that multiply anything, the total, and remarks."""
         rows = [
             (
                 parameter.path,

@@ -30,7 +30,7 @@ class Layer:
       prunable: whether :func:`lats_optax.prunable` selects it.
       outputs, inputs: channels, as Flax has them: the last axis and the one before; 0 for arrays of
         fewer than two dimensions or no entries.
-      zero_outputs, zero_inputs: those of which every weight is zero.
+      zero_outputs, zero_inputs: channels whose weights are all zero.
       magnitudes: the 5, 50 and 95 % quantiles of the absolute values of the weights that are
         finite and not zero; None where there are none.
       dense: MACs, zeros included; None where they were not counted.
@@ -79,7 +79,7 @@ class ModelReport:
         return tuple(la for la in self.layers if la.prunable or la.dense) or self.layers
 
     def __str__(self) -> str:
-        """The table: layers one by one, the totals, and what deserves a look."""
+        """The table: layers one by one, the totals, and remarks."""
         head = ("layer", "shape", "weights", "non-zero", "sparsity", "MACs", "effective")
         body = [_row(layer.path, layer.shape, [layer]) for layer in self.shown]
         foot = [

@@ -1,4 +1,4 @@
-"""A smaller dense model with the outputs of one of which channels are zero, constant or not read.
+"""A smaller dense model: channels that are zero, constant or not read are cut.
 
 Here belongs `compact`: its arguments, and the order in which the other files do their part.
 """
@@ -41,7 +41,7 @@ def compact(
     """A physically smaller model with the same outputs in evaluation, to float tolerance.
 
     A channel is cut where, in every layer that shares it (a residual stream, a depth-wise
-    convolution, a normalization), it is the same number whatever the input is, or nobody reads it.
+    convolution, a normalization), its value does not depend on the input, or nothing reads it.
     Behind a normalization that number is rarely zero: it goes into the bias, or the mean of the
     normalization, of what read it. What cannot take it up (a convolution that is padded with zeros,
     a classifier without a bias) keeps one constant channel that stands for all of them.
@@ -64,7 +64,7 @@ def compact(
       A `Compacted`.
 
     Raises:
-      ValueError: ``model`` is of a class of which the wiring is not known; ``variables`` are not
+      ValueError: the wiring of ``model``'s class is not known; ``variables`` are not
         those of the model, or not finite; a ``Sequential`` has no sample, or cannot be run on it;
         layers would be left without a channel; ``multiple_of`` < 1.
 

@@ -32,7 +32,7 @@ _TRAINING_IMAGES = {
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleRequest:
-    """Look at threshold schedules: the L1 coefficient that each implies, as a table and a plot.
+    """Compare threshold schedules: the L1 coefficient that each implies, as a table and a plot.
 
     Each schedule is a name: lats; s-lats; epoch-lats; pgh:BETA; constant; linear; sine; cubic. Or
     lats:PROFILE, an L1 coefficient of one's own over x = t/T, where PROFILE is a number BETA for
@@ -42,7 +42,7 @@ class ScheduleRequest:
     """
 
     schedules: tyro.conf.Positional[tuple[str, ...]] = ()
-    """What is looked at, one or more; none: the preset's own, or lats."""
+    """Schedules to compare, one or more; none: the preset's own, or lats."""
     preset: str | None = None
     """Preset of lats-train whose learning rate, epochs and schedule are taken where not given."""
     final: float | None = None
@@ -66,7 +66,7 @@ class ScheduleRequest:
     """With shape milestones: what it is multiplied by."""
     out: Path | URL | None = None
     """The plot to write; one that is there is replaced. None: schedule.png in the work directory
-    of the first run that is looked at, or else here."""
+    of the first run among them, or else here."""
 
     def __post_init__(self) -> None:
         if self.out is not None:
@@ -248,12 +248,12 @@ def _learning_rate(
 
 
 def _own_schedule(request: ScheduleRequest, config: TrainConfig) -> str:
-    """The schedule that is looked at if none is named: the preset's, or `lats`."""
+    """The default schedule: the preset's, or `lats`."""
     prune = config.prune
     if request.preset is None:
         return "lats"
     if not prune.has_threshold:
-        raise ValueError(f"preset {request.preset!r} is dense; name the schedules to look at.")
+        raise ValueError(f"preset {request.preset!r} is dense; name the schedules to compare.")
     return f"pgh:{prune.beta}" if prune.schedule == "pgh" else prune.schedule
 
 

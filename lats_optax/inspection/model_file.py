@@ -24,12 +24,12 @@ from lats_optax.training.export import differences, find_model, load_model, vari
 
 @dataclasses.dataclass(frozen=True)
 class ModelRequest:
-    """Look at a sparse model: its layers, zeros and MACs, as a table and a plot."""
+    """Inspect a sparse model: its layers, zeros and MACs, as a table and a plot."""
 
     file: tyro.conf.Positional[Path | URL]
     """A model file of lats-train, the work directory of a run, or any file of save_sparse."""
     model: str | None = None
-    """For a file that does not say it: which model of the zoo the parameters are of."""
+    """The model of the zoo that the parameters belong to, for a file without that description."""
     image_shape: tuple[int, int, int] | None = None
     """Height, width and channels of the image that MACs are counted for; None: the file's."""
     out: Path | URL | None = None

@@ -50,7 +50,7 @@ class ScheduleRun:
       config: names the epochs.
       steps_per_epoch: optimizer steps of each.
       learning_rate: ``count -> eta``.
-      final: the last threshold of those schedules that are told one.
+      final: the last threshold, for schedules that take one.
     """
 
     config: TrainConfig

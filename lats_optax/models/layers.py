@@ -110,7 +110,7 @@ def batch_norm(train: bool, dtype: DTypeLike, axis_name: str | None) -> partial[
 
 
 class Network(nn.Module, kw_only=True):
-    """What every network of the zoo is told, and how it ends.
+    """The base class of the zoo: the fields of every network, and its classifier.
 
     Attributes:
       num_classes: number of logits.

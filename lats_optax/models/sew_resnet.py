@@ -153,7 +153,7 @@ class SEWResNet(ResidualNetwork, kw_only=True):
         super().__post_init__()
 
     @nn.nowrap
-    def planned(self) -> Iterator[Stage]:
+    def default_blocks(self) -> Iterator[Stage]:
         """The blocks as the plan has them."""
         return stages(*PLANS[self.depth], width=self.channels(64))
 

@@ -139,7 +139,7 @@ def _operators(operator: TreeOperator | Any, params: Any) -> Mapping[str, TreeOp
     names = jax.tree.leaves(masks.paths(params))
     if operator is None or callable(operator):
         return dict.fromkeys(names, operator)
-    return dict(zip(names, jax.tree.leaves(masks.spread("operator", operator, params))))
+    return dict(zip(names, jax.tree.leaves(masks.broadcast_prefix("operator", operator, params))))
 
 
 def _by_operator(

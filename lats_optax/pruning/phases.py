@@ -91,7 +91,7 @@ def prune_at_initialization(
     *,
     mask: MaskOrFunction | None = None,
 ) -> Any:
-    """Find a support before training: a short search, of which the zeros alone are kept.
+    """Find a support before training, by a short search.
 
     The search trains a copy of the parameters for a few steps. What it leaves at zero is then left
     out of the initial parameters, which are trained from scratch in anyone's loop::

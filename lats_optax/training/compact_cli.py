@@ -80,7 +80,7 @@ def compact_file(request: CompactRequest) -> Compaction:
     images = np.random.default_rng(0).normal(size=(count, *saved.image_shape))
     logits = [_logits(which, jnp.asarray(images, jnp.float32)) for which in (saved, small)]
     difference = float(np.abs(logits[0] - logits[1]).max() / np.abs(logits[0]).max())
-    # Sixteen bits are rounded anew in every layer.
+    # Sixteen bits are rounded again in every layer.
     limit = 1e-3 if jnp.dtype(saved.model.dtype).itemsize >= 4 else 0.1
     if not difference <= limit:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a training run is told: frozen dataclasses, checked when they are made.
+"""The configs of a training run: frozen dataclasses, checked at construction.
 
 The command line is made from these classes: the line under a field is its `--help` text. Pruning is
 in `prune_config.py`, the checks of fields in `config_checks.py`.
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 RECALIBRATION_BATCHES = 50
-"""On which batch statistics are estimated where a config does not say; more than are needed."""
+"""Batches for estimating batch statistics, unless a config gives a number; more than needed."""
 
 _MOST_WORKERS = 1024
 
@@ -37,7 +37,7 @@ def _located(field: str, path: Path | URL) -> Path | URL:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is trained on."""
+    """The data set and how it is read."""
 
     name: str = "digits"
     """Data set: `digits`; `synthetic`, noise; or one of TFDS, as NAME, NAME/CONFIG:VERSION, …"""
@@ -74,7 +74,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What is trained."""
+    """The model and its options."""
 
     name: str = "digits-cnn"
     """Model of the zoo."""
@@ -106,7 +106,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """What moves the weights: linear warm-up, then a cosine."""
+    """The optimizer and its learning rate: linear warm-up, then a cosine."""
 
     name: Literal["sgd", "adamw"] = "sgd"
     """`sgd`, or `adamw`, whose learning rates are a hundred times smaller."""

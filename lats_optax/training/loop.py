@@ -28,7 +28,7 @@ from lats_optax.training.experiment import Experiment
 from lats_optax.training.export import ModelFile, save_model
 from lats_optax.training.finite import NonFiniteError, means, non_finite_paths
 from lats_optax.training.logging import MetricsLog
-from lats_optax.training.parallel import Engine, ahead
+from lats_optax.training.parallel import Engine, prefetch
 from lats_optax.training.preemption import PreemptionHandler
 from lats_optax.training.recalibration import recalibrated
 from lats_optax.training.result import RunResult, result_of, write_models
@@ -106,7 +106,7 @@ def _fit(experiment: Experiment, check: Callable[[], None]) -> RunResult:
         run = _Run(experiment, checkpoints, log)
         evaluation = Evaluation({}, {}, support)
         window = _Window([], time.perf_counter())
-        stream = ahead(_send(batches, parallel))
+        stream = prefetch(_send(batches, parallel))
         for phase, update in zip(experiment.optimizer.phases, experiment.updates):
             if step == phase.start > 0:
                 state = parallel.place(experiment.begin(phase, state))
@@ -264,7 +264,7 @@ def _log(
 def _evaluate(
     run: _Run, state: TrainState, before: Support, progress: dict[str, float] | None = None
 ) -> tuple[TrainState, Evaluation]:
-    """Measures the weights; writes the records where it is told how far the run is.
+    """Measures the weights; writes the records if `progress` is given.
 
     Returns:
       The state, its batch statistics estimated on its weights where the config asks for that, and

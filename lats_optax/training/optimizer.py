@@ -114,7 +114,7 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> Optimizer:
         return Optimizer((Phase(0, total, pruning(rate), rate),), mask, operator, groups)
     search = prune.search_epochs * steps_per_epoch
     if prune.mode == "at-initialization":
-        quick = hurried(rate, config.epochs, prune.search_epochs)
+        quick = compressed_schedule(rate, config.epochs, prune.search_epochs)
         phases = (
             Phase(0, search, pruning(quick), quick),
             Phase(search, total - search, kept, rate, from_scratch=True),
@@ -154,10 +154,12 @@ def _descent(config: TrainConfig, learning_rate: optax.Schedule) -> optax.Gradie
     )
 
 
-def hurried(schedule: optax.Schedule, epochs: int, search_epochs: int) -> optax.Schedule:
+def compressed_schedule(
+    schedule: optax.Schedule, epochs: int, search_epochs: int
+) -> optax.Schedule:
     """A schedule of a whole run, passed through in the epochs of a search.
 
-    >>> quick = hurried(lambda count: count / 100, epochs=10, search_epochs=1)
+    >>> quick = compressed_schedule(lambda count: count / 100, epochs=10, search_epochs=1)
     >>> [round(float(quick(step)), 3) for step in range(3)]
     [0.0, 0.1, 0.2]
     """

@@ -92,14 +92,14 @@ def join_processes(
     return lifeline
 
 
-def ahead(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
-    """The same items, of which up to `depth` have been asked for before they are needed.
+def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
+    """The same items; up to `depth` of them are requested before they are needed.
 
     Over batches that `Engine.shard` sends off, these are on the devices when the step
     before them is over.
 
     >>> asked = []
-    >>> items = ahead((asked.append(n) or n for n in range(5)), depth=2)
+    >>> items = prefetch((asked.append(n) or n for n in range(5)), depth=2)
     >>> next(items), asked
     (0, [0, 1, 2])
     >>> list(items)
@@ -233,7 +233,7 @@ class Engine(abc.ABC):
         Fetched in turn, two behind: batches that all wait for the devices would fill their memory.
         """
         taken = (step(state, self.shard(batch)) for batch in batches)
-        return [jax.device_get(found) for found in ahead(taken)]
+        return [jax.device_get(found) for found in prefetch(taken)]
 
     def total(self, count: int) -> int:
         """The sum of every process's count; all of them have to ask for it."""

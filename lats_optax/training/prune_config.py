@@ -1,4 +1,4 @@
-"""What a training run is told of pruning: `TrainConfig.prune`.
+"""The config of pruning in a training run: `TrainConfig.prune`.
 
 The command line is made from this class: the line under a field is its `--help` text.
 """

@@ -10,7 +10,7 @@ from lats_optax.training.step import TrainState, averaged
 
 
 def recalibrated(experiment: Experiment, state: TrainState) -> TrainState:
-    """The state with batch statistics estimated anew, those of averaged weights too.
+    """The state with batch statistics estimated again, those of averaged weights too.
 
     Running statistics are of the weights of the last dozen steps. Where groups of weights are
     pruned these differ: the closer a group comes to the threshold, the faster it shrinks, relative

@@ -1,4 +1,4 @@
-"""What a run that is over has to be told: whether it met its target, and what looks wrong in it.
+"""The verdict on a finished run: whether it met its target, and what looks wrong.
 
 Pure functions of what the run has come to. They write nothing: the command prints what they say.
 """
