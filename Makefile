@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 # versions of jax apart, and take less than two minutes.
 CORE := $(filter-out lats_optax/cli.py lats_optax/commands.py,$(wildcard lats_optax/*.py)) \
 	$(addprefix lats_optax/,analysis checks control files latent operators pruning)
-VERSION_TESTS := $(addsuffix .py,$(addprefix tests/test_,compatibility import masks operations \
+VERSION_TESTS := $(addsuffix .py,$(addprefix tests/test_,compatibility import masks macs \
 	optax_contract sparsity transforms_errors)) $(CORE)
 CORE_TESTS := $(VERSION_TESTS) $(addsuffix .py,$(addprefix tests/test_,distributions files finalize \
 	groups n_of_m phases power prox pruned reference sixteen_bits target thresholds transforms \
@@ -92,7 +92,7 @@ bench-quality-full: install  ## the same with all tasks, methods and seeds, lear
 	$(BIN)/python -m benchmarks.quality --tune --jobs 2
 	$(BIN)/python -m benchmarks.quality --jobs 2
 	$(BIN)/python -m benchmarks.quality.table benchmarks/results/quality.jsonl
-	$(BIN)/python -m benchmarks.quality.picture benchmarks/results/quality.jsonl benchmarks/results/quality.png
+	$(BIN)/python -m benchmarks.quality.plot benchmarks/results/quality.jsonl benchmarks/results/quality.png
 
 clean:  ## remove the environment and everything that was made (not runs/)
 	rm -rf .venv .venv-oldest .venv-newest build dist docs/_build *.egg-info .jax_cache .pytest_cache .ruff_cache .mypy_cache .hypothesis

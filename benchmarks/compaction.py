@@ -1,4 +1,4 @@
-"""What compacting a model brings: its size, its multiply-adds and its time, against the dense one.
+"""What compacting a model brings: its size, its MACs and its time, against the dense one.
 
     python -m benchmarks.compaction
     python -m benchmarks.compaction --models resnet18 --image-size 128 --batch-size 8
@@ -6,12 +6,12 @@
 In each layer but the classifier a fraction of the output channels is zeroed, by
 `prox.prox_group_lasso` with a threshold of that layer's own; then `compaction.compact` makes the
 smaller model. Weights are random, for times do not depend on them: the norms of channels are
-log-normal, and what batch normalisation knows is drawn too, so that the constants of dead channels
+log-normal, and what batch normalization knows is drawn too, so that the constants of dead channels
 have either sign. Channels that have to go together are one group: those of a point-wise convolution
 and of the depth-wise one behind it. A residual stream has many writers: "inner" leaves the streams
 whole, "streams too" takes what all of its writers write to one of its channels as one group.
 
-`--multiple-of 16` rounds the channels of each layer up: more multiply-adds, perhaps in less time.
+`--multiple-of 16` rounds the channels of each layer up: more MACs, perhaps in less time.
 
 Dense and compacted models take turns: a round is one call of each, and a speed-up is the median
 over the rounds of (time of the dense model / its own in the same round); in brackets are the
@@ -37,7 +37,7 @@ from flax import traverse_util
 
 from benchmarks import records
 from lats_optax import compaction, models
-from lats_optax.analysis.operations import count_operations
+from lats_optax.analysis.macs import count_macs
 from lats_optax.prox import prox_group_lasso
 
 CLASSES = 1000
@@ -53,7 +53,7 @@ class Row(NamedTuple):
     model: str
     zeros: str
     parameters: int
-    operations: int
+    macs: int
     milliseconds: float
     speed_up: float
     low: float
@@ -66,7 +66,7 @@ class Variant(NamedTuple):
 
     zeros: str
     parameters: int
-    operations: int
+    macs: int
     run: Callable[[], jax.Array]
     difference: float
 
@@ -171,8 +171,8 @@ def place(variables: Any) -> Any:
 
 
 def size(model: nn.Module, variables: Any, images: jax.Array) -> tuple[int, int]:
-    """Parameters, and multiply-adds for one image."""
-    counted = count_operations(partial(model.apply, train=False), variables, images[:1])
+    """Parameters, and MACs for one image."""
+    counted = count_macs(partial(model.apply, train=False), variables, images[:1])
     parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     return parameters, counted.dense
 
@@ -211,7 +211,7 @@ def measure(
     for variant, own in zip(found, times):
         ratios = [dense / mine for dense, mine in zip(times[0], own)]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        counts = variant.parameters, variant.operations
+        counts = variant.parameters, variant.macs
         milliseconds = 1e3 * statistics.median(own)
         rows.append(
             Row(name, variant.zeros, *counts, milliseconds, middle, low, high, variant.difference)
@@ -225,7 +225,7 @@ def print_table(rows: list[Row]) -> None:
         speed = f"{row.speed_up:.2f} [{row.low:.2f} … {row.high:.2f}]"
         print(
             f"{row.model:<13} {row.zeros:<17} {row.parameters / 1e6:8.3f} M "
-            f"{row.operations / 1e9:8.4f} G {row.milliseconds:9.2f}  {speed:<20} "
+            f"{row.macs / 1e9:8.4f} G {row.milliseconds:9.2f}  {speed:<20} "
             f"{row.difference:10.1e}",
             flush=True,
         )

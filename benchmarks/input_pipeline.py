@@ -1,4 +1,4 @@
-"""Images per second and core: decoding, augmenting and normalising JPEG files of ImageNet's size.
+"""Images per second and core: decoding, augmenting and normalizing JPEG files of ImageNet's size.
 
     python -m benchmarks.input_pipeline                   224 pixels, 32 images
     python -m benchmarks.input_pipeline --size 128 --seconds 60
@@ -33,7 +33,7 @@ from PIL import Image
 from benchmarks import records
 from lats_optax.data.decoding import decode
 from lats_optax.data.images import ImageNetPreprocessing, random_crop_box
-from lats_optax.data.normalisation import IMAGENET_MEAN, IMAGENET_STD, Normalisation
+from lats_optax.data.normalization import IMAGENET_MEAN, IMAGENET_STD, Normalization
 
 WIDTH, HEIGHT = 500, 375
 QUALITY = {"photograph": 96, "noise": 92}  # about 110 kB on average
@@ -82,7 +82,7 @@ def encode(image: np.ndarray, image_format: str = "JPEG", **options: Any) -> byt
     return file.getvalue()
 
 
-def plain_normalise(image: np.ndarray) -> np.ndarray:
+def plain_normalize(image: np.ndarray) -> np.ndarray:
     """The formula as it is written."""
     scaled = image.astype(np.float32) / np.float32(255)
     return (scaled - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
@@ -132,17 +132,17 @@ def plain_opencv(size: int, interpolation: int) -> Way:
 
 
 def ways_of_training(size: int) -> dict[str, tuple[Way, Callable[[np.ndarray], np.ndarray]]]:
-    """Everything that makes a training image: (augmentation, normalisation)."""
-    normalise = Normalisation(IMAGENET_MEAN, IMAGENET_STD)
-    bfloat16 = Normalisation(IMAGENET_MEAN, IMAGENET_STD, "bfloat16")
+    """Everything that makes a training image: (augmentation, normalization)."""
+    normalize = Normalization(IMAGENET_MEAN, IMAGENET_STD)
+    bfloat16 = Normalization(IMAGENET_MEAN, IMAGENET_STD, "bfloat16")
     pillow = ImageNetPreprocessing(size, decoder="pillow").train
     opencv = ImageNetPreprocessing(size, decoder="opencv").train
     return {
-        "plain Pillow": (plain_pillow(size), plain_normalise),
-        "plain OpenCV, INTER_LINEAR": (plain_opencv(size, cv2.INTER_LINEAR), plain_normalise),
-        "plain OpenCV, INTER_AREA": (plain_opencv(size, cv2.INTER_AREA), plain_normalise),
-        "ours, Pillow": (pillow, normalise),
-        "ours, OpenCV (the default)": (opencv, normalise),
+        "plain Pillow": (plain_pillow(size), plain_normalize),
+        "plain OpenCV, INTER_LINEAR": (plain_opencv(size, cv2.INTER_LINEAR), plain_normalize),
+        "plain OpenCV, INTER_AREA": (plain_opencv(size, cv2.INTER_AREA), plain_normalize),
+        "ours, Pillow": (pillow, normalize),
+        "ours, OpenCV (the default)": (opencv, normalize),
         "ours, OpenCV, bfloat16": (opencv, bfloat16),
     }
 
@@ -150,29 +150,29 @@ def ways_of_training(size: int) -> dict[str, tuple[Way, Callable[[np.ndarray], n
 def all_ways(size: int) -> dict[str, Way]:
     """What is timed, by its name in the table."""
 
-    def chained(augment: Way, normalise: Callable[[np.ndarray], np.ndarray]) -> Way:
-        return lambda encoded, rng: normalise(augment(encoded, rng))
+    def chained(augment: Way, normalize: Callable[[np.ndarray], np.ndarray]) -> Way:
+        return lambda encoded, rng: normalize(augment(encoded, rng))
 
     training = ways_of_training(size)
-    normalise = Normalisation(IMAGENET_MEAN, IMAGENET_STD)
-    bfloat16 = Normalisation(IMAGENET_MEAN, IMAGENET_STD, "bfloat16")
+    normalize = Normalization(IMAGENET_MEAN, IMAGENET_STD)
+    bfloat16 = Normalization(IMAGENET_MEAN, IMAGENET_STD, "bfloat16")
     evaluate = ImageNetPreprocessing(size).eval
     image = np.random.default_rng(0).integers(256, size=(size, size, 3), dtype=np.uint8)
     rgb = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     return {
         **{f"train: {name}": chained(*both) for name, both in training.items()},
-        "eval: plain Pillow": chained(plain_pillow_eval(size), plain_normalise),
-        "eval: ours": chained(lambda encoded, rng: evaluate(encoded), normalise),
+        "eval: plain Pillow": chained(plain_pillow_eval(size), plain_normalize),
+        "eval: ours": chained(lambda encoded, rng: evaluate(encoded), normalize),
         "decode: Pillow": lambda encoded, rng: decode(encoded),
         "decode: OpenCV": lambda encoded, rng: cv2.imdecode(np.frombuffer(encoded, np.uint8), rgb),
         **{
-            f"no normalisation: {name}": augment
+            f"no normalization: {name}": augment
             for name, (augment, _) in training.items()
             if name in ("plain Pillow", "ours, Pillow", "ours, OpenCV (the default)")
         },
-        "normalise: plain": lambda encoded, rng: plain_normalise(image),
-        "normalise: ours, float32": lambda encoded, rng: normalise(image),
-        "normalise: ours, bfloat16": lambda encoded, rng: bfloat16(image),
+        "normalize: plain": lambda encoded, rng: plain_normalize(image),
+        "normalize: ours, float32": lambda encoded, rng: normalize(image),
+        "normalize: ours, bfloat16": lambda encoded, rng: bfloat16(image),
     }
 
 

@@ -71,13 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             workdir=Path(directory) / "run",
             log_every=_THOUSAND,
         )
-        epochs = options.steps // experiment.build(config).steps_per_epoch
+        epochs = options.steps // experiment.build_experiment(config).steps_per_epoch
         quarter = -(-epochs // 4)
         config = dataclasses.replace(
             config, epochs=epochs, eval_every=quarter, checkpoint_every=quarter
         )
         memory = Memory()
-        result = loop.fit(experiment.build(config))
+        result = loop.fit(experiment.build_experiment(config))
         memory.close()
     print(report(result, memory.samples))
     return 0

@@ -5,7 +5,7 @@
 It waits for a number of steps on each line of its input and answers with the seconds that they
 took, so that another process can take turns with it. One of its own, because PyTorch and JAX may
 want different versions of CUDA's libraries. Its settings are those of the JAX step: batch
-normalisation in float32, label smoothing, SGD with momentum and weight decay on everything; on a
+normalization in float32, label smoothing, SGD with momentum and weight decay on everything; on a
 GPU channels last, automatic mixed precision and `torch.compile`. With a `--threshold` every
 convolution and the classifier threshold their weights when they run, as the published code does.
 """
@@ -62,7 +62,7 @@ def threshold_in_layers(model: nn.Module, value: float) -> None:
 
 
 def conv_norm(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Sequential:
-    """A convolution without bias, then batch normalisation."""
+    """A convolution without bias, then batch normalization."""
     conv = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="relu")
     return nn.Sequential(conv, nn.BatchNorm2d(outputs))

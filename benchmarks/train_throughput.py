@@ -64,7 +64,7 @@ UPDATE_EVERY = default_update_every(EPOCHS * STEPS_PER_EPOCH)
 TARGET, THRESHOLD = 0.9, 0.02
 # As the published ResNet-50 is trained.
 OPTIMIZER = OptimizerConfig(
-    learning_rate=0.256, momentum=0.875, weight_decay=2.0**-15, warmup_epochs=5, decay="epoch"
+    learning_rate=0.256, momentum=0.875, weight_decay=2.0**-15, warmup_epochs=5, lr_update="epoch"
 )
 LABEL_SMOOTHING = 0.1
 DENSE, SPARSE = PruneConfig(), PruneConfig(target_sparsity=TARGET)

@@ -1,7 +1,7 @@
 """Soft threshold pruning for optax: the public optimizer API (jax and optax alone)."""
 
 from lats_optax import groups, prox
-from lats_optax.analysis.operations import OperationsReport, ParameterOperations, count_operations
+from lats_optax.analysis.macs import MacsReport, ParameterMacs, count_macs
 from lats_optax.analysis.sparsity import LayerSparsity, SparsityReport, sparsity
 from lats_optax.control.controllers import Controller
 from lats_optax.control.laws import Law, constant_l1, sparsity_curve, threshold_curve
@@ -9,7 +9,7 @@ from lats_optax.control.schedules import ThresholdSchedule
 from lats_optax.distributions import Distribution, erdos_renyi, per_layer, uniform
 from lats_optax.files import load_sparse, read_metadata, save_sparse
 from lats_optax.latent.pruned import PrunedUpdate, bounded
-from lats_optax.masks import prunable, restrict, select, support
+from lats_optax.masks import apply_support, prunable, select, support
 from lats_optax.operators.protocol import Elementwise, GroupOperator, Operator
 from lats_optax.pruning.finalize import finalize
 from lats_optax.pruning.phases import freeze, prune_at_initialization
@@ -41,9 +41,9 @@ __all__ = [
     "KeepSupportState",
     "Law",
     "LayerSparsity",
-    "OperationsReport",
+    "MacsReport",
     "Operator",
-    "ParameterOperations",
+    "ParameterMacs",
     "ProximalStepState",
     "PrunedUpdate",
     "SoftThresholdState",
@@ -51,9 +51,10 @@ __all__ = [
     "TargetSparsity",
     "TargetSparsityState",
     "ThresholdSchedule",
+    "apply_support",
     "bounded",
     "constant_l1",
-    "count_operations",
+    "count_macs",
     "epoch_lats_threshold",
     "erdos_renyi",
     "finalize",
@@ -70,7 +71,6 @@ __all__ = [
     "prunable",
     "prune_at_initialization",
     "read_metadata",
-    "restrict",
     "s_lats_threshold",
     "save_sparse",
     "select",

@@ -16,13 +16,13 @@ from lats_optax import data
 from lats_optax.files.storage import StoreError
 from lats_optax.training import demo as demonstration
 from lats_optax.training import experiment as experiments
-from lats_optax.training import loop, pictures
+from lats_optax.training import loop, plots
 from lats_optax.training.demo import DemoConfig, DemoResult
 from lats_optax.training.experiment import Experiment
 from lats_optax.training.finite import NonFiniteError
-from lats_optax.training.interruption import PreemptedError
 from lats_optax.training.lock import WorkdirInUseError
 from lats_optax.training.parallel import PrimaryError
+from lats_optax.training.preemption import PreemptedError
 from lats_optax.training.presets import PRESETS
 from lats_optax.training.recovery import CheckpointError
 from lats_optax.training.replicas import ReplicaError
@@ -71,14 +71,16 @@ def train(args: Sequence[str] | None = None) -> int:
             "Train a model, dense or sparse. Each preset is a run; any field of it can be given: "
             "lats-train PRESET --help lists them."
         )
-        return experiments.build(_in_one_line(parse, presets, "lats-train", description, args))
+        return experiments.build_experiment(
+            _in_one_line(parse, presets, "lats-train", description, args)
+        )
 
     def execute(experiment: Experiment) -> None:
         result = loop.fit(experiment)
         _print_run(result)
-        # Last, so that a picture that cannot be written takes nothing with it.
-        if drawn := pictures.write(result):
-            print(f"pictures      {', '.join(map(str, drawn))}")
+        # Last, so that a plot that cannot be written takes nothing with it.
+        if drawn := plots.write_plots(result):
+            print(f"plots         {', '.join(map(str, drawn))}")
         if result.is_primary and result.target_line is not None:
             print(result.target_line)
         _warn_of("lats-train", result)
@@ -98,7 +100,7 @@ def demo(args: Sequence[str] | None = None) -> int:
 
     def prepare(args: Sequence[str]) -> tuple[DemoConfig, dict[str, Experiment]]:
         config = _in_one_line(tyro.cli, DemoConfig, "lats-demo", None, args)
-        return config, demonstration.build(config)
+        return config, demonstration.build_runs(config)
 
     return _run("lats-demo", args, prepare, lambda ready: _print_demo(demonstration.fit(*ready)))
 
@@ -147,7 +149,7 @@ def prepare(args: Sequence[str] | None = None) -> int:
 
 
 def inspect(args: Sequence[str] | None = None) -> int:
-    """`lats-inspect schedule ...` and `lats-inspect model FILE`: tables and pictures.
+    """`lats-inspect schedule ...` and `lats-inspect model FILE`: tables and plots.
 
     Args:
       args: as for `train`.
@@ -158,14 +160,18 @@ def inspect(args: Sequence[str] | None = None) -> int:
 
     def inspected(args: Sequence[str]) -> str:
         # No other command draws all this.
-        from lats_optax.inspection import lineup, model_file
+        from lats_optax.inspection import compare_schedules as schedules
+        from lats_optax.inspection import model_file
 
         parse = tyro.extras.subcommand_cli_from_dict
-        kinds = {"schedule": lineup.Request, "model": model_file.Request}
-        what = "Tables and pictures of threshold schedules and of sparse models."
+        kinds = {"schedule": schedules.ScheduleRequest, "model": model_file.ModelRequest}
+        what = "Tables and plots of threshold schedules and of sparse models."
         request = _in_one_line(parse, kinds, "lats-inspect", what, args)
-        of = lineup if isinstance(request, lineup.Request) else model_file
-        return of.report_on(of.build(request), of.picture(request))
+        if isinstance(request, schedules.ScheduleRequest):
+            compared = schedules.compare_schedules(request)
+            return schedules.write_report(compared, schedules.plot_path(request))
+        inspected = model_file.inspect_file(request)
+        return model_file.write_report(inspected, model_file.plot_path(request))
 
     return _run("lats-inspect", args, inspected, print)
 
@@ -182,10 +188,10 @@ def compact(args: Sequence[str] | None = None) -> int:
 
     def compacted(args: Sequence[str]) -> str:
         # No other command compacts.
-        from lats_optax.training import compacting
+        from lats_optax.training import compact_cli
 
-        request = _in_one_line(tyro.cli, compacting.Request, "lats-compact", None, args)
-        return compacting.report_on(compacting.build(request), request.out)
+        request = _in_one_line(tyro.cli, compact_cli.CompactRequest, "lats-compact", None, args)
+        return compact_cli.write_model(compact_cli.compact_file(request), request.out)
 
     return _run("lats-compact", args, compacted, print)
 
@@ -322,7 +328,7 @@ def _warn_of(program: str, result: RunResult, name: str = "") -> None:
 def _print_demo(result: DemoResult) -> None:
     print(result.table)
     print()
-    print(f"picture      {result.picture}")
+    print(f"plot         {result.plot}")
     print(f"weights      {result.weights}")
     print(f"summary      {result.summary}")
     for name, run in result.runs.items():

@@ -216,12 +216,12 @@ def support(params: Any, mask: MaskOrFunction = prunable) -> Any:
     )
 
 
-def restrict(params: Any, support: Any) -> Any:
+def apply_support(params: Any, support: Any) -> Any:
     """Zero what a support excludes: ``support * w``.
 
     What it keeps is not touched; what it excludes is +0.0 in the leaf's own type, whatever stood
     there. An average of sparse parameters (EMA) is dense, because each entry was alive at one step
-    or another: restricted to the support of the last parameters it has exactly their zeros.
+    or another. Applied to it, the support of the last parameters gives it exactly their zeros.
 
     Args:
       params: a pytree of arrays.
@@ -238,32 +238,32 @@ def restrict(params: Any, support: Any) -> Any:
       >>> import jax.numpy as jnp, lats_optax
       >>> params = {"kernel": jnp.array([[0.0, 2.0]]), "bias": jnp.zeros(1)}
       >>> average = {"kernel": jnp.array([[0.1, 1.9]]), "bias": jnp.array([0.3])}
-      >>> restrict(average, lats_optax.support(params))
+      >>> apply_support(average, lats_optax.support(params))
       {'bias': Array([0.3], dtype=float32), 'kernel': Array([[0. , 1.9]], dtype=float32)}
     """
     return jax.tree.map(
         lambda alive, leaf: jnp.where(alive, leaf, jnp.zeros_like(leaf)),
-        spread_support(support, params),
+        expand_support(support, params),
         params,
     )
 
 
-def spread_support(support: Any, params: Any) -> Any:
+def expand_support(support: Any, params: Any) -> Any:
     """A support in exactly the structure of the parameters, as new arrays.
 
     Args:
-      support: what :func:`restrict` takes.
+      support: what :func:`apply_support` takes.
       params: a pytree of arrays.
 
     Returns:
       A pytree of bool arrays, of the shape of their leaf or scalar.
 
     Raises:
-      ValueError: as :func:`restrict`.
+      ValueError: as :func:`apply_support`.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> spread_support(True, {"kernel": jnp.ones((1, 2))})
+      >>> expand_support(True, {"kernel": jnp.ones((1, 2))})
       {'kernel': Array(True, dtype=bool)}
     """
 
@@ -278,7 +278,7 @@ def spread_support(support: Any, params: Any) -> Any:
         return kept
 
     check_arrays("params", params)
-    return jax.tree.map(copy, paths(params), spread("support", support, params), params)
+    return jax.tree.map(copy, paths(params), broadcast_prefix("support", support, params), params)
 
 
 def paths(params: Any) -> Any:
@@ -341,7 +341,7 @@ def resolve(mask: MaskOrFunction, params: Any) -> Mask:
     if not jax.tree.leaves(params):
         return jax.tree.map(lambda _: False, params)
     tree = mask(params) if is_function(mask) else mask
-    full = spread("mask", tree, params)
+    full = broadcast_prefix("mask", tree, params)
     for leaf in jax.tree.leaves(full):
         if np.ndim(leaf) or np.asarray(leaf).dtype != bool:
             raise ValueError(f"mask: it holds {leaf!r}; allowed are True and False for each leaf")
@@ -365,7 +365,7 @@ def is_key(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def spread(argument: str, tree: Any, params: Any) -> Any:
+def broadcast_prefix(argument: str, tree: Any, params: Any) -> Any:
     """A tree, or a prefix of one, in exactly the structure of the parameters.
 
     Args:
@@ -382,7 +382,8 @@ def spread(argument: str, tree: Any, params: Any) -> Any:
       ValueError: the structures do not match.
 
     Example:
-      >>> spread("mask", {"a": [True, False], "b": True}, {"a": optax.MaskedNode(), "b": [1, 2]})
+      >>> params = {"a": optax.MaskedNode(), "b": [1, 2]}
+      >>> broadcast_prefix("mask", {"a": [True, False], "b": True}, params)
       {'a': MaskedNode(), 'b': [True, True]}
     """
     nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_dense)[0]

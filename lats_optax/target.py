@@ -444,7 +444,7 @@ def _targets(target: Any, latent: Any, operator: TreeOperator) -> _Targets:
             f"{', '.join(wide[0].names)} do; allowed is one for all"
         )
     tree = target(latent) if masks.is_function(target) else target
-    named = jax.tree.leaves(masks.spread("target", tree, latent)) if weights else []
+    named = jax.tree.leaves(masks.broadcast_prefix("target", tree, latent)) if weights else []
     checked = [check_sparsity(f"target of {name}", value) for name, value in zip(weights, named)]
     return _bounded(np.array(checked), [[part] for part in parts])
 

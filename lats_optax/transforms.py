@@ -320,7 +320,7 @@ def proximal_step(
 
 
 def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
-    """Hold given zeros at zero, whatever the optimizer before it does.
+    """Hold given zeros at zero after any optimizer.
 
     ``w' = support * (w + update)``
 
@@ -351,7 +351,7 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
         if not jax.tree.leaves(params):
             return KeepSupportState(jax.tree.map(lambda leaf: leaf, params))
         kept = support(params) if masks.is_function(support) else support
-        return KeepSupportState(masks.spread_support(kept, params))
+        return KeepSupportState(masks.expand_support(kept, params))
 
     def update(
         updates: Any, state: KeepSupportState, params: Any = None, **extra_args: Any
@@ -359,7 +359,7 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
         del extra_args
         check_params("keep_support", params)
         check_state(state, KeepSupportState)
-        jax.eval_shape(masks.spread_support, state.support, params)
+        jax.eval_shape(masks.expand_support, state.support, params)
         check_beside("updates", updates, params, needed=jax.tree.map(lambda w: True, params))
         kept = jax.tree.map(
             lambda alive, u, w: jnp.where(alive, u.astype(wider(u, w)), -w.astype(wider(u, w))),

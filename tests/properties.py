@@ -88,7 +88,7 @@ class Case:
 
     @property
     def final(self) -> float:
-        """The last threshold; a proximal step applies its strength at every step anew."""
+        """The last threshold; a proximal step applies its strength at every step again."""
         return 4 * FINAL * RATE if self.kind == "proximal_step" else FINAL
 
     def strength(self) -> Any:
@@ -498,7 +498,7 @@ def flat(tree: Any) -> dict[str, np.ndarray]:
 
 
 def kinds(tree: Any) -> Any:
-    """What decides whether a program is compiled anew: types, weak types and shapes."""
+    """What decides whether a program is compiled again: types, weak types and shapes."""
     return jax.tree.map(lambda leaf: (leaf.dtype, leaf.weak_type, leaf.shape), tree)
 
 

@@ -14,7 +14,7 @@ from lats_optax.data.prepare import prepare
 
 
 def jpeg(rng: np.random.Generator, height: int, width: int) -> bytes:
-    """A smooth colour image: what decoders that differ a little agree on to a few grey levels."""
+    """A smooth color image: what decoders that differ a little agree on to a few gray levels."""
     coarse = rng.integers(0, 256, (4, 4, 3)).astype(np.uint8)
     image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     file = io.BytesIO()

@@ -13,7 +13,7 @@ from lats_optax import cli
 from tests import matrix, tiny
 
 TINY = "--data.batch-size 8"
-JOIN = "--distributed --coordinator host:1 --process-count 2"
+JOIN = "--distributed --coordinator host:1 --num-processes 2"
 FLOAT32 = "1.2e-38 to 3.4e+38, the numbers of float32"
 WHOLE = "invalid literal for int"
 SPARSE = "without prune.target_sparsity or prune.final_threshold"
@@ -31,11 +31,11 @@ digits --seed 1.5 => {WHOLE}
 digits --label-smoothing 1 => 0 <= label_smoothing < 1
 digits --label-smoothing -0.1 => 0 <= label_smoothing < 1
 digits --label-smoothing nan => 0 <= label_smoothing < 1
-digits --average-decay 1 => 0 < average_decay < 1
-digits --average-decay 0 => 0 < average_decay < 1
-digits --average-decay nan => 0 < average_decay < 1
-digits --recalibrate -1 => 0 or more
-digits-lats {TINY} --recalibrate 99999999999 => at most 50, which an epoch of 6 batches
+digits --ema-decay 1 => 0 < ema_decay < 1
+digits --ema-decay 0 => 0 < ema_decay < 1
+digits --ema-decay nan => 0 < ema_decay < 1
+digits --bn-recalibration-batches -1 => 0 or more
+digits-lats {TINY} --bn-recalibration-batches 99999999999 => at most 50, which an epoch of 6 batches
 digits --log-every 0 => 1 to 2147483647
 digits --log-every 99999999999999999999 => 1 to 2147483647
 digits --eval-every 0 => 1 to 2147483647
@@ -43,25 +43,25 @@ digits --checkpoint-every 0 => 1 to 2147483647
 digits --keep-checkpoints 0 => 1 to 2147483647
 digits --workdir /dev/null => a directory
 digits --workdir nope://bucket/run => gs://, s3:// and what else fsspec knows
-digits --initial nope://bucket/model => gs://, s3:// and what else fsspec knows
+digits --init-from nope://bucket/model => gs://, s3:// and what else fsspec knows
 digits --workdir ~nobody-of-this-name/run => a path of this machine
-digits {TINY} --initial /dev/null => a model file that is there
-digits {TINY} --initial no => a model file that is there
-digits --initial ~nobody-of-this-name/model => a path of this machine
+digits {TINY} --init-from /dev/null => a model file that is there
+digits {TINY} --init-from no => a model file that is there
+digits --init-from ~nobody-of-this-name/model => a path of this machine
 digits --resume --overwrite => one of the two
 digits --distributed => SLURM
 digits --coordinator host:1 => with distributed
-digits --process-count 2 => with coordinator
-digits --process-index 0 => with coordinator
+digits --num-processes 2 => with coordinator
+digits --process-id 0 => with coordinator
 digits {JOIN} --coordinator host => HOST:PORT
 digits {JOIN} --coordinator host:port => HOST:PORT
 digits {JOIN} --coordinator host:0 => a port from 1 to 65535
 digits {JOIN} --coordinator host:99999 => a port from 1 to 65535
 digits --process-timeout 10 => the default without distributed
-digits {JOIN} --process-index 0 --process-timeout 0 => 1 to 2147483647
-digits {JOIN} --process-index 2 => 0 to 1
-digits {JOIN} --process-index -1 => 0 to 1
-digits {JOIN} --process-index 0 --process-count 0 => 1 or more
+digits {JOIN} --process-id 0 --process-timeout 0 => 1 to 2147483647
+digits {JOIN} --process-id 2 => 0 to 1
+digits {JOIN} --process-id -1 => 0 to 1
+digits {JOIN} --process-id 0 --num-processes 0 => 1 or more
 """
 
 DATA = f"""
@@ -104,15 +104,15 @@ digits --optimizer.minimum-learning-rate -1 => 0 or more
 digits --optimizer.minimum-learning-rate nan => 0 or more
 digits --optimizer.warmup-epochs -1 => 0 or more
 digits --optimizer.warmup-epochs 20 => less than epochs, 20
-digits --optimizer.accumulate 0 => 1 or more
-digits --data.batch-size 64 --optimizer.accumulate 3 => a multiple of 24
-digits --data.batch-size 64 --optimizer.accumulate 9999999 => a multiple of 79999992
+digits --grad-accum-steps 0 => 1 or more
+digits --data.batch-size 64 --grad-accum-steps 3 => a multiple of 24
+digits --data.batch-size 64 --grad-accum-steps 9999999 => a multiple of 79999992
 digits --optimizer.name adam => Expected one of
 digits --optimizer.beta2 0.9 => the default, but for adamw
 digits --optimizer.name adamw --optimizer.beta2 1 => 0 < beta2 < 1
 digits --optimizer.clip-norm 0 => {FLOAT32}
 digits --optimizer.clip-norm nan => {FLOAT32}
-digits --optimizer.decay never => Expected one of
+digits --optimizer.lr-update never => Expected one of
 """
 
 PRUNE = f"""
@@ -136,11 +136,11 @@ digits-lats --prune.schedule pgh --prune.beta 1e300 => {FLOAT32}
 digits-lats --prune.schedule pgh => with schedule pgh, a number above 0
 digits --prune.final-threshold 1 --prune.schedule pgh => with schedule pgh, a number above 0
 digits-lats --prune.beta 0.5 => None, but for schedule pgh
-digits-lats --prune.structure blocks => two numbers of 1 or more
-digits-lats --prune.structure n-of-m => with structure n-of-m, N M with 1 <= N < M
-digits-lats --prune.structure n-of-m --prune.pattern 4 2 => N M with 1 <= N < M
-digits-lats --prune.structure n-of-m --prune.pattern 2 4 => up to 0.5 with pattern 2 4
-digits-lats --prune.pattern 2 4 => None, but for structure n-of-m
+digits-lats --prune.granularity blocks => two numbers of 1 or more
+digits-lats --prune.granularity n-of-m => with granularity n-of-m, N M with 1 <= N < M
+digits-lats --prune.granularity n-of-m --prune.pattern 4 2 => N M with 1 <= N < M
+digits-lats --prune.granularity n-of-m --prune.pattern 2 4 => up to 0.5 with pattern 2 4
+digits-lats --prune.pattern 2 4 => None, but for granularity n-of-m
 digits --parallel.fsdp 2 => 1, but for engine jit
 digits --parallel.engine jit --parallel.fsdp 0 => 1 or more
 digits {TINY} --parallel.engine jit --parallel.fsdp 3 => what divides 8
@@ -170,7 +170,7 @@ digits --prune.weight-decay-on weights => 'latent' {SPARSE}
 digits-lats --prune.weight-decay-on weights => 'latent' without optimizer.weight_decay
 digits-lats --prune.weight-decay-on both => Expected one of
 digits --prune.mode early => {SPARSE}
-digits --prune.mode fine-tuning => fine-tuning with initial
+digits --prune.mode fine-tuning => fine-tuning with init_from
 digits-lats --prune.mode late => Expected one of
 digits-lats --prune.mode early --prune.search-epochs 0 => with mode early, 1 or more
 digits-lats --prune.mode early --prune.search-epochs 20 => less than epochs, 20
@@ -180,11 +180,11 @@ digits-lats --prune.distribution even => Expected one of
 digits-lats --prune.layer-sparsity stem 0.5 => none without distribution uniform
 digits-lats --prune.distribution uniform --prune.layer-sparsity stem 1.5 => 0 <= sparsity < 1
 digits-lats --prune.distribution uniform --prune.layer-sparsity stem => Could not find valid parse
-digits --prune.structure filters => none {SPARSE}
-digits-lats --prune.structure rows => Expected one of
-digits-lats --prune.block 4 4 => None, but for structure blocks
-digits-lats --prune.structure blocks --prune.block 0 4 => two numbers of 1 or more
-digits-lats --prune.structure blocks --prune.block 4 => INT INT
+digits --prune.granularity filters => none {SPARSE}
+digits-lats --prune.granularity rows => Expected one of
+digits-lats --prune.block 4 4 => None, but for granularity blocks
+digits-lats --prune.granularity blocks --prune.block 0 4 => two numbers of 1 or more
+digits-lats --prune.granularity blocks --prune.block 4 => INT INT
 """
 
 MODEL = """
@@ -252,7 +252,7 @@ digits --model.width nan => to 1000
 digits --model.width inf => to 1000
 digits --model.width 1e9 => to 1000
 digits --model.width 1e-9 => to 1000
-digits --model.steps 4 => 'width', 'classifier_bias'
+digits --model.time-steps 4 => 'width', 'classifier_bias'
 digits --model.connection ADD => 'width', 'classifier_bias'
 digits --model.neuron if => 'width', 'classifier_bias'
 digits --model.stem cifar => 'width', 'classifier_bias'
@@ -261,7 +261,7 @@ digits --model.patch-size 4 => 'width', 'classifier_bias'
 digits --model.name vit-tiny --model.depth 1000000000 => 1 to 100
 digits --model.name vit-tiny --model.patch-size -4 => 1 or more
 digits --model.name vit-tiny --model.patch-size 4 --model.width 0.001 => to 1000
-digits-lats --prune.structure blocks --prune.block 1099511627776 1 => <= 2147483647
+digits-lats --prune.granularity blocks --prune.block 1099511627776 1 => <= 2147483647
 digits-lats --prune.distribution uniform --prune.layer-sparsity ( 0.5 => regular expression
 digits-lats --prune.distribution uniform --prune.layer-sparsity nothing 0.5 => stem/kernel
 """

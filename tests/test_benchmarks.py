@@ -218,7 +218,7 @@ def small_preset(monkeypatch):
     return TrainConfig(
         data=DataConfig(batch_size=64),
         model=ModelConfig(name="tiny"),
-        optimizer=OptimizerConfig(warmup_epochs=1, decay="epoch"),
+        optimizer=OptimizerConfig(warmup_epochs=1, lr_update="epoch"),
         epochs=10,
     )
 
@@ -423,7 +423,7 @@ def test_compaction_at_a_small_size(capsys):
         "streams too, 50%",
     ]
     assert dense.parameters > inner.parameters > streams.parameters
-    assert dense.operations > inner.operations > streams.operations
+    assert dense.macs > inner.macs > streams.macs
     assert dense.speed_up == 1
     assert all(row.difference < 1e-5 and row.milliseconds > 0 for row in (dense, inner, streams))
     assert capsys.readouterr().out.count("digits-cnn") == 3

@@ -40,7 +40,7 @@ def test_a_work_directory_may_be_relative(tmp_path, monkeypatch):
 
 
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, monkeypatch):
-    watched = {"prune": SPARSE, "log_every": 1, "average_decay": 0.9}
+    watched = {"prune": SPARSE, "log_every": 1, "ema_decay": 0.9}
     straight = loop.train(tiny.config(tmp_path / "straight", **watched))
 
     config = tiny.config(tmp_path / "stopped", **watched)
@@ -164,7 +164,7 @@ def test_the_weights_can_be_loaded(tmp_path):
 
 @pytest.mark.slow
 def test_sparse_weights_from_the_latent_ones_of_a_checkpoint(tmp_path):
-    loop.train(tiny.config(tmp_path / "run", epochs=1, prune=SPARSE, average_decay=0.9))
+    loop.train(tiny.config(tmp_path / "run", epochs=1, prune=SPARSE, ema_decay=0.9))
     state = load_state(tmp_path / "run")
     params = lats_optax.finalize(state.params, state.opt_state)
     assert lats_optax.sparsity(params).sparsity == pytest.approx(0.75, abs=0.01)
@@ -201,8 +201,8 @@ def test_overwrite_removes_the_run_and_nothing_else(tmp_path):
     config = tiny.config(tmp_path / "run", epochs=1)
     loop.train(config)
     (config.workdir / "notes.txt").write_text("mine")
-    for picture in ("report.png", "weights.png"):
-        (config.workdir / picture).write_text("of the run before")
+    for plot in ("report.png", "weights.png"):
+        (config.workdir / plot).write_text("of the run before")
     shorter = dataclasses.replace(config, overwrite=True, seed=1)
     result = loop.train(shorter)
     assert (config.workdir / "notes.txt").read_text() == "mine"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lats_optax import cli
-from lats_optax.training import manifest, pictures
+from lats_optax.training import manifest, plots
 from lats_optax.training.checkpoint import Checkpoints, load_state, load_variables
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.config_json import to_json
@@ -266,7 +266,7 @@ ARGUMENTS = ["digits", "--data.batch-size", "8", "--epochs", "2", "--checkpoint-
 def command(monkeypatch, tmp_path, capsys):
     """`lats-train` of a tiny run: its code, and the lines that it writes to standard error."""
     tiny.install(monkeypatch)
-    monkeypatch.setattr(pictures, "write", lambda result: [])
+    monkeypatch.setattr(plots, "write_plots", lambda result: [])
 
     def call(*more):
         workdir = ("--workdir", str(tmp_path / "run"))

@@ -32,9 +32,9 @@ def test_a_run_prints_its_table_and_where_things_are(tmp_path, capsys):
     assert (workdir / "checkpoints" / "6").is_dir()
     model = workdir / "model.safetensors"
     assert f"model         {model} ({model.stat().st_size:,} bytes, " in out
-    for picture in ("report.png", "weights.png"):
-        assert str(workdir / picture) in out
-        assert (workdir / picture).read_bytes().startswith(b"\x89PNG")
+    for plot in ("report.png", "weights.png"):
+        assert str(workdir / plot) in out
+        assert (workdir / plot).read_bytes().startswith(b"\x89PNG")
     assert err == ""  # No progress bar where nobody looks at one.
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["split"] == "test"

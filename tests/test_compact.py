@@ -27,7 +27,7 @@ ZOO = {
     "resnet18": ({"width": 0.125}, 32, 3),
     "mobilenet-v1": ({"width": 0.25}, 32, 3),
     "vgg16-bn": ({"width": 0.25}, 32, 3),
-    "sew-resnet18": ({"width": 0.125, "stem": "cifar", "steps": 3}, 8, 3),
+    "sew-resnet18": ({"width": 0.125, "stem": "cifar", "time_steps": 3}, 8, 3),
     "resnet34": ({"width": 0.125, "classifier_bias": True}, 32, 3),
     "resnet50": ({"width": 0.125}, 32, 3),
     "resnet101": ({"width": 0.0625}, 32, 3),
@@ -284,7 +284,7 @@ def test_padded_shortcuts_follow_the_channels_that_are_left():
     assert small.model.features["stem"] == 6
     places = [-1, -1, -1, -1, 0, -1, 1, 2, -1, 3, 4, 5, -1, -1, -1, -1]
     kept = [i for i in range(16) if i or small.model.features.get("stage2_block1/conv2") != 15]
-    assert list(small.model.places["stage2_block1"]) == [places[i] for i in kept]
+    assert list(small.model.channel_index["stage2_block1"]) == [places[i] for i in kept]
     found = models.describe(small.model)
     again = models.create(**json.loads(json.dumps(found)))
     assert again.clone(dtype=small.model.dtype) == small.model
@@ -454,16 +454,21 @@ def test_a_shortcut_is_not_the_identity_because_channels_happen_to_be_equal():
             "is 9; allowed: 56, as many as block1/co",
         ),
         ("mobilenet-v1", {"features": {"block1/depthwise": 9}}, "layer of features is 'block1/dep"),
-        ("resnet20", {"places": {"stage1_block1": [0]}}, "block of places is 'stage1_block1'; all"),
         (
             "resnet20",
-            {"places": {"stage2_block1": [0, 16]}},
-            "places of stage2_block1 is .*; allowed: 32 numbers from -1 to 15",
+            {"channel_index": {"stage1_block1": [0]}},
+            "block of channel_index is 'stage1_block1'; all",
+        ),
+        (
+            "resnet20",
+            {"channel_index": {"stage2_block1": [0, 16]}},
+            "channel_index of stage2_block1 is .*; allowed: 32 numbers from -1 to 15",
         ),
         (
             "resnet20",
             {"features": {f"stage2_block{block}/conv2": 9 for block in (1, 2, 3)}},
-            "places of stage2_block1 is None; allowed: 9 places, for 16 channels do not fit into 9",
+            "channel_index of stage2_block1 is None; allowed: 9 of them, for 16 channels do not fit "
+            "into 9",
         ),
     ],
 )
@@ -580,8 +585,8 @@ def test_what_keeps_its_channels_is_explained(layers, layer, reason):
     arrays = values(jax.eval_shape(model.init, KEY, x))
     arrays["params/layers_0/kernel"][..., :3] = 0
     small = compaction.compact(model, nested(arrays), sample=x)
-    assert reason in small.report.fixed[layer]
-    assert f"{layer} keeps all that it reads and writes: {small.report.fixed[layer]}" in str(
+    assert reason in small.report.pinned[layer]
+    assert f"{layer} keeps all that it reads and writes: {small.report.pinned[layer]}" in str(
         small.report
     )
     first = small.report.layers[0]
@@ -694,7 +699,7 @@ def dense_arrays(**changes):
             nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=False)]),
             None,
             X,
-            r"layers_1 \(BatchNorm\) normalises with the statistics of the batch",
+            r"layers_1 \(BatchNorm\) normalizes with the statistics of the batch",
         ),
         (
             nn.Sequential([nn.Dense(3), lambda x: (x, x), lambda x, y: x + y]),

@@ -111,7 +111,7 @@ def test_the_split_is_fixed_disjoint_and_stratified(digits, index_of):
         assert abs(np.sum(target[split["test"]] == digit) - total * 360 / 1797) < 1
 
 
-def test_training_images_are_normalised(digits):
+def test_training_images_are_normalized(digits):
     batches = list(digits.eval_batches(479, "train"))
     images = np.concatenate([batch["image"] for batch in batches])
     assert len(images) == 1437

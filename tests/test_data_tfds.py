@@ -20,7 +20,7 @@ from lats_optax.data import prepare as preparing
 from lats_optax.data.tfds_source import Records, open_builder
 from lats_optax.training import loop
 from lats_optax.training.config import DataConfig, TrainConfig
-from lats_optax.training.experiment import build
+from lats_optax.training.experiment import build_experiment
 from lats_optax.training.parallel import PmapEngine
 from tests import matrix, small_imagenet, tiny
 
@@ -108,7 +108,7 @@ def test_imagenet_is_described_and_stored_as_it_came(imagenet):
 
 
 @pytest.mark.parametrize(("batch_size", "shard_count"), [(8, 1), (5, 2)])
-def test_evaluation_is_a_resize_and_a_centre_crop_by_pillow(imagenet, batch_size, shard_count):
+def test_evaluation_is_a_resize_and_a_center_crop_by_pillow(imagenet, batch_size, shard_count):
     path, files = imagenet
     loaded = data.load("imagenet2012", path, image_size=32)
     expected = {}
@@ -435,7 +435,7 @@ def test_nothing_to_evaluate_on_is_an_error(broken, tmp_path):
         skip_corrupt=True,
     )
     model = tiny.Model(num_classes=1000, axis_name=PmapEngine.axis_name)
-    experiment = build(TrainConfig(data=chosen, workdir=tmp_path / "run"), model=model)
+    experiment = build_experiment(TrainConfig(data=chosen, workdir=tmp_path / "run"), model=model)
     state = experiment.parallel.place(experiment.initial_state())
     with pytest.raises(data.CorruptRecordError, match="every record that 'imagenet2012' is"):
         loop.evaluate(experiment, state)
@@ -499,11 +499,11 @@ def test_no_network_is_one_line(tmp_path, capfd, monkeypatch):
     ]
 
 
-def test_images_of_another_colour_space_or_format_become_rgb_jpegs():
-    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+def test_images_of_another_color_space_or_format_become_rgb_jpegs():
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
     for image, form in (
-        (Image.fromarray(grey).convert("CMYK"), "JPEG"),
-        (Image.fromarray(grey).convert("RGBA"), "PNG"),
+        (Image.fromarray(gray).convert("CMYK"), "JPEG"),
+        (Image.fromarray(gray).convert("RGBA"), "PNG"),
     ):
         file = io.BytesIO()
         image.save(file, form)

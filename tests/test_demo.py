@@ -39,8 +39,8 @@ def test_it_trains_both_and_says_where_everything_is(tmp_path, capsys):
     assert summary["sparse"]["nonzero_weights"] == weights - round(0.75 * weights)
     assert summary["sparse"]["sparsity"] == pytest.approx(0.75, abs=1 / weights)
     for name in ("report.png", "weights.png"):
-        with Image.open(workdir / name) as picture:
-            assert picture.format == "PNG"
+        with Image.open(workdir / name) as plot:
+            assert plot.format == "PNG"
     for words in ("Conv_0/kernel", "non-zero weights", "test accuracy", "75.00%"):
         assert words in out
     files = (

@@ -63,7 +63,7 @@ def assert_agree_at_the_end(result, expected):
     matrix.fast(["pmap", "jit over 2", *sorted(REST)], ["jit over 2"]),
 )
 def test_an_engine_trains_as_one_device(tmp_path, engine):
-    changes = {"prune": TARGET, "recalibrate": 2, "epochs": 2}
+    changes = {"prune": TARGET, "bn_recalibration_batches": 2, "epochs": 2}
     expected = run(tmp_path / "one", "pmap", jax.devices()[:1], **changes)
     assert_agree(run(tmp_path / engine, engine, **changes), expected)
 
@@ -80,7 +80,7 @@ def test_the_parts_of_a_batch_are_the_same_too(tmp_path):
     plain = tiny.config(tmp_path)
     changes = {
         "data": dataclasses.replace(plain.data, batch_size=16),
-        "optimizer": dataclasses.replace(plain.optimizer, accumulate=2),
+        "grad_accum_steps": 2,
     }
     expected = run(tmp_path / "pmap", "pmap", **changes)
     assert_agree(run(tmp_path / "jit", "jit over 8", **changes), expected)

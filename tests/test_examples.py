@@ -46,13 +46,13 @@ def test_every_example_is_listed_with_its_command():
         ("char_transformer", ["--sparsity", "90%"], "--sparsity: '90%' is not allowed"),
         (
             "lasso_path",
-            ["--steps", "1", "--picture", "missing/a.png"],
-            "--picture: there is no directory",
+            ["--steps", "1", "--plot", "missing/a.png"],
+            "--plot: there is no directory",
         ),
         (
             "lasso_path",
-            ["--steps", "1", "--picture", "a.doc"],
-            "--picture: the picture is to be 'a.doc'",
+            ["--steps", "1", "--plot", "a.doc"],
+            "--plot: the plot is to be 'a.doc'",
         ),
     ],
 )
@@ -68,8 +68,8 @@ def test_wrong_options_are_answered_in_one_line(name, args, said, capsys, tmp_pa
 
 
 def test_lasso_path(capsys, tmp_path):
-    picture = tmp_path / "path.png"
-    paths = lasso_path.main(["--picture", str(picture)])
+    plot = tmp_path / "path.png"
+    paths = lasso_path.main(["--plot", str(plot)])
     x, y = load_diabetes(return_X_y=True)
     x, y = (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
     # Not the function that the example compares with: one problem at a time, from zero.
@@ -83,9 +83,9 @@ def test_lasso_path(capsys, tmp_path):
     assert len(printed) == 2 + len(lasso_path.ALPHAS) + 2
     assert printed[-2:] == [
         "the same zeros as scikit-learn's: everywhere",
-        f"picture: {picture}",
+        f"plot: {plot}",
     ]
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_lasso_path_says_where_it_has_not_arrived(capsys):

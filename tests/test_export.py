@@ -145,7 +145,7 @@ def test_what_does_not_belong_together_is_not_saved(path, change, message):
     assert not path.exists()
 
 
-@pytest.mark.filterwarnings("ignore:initial is")  # it has zeros that such a run does not keep
+@pytest.mark.filterwarnings("ignore:init_from is")  # it has zeros that such a run does not keep
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -164,11 +164,11 @@ def test_a_run_takes_the_model_of_the_file(path, change, words):
     """Which may have options that no config has a field for, as a compacted one does."""
     cut = models.create("digits-cnn", num_classes=10, width=0.25, features={"block1/conv1": 3})
     save_model(path, cut, weights(cut, (8, 8, 1), jnp.bfloat16), (8, 8, 1))
-    config = TrainConfig(model=ModelConfig(**change), initial=path)
+    config = TrainConfig(model=ModelConfig(**change), init_from=path)
     wanted = make_model(config, num_classes=10)
     arguments = (path, config, wanted, (16, 16, 1), lats_optax.prunable)
     if words:
-        with pytest.raises(ValueError, match=r"^initial is ") as error:
+        with pytest.raises(ValueError, match=r"^init_from is ") as error:
             load_initial(*arguments)
         for word in words:
             assert word in str(error.value)
@@ -206,7 +206,7 @@ def refused(path):
 @pytest.mark.parametrize(
     "field",
     matrix.fast(
-        ["name", "num_classes", "dtype", "width", "classifier_bias", "axis_name", "steps"], 2
+        ["name", "num_classes", "dtype", "width", "classifier_bias", "axis_name", "time_steps"], 2
     ),
 )
 def test_a_description_with_any_field_changed_is_refused(path, field):
@@ -225,7 +225,11 @@ def test_a_description_with_any_field_changed_is_refused(path, field):
         {"name": "resnet20", "num_classes": 10, "dtype": "float32"},
         *(
             {"name": "sew-resnet18", "num_classes": 10, "dtype": "float32"} | odd
-            for odd in ({"steps": 10**12}, {"neuron": {"tau": "x"}}, {"neuron": {"surrogate": 1}})
+            for odd in (
+                {"time_steps": 10**12},
+                {"neuron": {"tau": "x"}},
+                {"neuron": {"surrogate": 1}},
+            )
         ),
     ],
     ids=lambda description: str(description)[:40],

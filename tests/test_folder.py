@@ -140,7 +140,7 @@ def test_formats(tmp_path, suffix):
         ({}, (None, None, 3)),
         ({"channels": 1}, (None, None, 1)),
     ],
-    ids=["one size", "one size, grey", "sizes", "sizes, grey"],
+    ids=["one size", "one size, gray", "sizes", "sizes, gray"],
 )
 def test_images_of_one_size_stay_as_they_are(tmp_path, how, shape):
     found = folder.read(write(tmp_path / "own", (2, 2), **how))

@@ -16,7 +16,7 @@ from flax import traverse_util
 from PIL import Image
 
 from lats_optax import cli, models
-from lats_optax.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from lats_optax.data.normalization import IMAGENET_MEAN, IMAGENET_STD
 from lats_optax.data.prepare import prepare
 from lats_optax.data.tfds_source import Records, open_builder
 from lats_optax.training.checkpoint import load_variables

@@ -74,13 +74,13 @@ FILES = {
     "progressive JPEG": encode(PHOTOGRAPH, progressive=True),
     "JPEG without subsampling": encode(PHOTOGRAPH, subsampling=0),
     "JPEG in RGB": encode(PHOTOGRAPH, keep_rgb=True),
-    "grey JPEG": converted("L", "JPEG"),
+    "gray JPEG": converted("L", "JPEG"),
     "CMYK JPEG": converted("CMYK", "JPEG"),
     "rotated JPEG": rotated_by_exif(),
     "JPEG with a thumbnail": with_thumbnail(),
     "JPEG with bytes after it": PHOTOGRAPH_JPEG + b"\0 camera",
     "PNG": encode(PHOTOGRAPH, "PNG"),
-    "grey PNG": converted("L", "PNG"),
+    "gray PNG": converted("L", "PNG"),
     "RGBA PNG": converted("RGBA", "PNG"),
     "LA PNG": converted("LA", "PNG"),
     "1-bit PNG": converted("1", "PNG"),
@@ -267,7 +267,7 @@ def test_crops_have_the_published_distribution():
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
-        ((1000, 10), (493, 0, 506, 10)),  # too wide for every crop of 8 %: the centre, 4:3
+        ((1000, 10), (493, 0, 506, 10)),  # too wide for every crop of 8 %: the center, 4:3
         ((10, 1000), (0, 493, 10, 506)),  # 3:4
         ((1, 1), (0, 0, 1, 1)),
     ],
@@ -375,7 +375,7 @@ SMALL = PHOTOGRAPH[::5, ::5]
 CUT = {
     "JPEG": encode(SMALL),
     "progressive JPEG": encode(SMALL, progressive=True),
-    "grey JPEG": converted("L", "JPEG", SMALL),
+    "gray JPEG": converted("L", "JPEG", SMALL),
     "CMYK JPEG": converted("CMYK", "JPEG", SMALL),
     "JPEG with a thumbnail": encode(SMALL, exif=b"Exif\0\0" + encode(SMALL[::4, ::4])),
     "PNG": encode(SMALL, "PNG"),

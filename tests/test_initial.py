@@ -24,7 +24,7 @@ from tests.tiny import variables
 
 FINE = PruneConfig(mode="fine-tuning")
 TARGET = PruneConfig(target_sparsity=0.75)
-WATCHED = {"average_decay": 0.9, "log_every": 1}  # as other tests have it: compiled once
+WATCHED = {"ema_decay": 0.9, "log_every": 1}  # as other tests have it: compiled once
 
 
 @pytest.fixture(autouse=True)
@@ -104,11 +104,11 @@ def test_overwrite_removes_the_files_of_a_run(tmp_path):
 @pytest.mark.slow
 def test_fine_tuning_is_masked_sgd(tmp_path, initial):
     """The zeros are exactly the file's and the survivors move, as in a loop of another's."""
-    config = tiny.config(tmp_path / "run", prune=FINE, initial=initial)
+    config = tiny.config(tmp_path / "run", prune=FINE, init_from=initial)
     first = tiny.train(config, jax.devices()[:1])
     # Once more, from the copy of the file in the run that this one throws away.
     copy = config.workdir / "initial.safetensors"
-    again = dataclasses.replace(config, overwrite=True, initial=copy)
+    again = dataclasses.replace(config, overwrite=True, init_from=copy)
     result = tiny.train(again, jax.devices()[:1])
     equal(first.state, result.state)
     start = variables()
@@ -140,7 +140,7 @@ def test_a_fine_tuning_step_is_the_step_of_the_frozen_phase(tmp_path, initial):
     """The same program, so that it costs the same."""
     programs = []
     for prune in (FINE, EARLY):
-        config = tiny.config(tmp_path / "run", prune=prune, initial=initial)
+        config = tiny.config(tmp_path / "run", prune=prune, init_from=initial)
         model, phase = tiny.Model(), make_optimizer(config, steps_per_epoch=6).phases[-1]
         step, tx = assembly.bind_step(config, model, phase), phase.transform
         state = jax.eval_shape(lambda model=model, tx=tx: create_state(model, tx, tiny.SHAPE, 0))
@@ -150,10 +150,10 @@ def test_a_fine_tuning_step_is_the_step_of_the_frozen_phase(tmp_path, initial):
     assert programs[0] == programs[1]
 
 
-@pytest.mark.filterwarnings("ignore:initial is .* do not stay zero")
+@pytest.mark.filterwarnings("ignore:init_from is .* do not stay zero")
 @pytest.mark.parametrize("prune", [PruneConfig(), TARGET], ids=["dense", "during-training"])
 def test_any_run_can_begin_from_a_file(tmp_path, initial, prune):
-    config = tiny.config(tmp_path / "run", prune=prune, initial=initial, average_decay=0.9)
+    config = tiny.config(tmp_path / "run", prune=prune, init_from=initial, ema_decay=0.9)
     ready = tiny.build(config, jax.devices()[:1])
     state = ready.initial_state()
     equal({"params": state.params, "batch_stats": state.batch_stats}, variables())
@@ -174,7 +174,7 @@ def test_any_run_can_begin_from_a_file(tmp_path, initial, prune):
 def test_a_resumed_run_needs_its_work_directory_alone(tmp_path, monkeypatch, initial, prune):
     fine = prune is FINE
     watched, devices = ({}, 1) if fine else (WATCHED, 2)
-    watched |= {"prune": prune, "initial": initial}
+    watched |= {"prune": prune, "init_from": initial}
     straight = tiny.train(tiny.config(tmp_path / "straight", **watched), jax.devices()[:devices])
     config = tiny.config(tmp_path / "stopped", **watched)
     with monkeypatch.context() as context:
@@ -190,20 +190,20 @@ def test_a_resumed_run_needs_its_work_directory_alone(tmp_path, monkeypatch, ini
 
 @pytest.mark.slow
 def test_what_a_run_began_from_is_not_exchanged(tmp_path, initial):
-    config = tiny.config(tmp_path / "run", prune=FINE, initial=initial)
-    # Where there is no checkpoint yet, the run begins anew, from the file that is named now.
+    config = tiny.config(tmp_path / "run", prune=FINE, init_from=initial)
+    # Where there is no checkpoint yet, the run begins again, from the file that is named now.
     config.workdir.mkdir()
     (config.workdir / "initial.safetensors").write_bytes(b"of a run that was killed")
     tiny.train(dataclasses.replace(config, resume=True), jax.devices()[:1])
-    other = dataclasses.replace(config, resume=True, initial=tmp_path / "other")
-    with pytest.raises(ValueError, match=r"initial is '.*other' and was '.*initial/model"):
+    other = dataclasses.replace(config, resume=True, init_from=tmp_path / "other")
+    with pytest.raises(ValueError, match=r"init_from is '.*other' and was '.*initial/model"):
         tiny.build(other)
 
 
 def test_a_checkpoint_that_is_older_than_a_field_can_be_resumed(tmp_path):
     config = tiny.config(tmp_path)
     older = to_json(config)
-    del older["initial"], older["prune"]["mode"], older["prune"]["search_epochs"]
+    del older["init_from"], older["prune"]["mode"], older["prune"]["search_epochs"]
     check_resumable(older, config)
     with pytest.raises(ValueError, match=r"prune\.mode is 'early' and was 'during-training'"):
         check_resumable(older, dataclasses.replace(config, prune=EARLY))
@@ -231,7 +231,7 @@ def dense(variables):
 @pytest.mark.parametrize(
     ("write", "words"),
     [
-        (lambda path: None, ["initial is", "a model file that is there"]),
+        (lambda path: None, ["init_from is", "a model file that is there"]),
         (lambda path: path.write_bytes(b"x"), ["not a safetensors file"]),
         (
             lambda path: lats_optax.save_sparse(path, variables()),
@@ -250,7 +250,7 @@ def test_a_file_that_a_run_cannot_begin_from_is_named(tmp_path, write, words):
     path = tmp_path / "file"
     write(path)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
-        tiny.build(tiny.config(tmp_path / "run", prune=FINE, initial=path))
+        tiny.build(tiny.config(tmp_path / "run", prune=FINE, init_from=path))
     for word in [str(path), *words]:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
@@ -260,13 +260,13 @@ def test_a_file_that_a_run_cannot_begin_from_is_named(tmp_path, write, words):
 def test_images_of_another_shape_are_named_with_the_arrays(tmp_path, initial):
     wider = dataclasses.replace(tiny.make_dataset(), image_shape=(4, 8, 1))
     with pytest.raises(ValueError, match=r"\[4, 8, 1\]: params/Dense_0/kernel is .*\[128, 3\] and"):
-        tiny.build(tiny.config(tmp_path / "run", initial=initial), dataset=wider)
+        tiny.build(tiny.config(tmp_path / "run", init_from=initial), dataset=wider)
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: TrainConfig(prune=FINE), ["prune.mode", "fine-tuning", "with initial"]),
+        (lambda: TrainConfig(prune=FINE), ["prune.mode", "fine-tuning", "with init_from"]),
         (
             lambda: PruneConfig(0.9, mode="fine-tuning"),
             ["prune.target_sparsity", "0.9", "None with mode fine-tuning"],

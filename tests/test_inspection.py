@@ -16,7 +16,7 @@ import lats_optax
 from lats_optax import cli, masks, models
 from lats_optax.analysis import curves as analysis
 from lats_optax.analysis import model, runs
-from lats_optax.inspection import columns, lineup, model_file
+from lats_optax.inspection import columns, compare_schedules, model_file
 from lats_optax.plots.curves import draw_thresholds
 from lats_optax.plots.model import draw_model
 from lats_optax.training.export import save_model, variables_of
@@ -66,7 +66,9 @@ def here(tmp_path, monkeypatch):
 
 
 def curves(*schedules, **settings):
-    return lineup.build(lineup.Request(schedules, **(RUN | settings))).curves
+    return compare_schedules.compare_schedules(
+        compare_schedules.ScheduleRequest(schedules, **(RUN | settings))
+    ).curves
 
 
 def catch_figures(monkeypatch):
@@ -117,7 +119,7 @@ def test_pgh_falls_by_its_base(name):
     ("settings", "rates"),
     [
         ({"learning_rate": "0.3"}, 3 * COSINE),
-        ({"decay": "epoch"}, COSINE[COUNTS // EPOCH * EPOCH]),
+        ({"lr_update": "epoch"}, COSINE[COUNTS // EPOCH * EPOCH]),
         ({"shape": "constant"}, np.full(STEPS, 0.1)),
         (
             {"shape": "milestones", "milestones": (5, 8), "factor": 0.5},
@@ -154,7 +156,9 @@ def test_warm_up_is_that_of_the_trainer():
 )
 def test_a_preset_gives_its_own_schedule(name):
     config = PRESETS[name].config
-    found = lineup.build(lineup.Request(preset=name, epochs=10, steps_per_epoch=10))
+    found = compare_schedules.compare_schedules(
+        compare_schedules.ScheduleRequest(preset=name, epochs=10, steps_per_epoch=10)
+    )
     prune = config.prune
     label = f"pgh:{prune.beta}" if prune.schedule == "pgh" else prune.schedule
     assert list(found.curves) == [label]
@@ -175,7 +179,9 @@ def test_a_preset_gives_its_own_schedule(name):
     ),
 )
 def test_a_preset_gives_its_length(name, epochs, steps_per_epoch):
-    found = lineup.build(lineup.Request(preset=name, epochs=epochs))
+    found = compare_schedules.compare_schedules(
+        compare_schedules.ScheduleRequest(preset=name, epochs=epochs)
+    )
     assert (found.steps_per_epoch, found.steps) == (steps_per_epoch, epochs * steps_per_epoch)
 
 
@@ -271,7 +277,7 @@ def test_columns_of_csv_files(tmp_path, text, column, steps, values):
     assert found[1].tolist() == values
 
 
-# --- schedules: the table and the picture -------------------------------------------------------
+# --- schedules: the table and the plot -------------------------------------------------------
 
 
 def test_the_table_says_where_l1_is_undefined(here):
@@ -328,7 +334,7 @@ def test_long_runs_are_thinned_and_keep_their_extremes(tmp_path, monkeypatch):
 
 PICTURES = {
     "one that stands still": {"constant": 0.1},
-    "both signs, and more than there are colours": {
+    "both signs, and more than there are colors": {
         f"{n}": (lambda t, n=n: 0.1 * (1.1 + np.sin(t / (n + 1)))) for n in range(9)
     },
     "names that matplotlib takes for something else": {
@@ -412,8 +418,8 @@ def made(tmp_path_factory, digits):
     (made / "cut.npy").write_bytes((made / "cut.npy").read_bytes()[:200])
     write_run(made / "dense", [{"split": "train", "step": 1, "epoch": 1}])
     write_run(made / "broken", [{"step": 1}])
-    for picture in ("schedule.png", "model.png"):
-        (made / picture).write_text("old")
+    for plot in ("schedule.png", "model.png"):
+        (made / plot).write_text("old")
     return made
 
 
@@ -425,7 +431,7 @@ def files(here, made, tmp_path):
 
 
 def by_hand(variables):
-    """Entries, entries that are not zero, and multiply-adds of each kernel."""
+    """Entries, entries that are not zero, and MACs of each kernel."""
     names, leaves = jax.tree.leaves(masks.paths(variables["params"])), variables["params"]
     return {
         path: (v.size, np.count_nonzero(v), POSITIONS[path.split("/")[0]] * v.size)
@@ -443,8 +449,8 @@ def by_hand(variables):
         ("variables.safetensors", {"model": "digits-cnn", "image_shape": (8, 8, 1)}),
     ],
 )
-def test_operations_and_zeros_are_those_counted_by_hand(files, tmp_path, digits, file, settings):
-    found = model_file.build(model_file.Request(tmp_path / file, **settings))
+def test_macs_and_zeros_are_those_counted_by_hand(files, tmp_path, digits, file, settings):
+    found = model_file.inspect_file(model_file.ModelRequest(tmp_path / file, **settings))
     rows = {la.path: la for la in found.report.shown}
     expected = by_hand(digits[1])
     assert rows.keys() == expected.keys()
@@ -459,20 +465,20 @@ def test_operations_and_zeros_are_those_counted_by_hand(files, tmp_path, digits,
     assert found.file_bytes < found.dense_bytes / 5
 
 
-def test_operations_of_other_images(files, digits):
-    request = model_file.Request(Path("model.safetensors"), image_shape=(16, 16, 1))
-    found = {la.path: la.dense for la in model_file.build(request).report.shown}
+def test_macs_of_other_images(files, digits):
+    request = model_file.ModelRequest(Path("model.safetensors"), image_shape=(16, 16, 1))
+    found = {la.path: la.dense for la in model_file.inspect_file(request).report.shown}
     for path, (_, _, dense) in by_hand(digits[1]).items():
         assert found[path] == (1 if path.startswith("classifier") else 4) * dense
 
 
 @pytest.mark.parametrize("file", ["params.safetensors", "mlp.safetensors"])
-def test_a_file_that_does_not_say_its_model_has_no_operations(files, monkeypatch, capsys, file):
+def test_a_file_that_does_not_say_its_model_has_no_macs(files, monkeypatch, capsys, file):
     catch_figures(monkeypatch)
     assert cli.inspect(["model", file]) == 0
     out = capsys.readouterr().out
     assert "not counted: the file does not say of which model it is" in out
-    assert "multiply-adds" not in out.splitlines()[0]
+    assert "MACs" not in out.splitlines()[0]
     assert "effective" not in out
 
 
@@ -508,29 +514,29 @@ def test_the_table_of_a_model():
     np.testing.assert_allclose(middles[found.histogram > 0], expected, atol=np.diff(found.edges)[0])
 
 
-def test_operations_without_a_parameter_are_in_the_total():
+def test_macs_without_a_parameter_are_in_the_total():
     w = np.array([[1.0, 0.0], [0.0, 0.0]], np.float32)
-    counted = lats_optax.count_operations(lambda w, x: (x @ x) @ w, w, np.ones((2, 2), np.float32))
+    counted = lats_optax.count_macs(lambda w, x: (x @ x) @ w, w, np.ones((2, 2), np.float32))
     lines = str(model.inspect_model(w, counted)).splitlines()
     assert lines[-3].split() == ["no", "parameter", "8", "8"]
-    assert lines[-2].split() == ["multiply-adds", "16", "10"]
+    assert lines[-2].split() == ["MACs", "16", "10"]
 
 
 @pytest.mark.parametrize("counted", [True, False])
 def test_picture_shows_each_layer(tmp_path, monkeypatch, counted):
     figures = catch_figures(monkeypatch)
     params = {"kernel": np.array([[0.5, 0.0, -2.0], [0.0, 0.0, 0.0]]), "bias": np.ones(3)}
-    operations = None
+    macs = None
     if counted:
         call = lambda params, x: x @ params["kernel"]  # noqa: E731
-        operations = lats_optax.count_operations(call, params, np.ones((7, 2)))
-    draw_model(tmp_path / "a.png", model.inspect_model(params, operations), "two layers")
+        macs = lats_optax.count_macs(call, params, np.ones((7, 2)))
+    draw_model(tmp_path / "a.png", model.inspect_model(params, macs), "two layers")
     zeros, size, channels, magnitudes, histogram = figures[0].axes
     assert figures[0].get_suptitle() == "two layers"
     assert [text.get_text() for text in zeros.get_yticklabels()] == ["kernel"]
     np.testing.assert_allclose([bar.get_width() for bar in zeros.patches], [100 * 4 / 6])
     assert [bar.get_width() for bar in size.patches] == ([42, 14] if counted else [6, 2])
-    assert size.get_xlabel() == ("multiply-adds" if counted else "weights")
+    assert size.get_xlabel() == ("MACs" if counted else "weights")
     np.testing.assert_allclose([bar.get_width() for bar in channels.patches], [100 / 3, 50])
     np.testing.assert_allclose(magnitudes.get_lines()[0].get_xdata(), [1.25])
     assert histogram.patches[0].get_data().values.sum() == 2
@@ -560,7 +566,7 @@ def test_picture_of_a_model_is_a_png(tmp_path, params):
 
 
 @pytest.mark.slow
-def test_resnet50_has_its_published_operations(here, tmp_path):
+def test_resnet50_has_its_published_macs(here, tmp_path):
     net, rng = models.create("resnet50", num_classes=1000), np.random.default_rng(0)
 
     def a_tenth(shape):
@@ -568,7 +574,7 @@ def test_resnet50_has_its_published_operations(here, tmp_path):
 
     variables = jax.tree.map(a_tenth, variables_of(net, (224, 224, 3)))
     save_model("model.safetensors", net, variables, (224, 224, 3))
-    found = model_file.build(model_file.Request(tmp_path))
+    found = model_file.inspect_file(model_file.ModelRequest(tmp_path))
     assert found.call == "4.09 G dense, 409 M effective (10.0%), for an image of 224×224×3"
 
 
@@ -582,7 +588,7 @@ def test_schedule_prints_its_table_and_writes_its_picture(here, tmp_path, capsys
     assert err == ""
     assert [line.split()[0] for line in out.splitlines()[2:4]] == ["lats", "pgh:0.1"]
     assert "a cosine from 0.1 to 0, moved at every step; 2 epochs of 5 steps" in out
-    assert out.endswith("picture        schedule.png\n")
+    assert out.endswith("plot           schedule.png\n")
     with Image.open(tmp_path / "schedule.png") as image:
         assert image.format == "PNG"
 
@@ -593,8 +599,8 @@ def test_model_prints_its_table_and_writes_its_picture(files, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     assert "block1/conv1/kernel" in out
-    assert "multiply-adds  1.62 M dense" in out
-    assert out.endswith("picture        digits.png\n")
+    assert "MACs           1.62 M dense" in out
+    assert out.endswith("plot           digits.png\n")
     with Image.open(tmp_path / "digits.png") as image:
         assert image.format == "PNG"
 
@@ -610,15 +616,15 @@ def test_pictures_are_beside_the_run_that_they_are_of(files, tmp_path, capsys):
         ],
     )
     shutil.copy("model.safetensors", "run")
-    for request, picture in (
+    for request, plot in (
         (["schedule", "linear", "mine=run", *SHORT], "run/schedule.png"),
         (["model", "run"], "run/model.png"),
         (["model", "run/model.safetensors"], "run/model.png"),
     ):
-        Path(picture).unlink(missing_ok=True)
+        Path(plot).unlink(missing_ok=True)
         assert cli.inspect(request) == 0
-        assert capsys.readouterr().out.endswith(f"picture        {picture}\n")
-        assert Path(picture).is_file()
+        assert capsys.readouterr().out.endswith(f"plot           {plot}\n")
+        assert Path(plot).is_file()
 
 
 @pytest.mark.parametrize(
@@ -646,7 +652,7 @@ def test_pictures_are_beside_the_run_that_they_are_of(files, tmp_path, capsys):
         ),
         (["schedule", "--shape", "milestones"], ["milestones", "()"]),
         (["schedule", "--milestones", "3"], ["shape", "'cosine'", "(3,)"]),
-        (["schedule", "--shape", "constant", "--decay", "epoch"], ["decay", "'epoch'"]),
+        (["schedule", "--shape", "constant", "--lr-update", "epoch"], ["lr_update", "'epoch'"]),
         (["schedule", "--factor", "2"], ["factor is 2.0"]),
         (["schedule", "--warmup-epochs", "9"], ["warmup_epochs", "9"]),
         (["schedule", "--preset", "digts"], ["'digts'", "digits-lats"]),

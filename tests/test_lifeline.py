@@ -63,10 +63,10 @@ def test_somebody_else_at_the_port_is_sent_away(address):
 @pytest.mark.parametrize(
     ("calls", "errors"),
     [
-        ([(3, 0), (3, 1)], ["process_count is 3; missing at {}: process 2", ""]),
+        ([(3, 0), (3, 1)], ["num_processes is 3; missing at {}: process 2", ""]),
         ([(2, 1)], ["coordinator is '{}', where process 0 is not: "]),
-        ([(3, 0), (3, 1), (3, 1)], ["process_index is 1 in two processes; allowed: 1 to 2"]),
-        ([(2, 0), (3, 1)], ["process_count is 2 in process 0 and 3 in process 1; allowed"]),
+        ([(3, 0), (3, 1), (3, 1)], ["process_id is 1 in two processes; allowed: 1 to 2"]),
+        ([(2, 0), (3, 1)], ["num_processes is 2 in process 0 and 3 in process 1; allowed"]),
     ],
     ids=["one is missing", "nobody is there", "an index twice", "other counts"],
 )
@@ -180,8 +180,8 @@ def test_a_killed_process_ends_the_other_with_one_line(address, killed):
 
 def start(address, index, workdir, *more):
     """`lats-train` as one of two processes."""
-    join = ["--distributed", "--coordinator", address, "--process-count", "2"]
-    arguments = ["digits-lats", *join, "--process-index", str(index), "--workdir", str(workdir)]
+    join = ["--distributed", "--coordinator", address, "--num-processes", "2"]
+    arguments = ["digits-lats", *join, "--process-id", str(index), "--workdir", str(workdir)]
     main = "import sys; from lats_optax import cli; sys.exit(cli.train(sys.argv[1:]))"
     return subprocess.Popen(
         [sys.executable, "-c", main, *arguments, *more],
@@ -203,7 +203,7 @@ def test_a_run_whose_other_process_does_not_come_ends_in_time(address, tmp_path)
     _, err = alone.communicate(timeout=60)
     assert time.monotonic() - begin < 50
     assert alone.returncode == 2
-    assert err == f"lats-train: error: process_count is 2; missing at {address}: process 1\n"
+    assert err == f"lats-train: error: num_processes is 2; missing at {address}: process 1\n"
 
 
 @pytest.mark.slow

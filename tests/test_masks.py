@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from lats_optax import masks, prunable, restrict, select, support
+from lats_optax import apply_support, masks, prunable, select, support
 
 PARAMS = {
     "head": {"bias": jnp.zeros(2), "kernel": jnp.ones((4, 2))},
@@ -190,7 +190,7 @@ def test_support_follows_a_layer_through_masks():
     assert alive["b"].tolist() is True
 
 
-# --- restrict -----------------------------------------------------------------------------------
+# --- apply_support ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32])
@@ -198,7 +198,7 @@ def test_support_follows_a_layer_through_masks():
 def test_restrict_keeps_what_is_alive_and_zeros_the_rest(dtype, compiled):
     params = {"kernel": jnp.array([[3, -4, 5, -6]], dtype), "bias": jnp.array([7, 0], dtype)}
     alive = {"kernel": jnp.array([[True, False, False, True]]), "bias": True}
-    kept = (jax.jit(restrict) if compiled else restrict)(params, alive)
+    kept = (jax.jit(apply_support) if compiled else apply_support)(params, alive)
     assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype(dtype)}
     assert kept["kernel"].tolist() == [[3, 0, 0, -6]]
     assert kept["bias"].tolist() == [7, 0]
@@ -206,29 +206,29 @@ def test_restrict_keeps_what_is_alive_and_zeros_the_rest(dtype, compiled):
 
 def test_restrict_gives_positive_zeros_whatever_stood_there():
     excluded = jnp.array([-1.0, -0.0, jnp.nan, jnp.inf, -jnp.inf, 1e-45])
-    kept = np.asarray(restrict(excluded, jnp.zeros(6, bool)))
+    kept = np.asarray(apply_support(excluded, jnp.zeros(6, bool)))
     assert (kept == 0).all()
     assert not np.signbit(kept).any()
     # What is kept is not looked at.
-    assert np.isnan(restrict(excluded, jnp.ones(6, bool))[2])
+    assert np.isnan(apply_support(excluded, jnp.ones(6, bool))[2])
 
 
 def test_restrict_takes_prefixes_and_names_what_does_not_fit():
     params = {"a": {"b": jnp.ones(2), "c": jnp.ones(3)}, "d": jnp.ones(2)}
-    kept = restrict(params, {"a": False, "d": jnp.array([True, False])})
+    kept = apply_support(params, {"a": False, "d": jnp.array([True, False])})
     assert jax.tree.map(lambda leaf: leaf.tolist(), kept) == {
         "a": {"b": [0, 0], "c": [0, 0, 0]},
         "d": [1, 0],
     }
     with pytest.raises(ValueError, match=r"^support: its structure, with nothing more.*with d, n"):
-        restrict(params, {"a": True})
+        apply_support(params, {"a": True})
     with pytest.raises(ValueError, match=r"^support: its structure, with a/e, .* with a/b, a/c, d"):
-        restrict(params, {"a": {"e": True}})
+        apply_support(params, {"a": {"e": True}})
     with pytest.raises(ValueError, match=r"^support: its structure, with PyTreeDef\(\(\*"):
-        restrict([1.0, 2.0], (True, False))
+        apply_support([1.0, 2.0], (True, False))
     with pytest.raises(ValueError, match=r"^support: at d it is 'no'; allowed is bool\[2\]"):
-        restrict(params, {"a": True, "d": "no"})
+        apply_support(params, {"a": True, "d": "no"})
     with pytest.raises(ValueError, match=r"^support: at d it is bool\[3\]; allowed is bool\[2\]"):
-        restrict(params, {"a": True, "d": jnp.ones(3, bool)})
+        apply_support(params, {"a": True, "d": jnp.ones(3, bool)})
     with pytest.raises(ValueError, match=r"^support: at d it is float32\[2\]; allowed is bool"):
-        restrict(params, {"a": True, "d": jnp.ones(2)})
+        apply_support(params, {"a": True, "d": jnp.ones(2)})

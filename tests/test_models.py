@@ -127,7 +127,7 @@ def test_evaluation_uses_the_running_statistics_one_image_at_a_time(images, vari
 
 @pytest.mark.slow
 def test_statistics_are_shared_over_the_named_axis(images, variables):
-    """Halves of a batch with a common axis are normalised as the whole, and else are not."""
+    """Halves of a batch with a common axis are normalized as the whole, and else are not."""
     whole, _ = train_step(create(), variables, images)
     halves = images.reshape(2, 3, 8, 8, 1)
 
@@ -163,7 +163,7 @@ LEAKY = models.Neuron("lif", reset="soft", tau=3.0, surrogate=models.Surrogate("
         ("resnet56", {"num_classes": 7, "width": 0.5}),
         ("mobilenet-v1", {"num_classes": 3, "axis_name": "batch"}),
         ("vgg16-bn", {"num_classes": 3}),
-        ("sew-resnet34", {"num_classes": 3, "steps": 2, "stem": "cifar", "neuron": LEAKY}),
+        ("sew-resnet34", {"num_classes": 3, "time_steps": 2, "stem": "cifar", "neuron": LEAKY}),
     ],
 )
 def test_a_description_in_json_makes_the_model_again(name, options):

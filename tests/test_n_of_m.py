@@ -221,9 +221,9 @@ def test_a_file_has_the_places_in_two_bits_a_survivor(tmp_path, dtype, most):
     np.testing.assert_array_equal(lats_optax.load_sparse(path)["kernel"], kernel)
 
 
-def test_half_of_the_multiply_adds_are_left():
+def test_half_of_the_macs_are_left():
     kernel = groups.n_of_m(2, 4, shrinkage=HARD)(weights()["dense/kernel"], 10.0)
-    report = lats_optax.count_operations(
+    report = lats_optax.count_macs(
         lambda p, x: x @ p["kernel"], {"kernel": kernel}, jnp.ones((3, 8))
     )
     assert (report.dense, report.effective) == (3 * 8 * 6, 3 * 8 * 6 / 2)

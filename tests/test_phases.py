@@ -190,12 +190,10 @@ def test_the_support_is_that_of_a_search_in_numpy():
 def test_training_from_scratch_keeps_the_support():
     params = initial()
     found = prune_at_initialization(quadratic, params, np.float32(batches(5)), search(), 5)
-    restricted = lats_optax.restrict(params, found)
-    np.testing.assert_array_equal(
-        restricted["kernel"], np.where(found["kernel"], params["kernel"], 0)
-    )
+    masked = lats_optax.apply_support(params, found)
+    np.testing.assert_array_equal(masked["kernel"], np.where(found["kernel"], params["kernel"], 0))
     tx = optax.chain(SGD, keep_support(found))
-    trained, _ = run(tx, restricted, tx.init(restricted), range(4))
+    trained, _ = run(tx, masked, tx.init(masked), range(4))
     np.testing.assert_array_equal(trained["kernel"] != 0, found["kernel"])
 
 

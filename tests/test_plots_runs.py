@@ -1,4 +1,4 @@
-"""The table against numbers written down here; the picture by what it draws and how it is saved."""
+"""The table against numbers written down here; the plot by what it draws and how it is saved."""
 
 import dataclasses
 import sys
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import lats_optax
-from lats_optax.analysis.runs import Run, comparison_table, implied_l1
+from lats_optax.analysis.runs import FinishedRun, comparison_table, implied_l1
 from lats_optax.analysis.sparsity import LayerSparsity, SparsityReport
 from lats_optax.plots.runs import draw_runs
 from tests import matrix
@@ -48,8 +48,8 @@ def records(threshold=None, every=20):
     return written
 
 
-DENSE = Run("dense", 0.9917, 12.34, sparsity_report(0, 0), records())
-SPARSE = Run(
+DENSE = FinishedRun("dense", 0.9917, 12.34, sparsity_report(0, 0), records())
+SPARSE = FinishedRun(
     "lats-95",
     0.98,
     1234.56,
@@ -78,7 +78,7 @@ def test_table_of_two_runs():
 def test_table_of_runs_with_different_layers_and_a_long_name():
     other = SparsityReport((LayerSparsity("stem/kernel", (3, 3, 1, 8), 72, 36, prunable=True),))
     name = "half the width"
-    lines = comparison_table([SPARSE, Run(name, 0.5, 1.0, other, [])]).splitlines()
+    lines = comparison_table([SPARSE, FinishedRun(name, 0.5, 1.0, other, [])]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert [line.split() for line in lines if not line.startswith("--")][1:5] == [
         ["stem/kernel", "varies", "50.00%", "50.00%"],
@@ -128,17 +128,17 @@ def test_l1_is_undefined_where_the_learning_rate_is_zero():
     assert np.isnan(implied_l1(metrics)[1]).all()
 
 
-CONSTANT = Run(
+CONSTANT = FinishedRun(
     "constant", 0.9, 1.0, sparsity_report(10, 20), records(lambda step: np.full(len(step), 0.1))
 )
 CASES = {
     "dense": [DENSE],
     "sparse": [SPARSE],
     "both": [DENSE, SPARSE],
-    "nothing recorded": [Run("bare", 0.5, 1.0, sparsity_report(0, 10), [])],
-    "one record": [Run("short", 0.5, 1.0, sparsity_report(0, 10), SPARSE.metrics[:1])],
+    "nothing recorded": [FinishedRun("bare", 0.5, 1.0, sparsity_report(0, 10), [])],
+    "one record": [FinishedRun("short", 0.5, 1.0, sparsity_report(0, 10), SPARSE.metrics[:1])],
     "threshold never moves": [CONSTANT],
-    "more runs than colours": [DENSE, SPARSE, CONSTANT] * 4,
+    "more runs than colors": [DENSE, SPARSE, CONSTANT] * 4,
 }
 
 

@@ -1,11 +1,11 @@
-"""The picture of a run's weights, by what it draws and how it is saved."""
+"""The plot of a run's weights, by what it draws and how it is saved."""
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lats_optax.analysis.statistics import BINS, Histogram, LayerStatistics
+from lats_optax.analysis.weight_summary import BINS, Histogram, WeightSummary
 from lats_optax.plots.weights import draw_weights
 from tests import matrix
 
@@ -17,7 +17,7 @@ def layer(zeros=600, threshold=0.2, latent=True):
     def histogram(count):
         return Histogram(RNG.multinomial(count, np.full(BINS, 1 / BINS)), 0.5)
 
-    return LayerStatistics(
+    return WeightSummary(
         zeros, 3, 2, histogram(SIZE - zeros), histogram(SIZE) if latent else None, threshold
     )
 

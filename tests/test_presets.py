@@ -24,7 +24,7 @@ IMAGENET = {
     "model.dtype": "float32",
     "optimizer.learning_rate": 0.256,
     "optimizer.warmup_epochs": 5,
-    "optimizer.decay": "epoch",
+    "optimizer.lr_update": "epoch",
     "optimizer.momentum": 0.875,
     "optimizer.weight_decay": 3.0517578125e-5,
     "prune.weight_decay_on": "latent",
@@ -35,7 +35,7 @@ RESNET50 = IMAGENET | {"model.name": "resnet50"}
 MOBILENET = IMAGENET | {"model.name": "mobilenet-v1"}
 SEW = IMAGENET | {
     "model.name": "sew-resnet18",
-    "model.steps": 4,
+    "model.time_steps": 4,
     "model.connection": "ADD",
     "model.neuron": "if",
     "model.stem": None,
@@ -57,7 +57,7 @@ CIFAR = {
 }
 SEW_CIFAR = CIFAR | {
     "model.name": "sew-resnet18",
-    "model.steps": 4,
+    "model.time_steps": 4,
     "model.stem": "cifar",
     "optimizer.weight_decay": 0.0,
 }
@@ -75,7 +75,7 @@ VIT = {
     "optimizer.decay_norm": False,
     "optimizer.clip_norm": 1.0,
     "optimizer.warmup_epochs": 8,
-    "optimizer.decay": "step",
+    "optimizer.lr_update": "step",
     "label_smoothing": 0.0,
     "epochs": 90,
 }
@@ -149,7 +149,7 @@ def test_settings_are_these(name):
 NETWORKS = {
     "imagenet-resnet50-s-lats": (1000, 224, 25_556_032, 25_502_912),
     "imagenet-mobilenet-v1-s-lats": (1000, 224, 4_230_976, 4_209_088),
-    # With a dense classifier of 512 × 1000 weights and 1000 biases, and 9,600 of normalisation.
+    # With a dense classifier of 512 × 1000 weights and 1000 biases, and 9,600 of normalization.
     "imagenet-sew-resnet18-s-lats": (1000, 224, 11_689_512, 11_689_512 - 513_000 - 9_600),
     # Patches, twelve blocks of 12 c² and a classifier, of c = 384 channels.
     "imagenet-vit-s16-target": (1000, 224, 22_050_664, 768 * 384 + 144 * 384**2 + 384_000),
@@ -233,7 +233,7 @@ def test_options_reach_the_model():
         dtype="bfloat16",
         width=0.5,
         classifier_bias=False,
-        steps=2,
+        time_steps=2,
         connection="IAND",
         neuron="plif",
         stem="cifar",
@@ -241,7 +241,7 @@ def test_options_reach_the_model():
     model = assembly.make_model(TrainConfig(model=config), num_classes=7)
     assert isinstance(model, models.SEWResNet)
     assert (model.depth, model.num_classes, model.dtype) == (34, 7, jnp.bfloat16)
-    assert (model.width, model.classifier_bias, model.steps) == (0.5, False, 2)
+    assert (model.width, model.classifier_bias, model.time_steps) == (0.5, False, 2)
     assert (model.connection, model.neuron, model.stem) == ("IAND", models.Neuron("plif"), "cifar")
     config = ModelConfig("vit-base", width=0.5, depth=3, patch_size=8)
     model = assembly.make_model(TrainConfig(model=config), num_classes=7)
@@ -252,7 +252,7 @@ def test_options_reach_the_model():
 @pytest.mark.parametrize(
     ("name", "kind", "options"),
     [
-        ("sew-resnet18", models.SEWResNet, {"steps", "connection", "neuron", "stem"}),
+        ("sew-resnet18", models.SEWResNet, {"time_steps", "connection", "neuron", "stem"}),
         ("vit-tiny", models.VisionTransformer, {"depth", "patch_size"}),
     ],
 )
@@ -270,11 +270,14 @@ def test_options_that_are_not_given_are_the_models_own(name, kind, options):
         [
             (["--model.name", "resnet19"], ["resnet19", "'digits-cnn', 'resnet18'"]),
             (["--model.connection", "XOR"], ["'digits-cnn'", "'connection'", "'width'"]),
-            (["--model.name", "resnet20", "--model.steps", "2"], ["'steps'", "'width'"]),
+            (["--model.name", "resnet20", "--model.time-steps", "2"], ["'time_steps'", "'width'"]),
             (["--model.name", "sew-resnet18", "--model.connection", "XOR"], ["'XOR'", "'IAND'"]),
             (["--model.name", "sew-resnet18", "--model.neuron", "izh"], ["'izh'", "'plif'"]),
             (["--model.name", "sew-resnet18", "--model.stem", "big"], ["'big'", "'cifar'"]),
-            (["--model.name", "sew-resnet18", "--model.steps", "0"], ["steps is 0", "1 or more"]),
+            (
+                ["--model.name", "sew-resnet18", "--model.time-steps", "0"],
+                ["time_steps is 0", "1 or more"],
+            ),
             (["--model.name", "vgg16-bn"], ["(1, 8, 8, 1)", "at least 32"]),
             (["--model.name", "vit-tiny"], ["(1, 8, 8, 1)", "at least 16"]),
             (

@@ -20,9 +20,9 @@ from lats_optax.training import loop
 from lats_optax.training.checkpoint import load_state, load_variables
 from lats_optax.training.config import ParallelConfig, PruneConfig
 from lats_optax.training.export import load_model, save_model
-from lats_optax.training.interruption import PreemptedError
 from lats_optax.training.logging import MetricsLog, read_metrics
 from lats_optax.training.parallel import PrimaryError
+from lats_optax.training.preemption import PreemptedError
 from lats_optax.training.replicas import ReplicaError
 from tests import stores, tiny
 from tests.runs import at_step
@@ -31,13 +31,13 @@ COMMAND = """
 import sys
 import pytest
 from lats_optax import cli
-from lats_optax.training import pictures
+from lats_optax.training import plots
 from tests import stores, tiny
 _, port, index, *arguments = sys.argv
 with pytest.MonkeyPatch.context() as patch:
     tiny.install(patch)
-    patch.setattr(pictures, "write", lambda result: [])
-    join = f"--distributed --coordinator 127.0.0.1:{port} --process-count 2 --process-index {index}"
+    patch.setattr(plots, "write_plots", lambda result: [])
+    join = f"--distributed --coordinator 127.0.0.1:{port} --num-processes 2 --process-id {index}"
     sys.exit(cli.train(["digits", "--data.batch-size", "8", *join.split(), *arguments]))
 """
 
@@ -60,9 +60,9 @@ ENGINES = {
 def config(workdir, mode, engine="pmap", **changes):
     fine = mode == "fine-tuning"
     initial = workdir.parent / "initial.safetensors" if fine else None
-    changes = {"prune": RUNS[mode], "initial": initial, "epochs": 2} | changes
+    changes = {"prune": RUNS[mode], "init_from": initial, "epochs": 2} | changes
     return tiny.config(
-        workdir, parallel=ENGINES[engine], average_decay=0.9, recalibrate=2, **changes
+        workdir, parallel=ENGINES[engine], ema_decay=0.9, bn_recalibration_batches=2, **changes
     )
 
 
@@ -76,8 +76,8 @@ def train(port, index, workdir, mode, engine, stop_at=0, epochs=2, resume=""):
         resume=bool(resume),
         distributed=True,
         coordinator=f"127.0.0.1:{port}",
-        process_count=2,
-        process_index=int(index),
+        num_processes=2,
+        process_id=int(index),
     )
     kind = tiny.ENGINES[own.parallel.engine]
     with pytest.MonkeyPatch.context() as patch:

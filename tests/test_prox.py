@@ -298,7 +298,7 @@ def test_a_strength_for_each_channel():
 
 @pytest.mark.slow
 def test_groups_are_those_of_a_leaf():
-    """A leaf's result does not depend on its neighbours, and the default group is a channel."""
+    """A leaf's result does not depend on its neighbors, and the default group is a channel."""
     x = {"large": jnp.full((2, 3), 10.0), "small": jnp.full((2, 3), 0.1)}
     result = prox.prox_group_lasso(x, 0.5)
     assert not np.any(result["small"])

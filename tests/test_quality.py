@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 import lats_optax
-from benchmarks.quality import picture, plan, run, search, statistics, table, workers
+from benchmarks.quality import intervals, plan, plot, run, search, table, workers
 from benchmarks.quality.image_models import as_matrix_product
 from benchmarks.quality.methods import Method, default, dense
 from benchmarks.quality.peers.base import Setting
@@ -269,7 +269,7 @@ def test_a_search_ends_where_the_target_cannot_be_hit():
 
 def test_interval_against_scipy():
     values = np.random.default_rng(0).normal(size=7)
-    found = statistics.interval(values)
+    found = intervals.interval(values)
     low, high = stats.t.interval(0.95, 6, loc=values.mean(), scale=stats.sem(values))
     assert found.mean - found.half_width == pytest.approx(low)
     assert found.mean + found.half_width == pytest.approx(high)
@@ -278,17 +278,17 @@ def test_interval_against_scipy():
 
 def test_interval_by_hand():
     # The 97.5 % quantile of Student's t with 4 degrees of freedom is 2.776.
-    found = statistics.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    found = intervals.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert (found.mean, found.seeds) == (3.0, 5)
     assert found.half_width == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5), rel=1e-3)
-    assert math.isnan(statistics.interval([1.0]).half_width)
+    assert math.isnan(intervals.interval([1.0]).half_width)
 
 
 def test_paired_difference_is_scipys_test():
     rng = np.random.default_rng(1)
     ours = dict(enumerate(rng.normal(size=6)))
     other = {seed: ours[seed] - 0.1 + 0.05 * rng.normal() for seed in (5, 3, 1, 2)} | {9: 7.0}
-    found = statistics.paired(ours, other)
+    found = intervals.paired(ours, other)
     seeds = [1, 2, 3, 5]
     tested = stats.ttest_rel([ours[s] for s in seeds], [other[s] for s in seeds])
     low, high = tested.confidence_interval(0.95)
@@ -296,7 +296,7 @@ def test_paired_difference_is_scipys_test():
         (low, high)
     )
     assert found.contains_zero == (tested.pvalue > 0.05)
-    assert statistics.paired({0: 1.0}, {1: 1.0}) is None
+    assert intervals.paired({0: 1.0}, {1: 1.0}) is None
 
 
 # --- what is shown ------------------------------------------------------------------------------
@@ -410,7 +410,7 @@ def test_table_of_a_file_that_is_not_there(capsys, tmp_path):
 def test_picture(go, tmp_path):
     _, _, path = go("--seeds", "2")
     target = tmp_path / "quality.png"
-    assert picture.main([str(path), str(target)]) == 0
+    assert plot.main([str(path), str(target)]) == 0
     content = target.read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))

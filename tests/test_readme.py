@@ -82,8 +82,8 @@ def slugs(page):
 @each_page(PAGES)
 def test_links_lead_somewhere(page):
     text = FENCE.sub("", page.read_text())
-    pictures = re.findall(r"^```+\{figure\} (\S+)", page.read_text(), re.MULTILINE)
-    for link in [*re.findall(r"\]\(([^)\s]+)\)", text), *pictures]:
+    plots = re.findall(r"^```+\{figure\} (\S+)", page.read_text(), re.MULTILINE)
+    for link in [*re.findall(r"\]\(([^)\s]+)\)", text), *plots]:
         path, _, anchor = link.partition("#")
         target = page if not path else (page.parent / path).resolve()
         assert target.exists(), link

@@ -1,4 +1,4 @@
-"""Batch statistics that are estimated anew: against NumPy, and that nothing else changes."""
+"""Batch statistics that are estimated again: against NumPy, and that nothing else changes."""
 
 import contextlib
 import dataclasses
@@ -12,11 +12,13 @@ from lats_optax.training.config import PruneConfig, TrainConfig
 from tests import tiny
 
 BATCHES = 4
-CHANNELS = PruneConfig(target_sparsity=0.5, structure="output-channels", include=("Conv_0/kernel",))
+CHANNELS = PruneConfig(
+    target_sparsity=0.5, granularity="output-channels", include=("Conv_0/kernel",)
+)
 
 
 def statistics_of(params, seed):
-    """Means over the first batches of the mean and the variance of what is normalised."""
+    """Means over the first batches of the mean and the variance of what is normalized."""
     model, found = tiny.Model(), []
     batches = tiny.make_dataset().train_batches(8, seed=seed, shard_index=0, shard_count=1)
     with contextlib.closing(batches):
@@ -36,7 +38,9 @@ def statistics_of(params, seed):
 
 @pytest.mark.parametrize("devices", [8, pytest.param(1, marks=pytest.mark.slow)])
 def test_statistics_are_those_of_the_weights(tmp_path, devices):
-    config = tiny.config(tmp_path / "run", prune=CHANNELS, recalibrate=BATCHES, average_decay=0.9)
+    config = tiny.config(
+        tmp_path / "run", prune=CHANNELS, bn_recalibration_batches=BATCHES, ema_decay=0.9
+    )
     found = tiny.train(config, jax.devices()[:devices]).state
     # Averages are evaluated where the weights are not zero.
     averages = jax.tree.map(lambda a, w: a * (w != 0), found.average.params, found.params)
@@ -52,7 +56,7 @@ def test_statistics_are_those_of_the_weights(tmp_path, devices):
             expected,
         )
     # What is trained does not depend on statistics that training does not look at.
-    plain = dataclasses.replace(config, recalibrate=0, workdir=tmp_path / "plain")
+    plain = dataclasses.replace(config, bn_recalibration_batches=0, workdir=tmp_path / "plain")
     without = tiny.train(plain, jax.devices()[:devices]).state
     jax.tree.map(np.testing.assert_array_equal, found.params, without.params)
     running = jax.tree.leaves(without.batch_stats)
@@ -63,7 +67,9 @@ def test_how_many_batches():
     assert TrainConfig().recalibration_batches == 0
     assert TrainConfig(prune=PruneConfig(0.5)).recalibration_batches == 50
     assert TrainConfig(prune=CHANNELS).recalibration_batches == 50
-    assert TrainConfig(prune=CHANNELS, recalibrate=0).recalibration_batches == 0
-    assert TrainConfig(recalibrate=7).recalibration_batches == 7
-    with pytest.raises(ValueError, match=r"recalibrate is -1; allowed: None, or 0 or more\."):
-        TrainConfig(recalibrate=-1)
+    assert TrainConfig(prune=CHANNELS, bn_recalibration_batches=0).recalibration_batches == 0
+    assert TrainConfig(bn_recalibration_batches=7).recalibration_batches == 7
+    with pytest.raises(
+        ValueError, match=r"bn_recalibration_batches is -1; allowed: None, or 0 or more\."
+    ):
+        TrainConfig(bn_recalibration_batches=-1)

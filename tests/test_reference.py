@@ -41,7 +41,7 @@ def convolve(x, kernel, stride=1):
     )
 
 
-def normalise(x, norm):
+def normalize(x, norm):
     mean = x.mean((0, 2, 3), keepdims=True)
     variance = x.var((0, 2, 3), keepdims=True)
     scale, bias = (norm[key][:, None, None] for key in ("weight", "bias"))
@@ -49,8 +49,8 @@ def normalise(x, norm):
 
 
 def loss_of(params, images, labels, smoothing):
-    x = jax.nn.relu(normalise(convolve(images, params["conv1"]), params["bn1"]))
-    x = jax.nn.relu(normalise(convolve(x, params["conv2"], stride=2), params["bn2"]))
+    x = jax.nn.relu(normalize(convolve(images, params["conv1"]), params["bn1"]))
+    x = jax.nn.relu(normalize(convolve(x, params["conv2"], stride=2), params["bn2"]))
     logits = convolve(x.mean((2, 3), keepdims=True), params["fc"])[:, :, 0, 0]
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
     return optax.softmax_cross_entropy(logits, targets).mean()

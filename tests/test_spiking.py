@@ -220,7 +220,10 @@ def test_potentials_are_float32(dtype):
             "connection is 'OR'; allowed: 'ADD', 'AND', 'IAND'",
         ),
         (partial(SEWBlock, (), None, None, None, "add"), "connection is 'add'; allowed: 'ADD'"),
-        (partial(create, "sew-resnet18", num_classes=9, steps=0), "steps is 0; allowed: 1 or more"),
+        (
+            partial(create, "sew-resnet18", num_classes=9, time_steps=0),
+            "time_steps is 0; allowed: 1 or more",
+        ),
     ],
 )
 def test_wrong_arguments(build, message):
@@ -240,7 +243,7 @@ def test_every_step_of_the_recorded_network(mode):
         model = create(
             "sew-resnet18",
             num_classes=classes,
-            steps=steps,
+            time_steps=steps,
             connection=str(run["connect"]),
             dtype=jnp.float64,
         )

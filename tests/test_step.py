@@ -57,8 +57,8 @@ def run(model, steps=6, mean=lambda tree: tree, average=False, **options):
 
 
 @pytest.mark.parametrize("parts", matrix.fast([3, 12], [12]))
-def test_parts_are_the_whole_batch_where_nothing_is_normalised(parts):
-    whole, in_parts = run(Plain()), run(Plain(), accumulate=parts)
+def test_parts_are_the_whole_batch_where_nothing_is_normalized(parts):
+    whole, in_parts = run(Plain()), run(Plain(), grad_accum_steps=parts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, in_parts)
     zeros = [lats_optax.sparsity(states[-1].params).zeros for states, _ in (whole, in_parts)]
     assert zeros[0] == zeros[1] > 0
@@ -66,7 +66,9 @@ def test_parts_are_the_whole_batch_where_nothing_is_normalised(parts):
 
 @pytest.mark.slow
 def test_parts_accumulate_in_float32_under_bfloat16():
-    (whole, _), (in_parts, _) = (run(Plain(jnp.bfloat16), accumulate=parts) for parts in (1, 12))
+    (whole, _), (in_parts, _) = (
+        run(Plain(jnp.bfloat16), grad_accum_steps=parts) for parts in (1, 12)
+    )
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(in_parts[-1].params))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=5e-3),
@@ -84,7 +86,7 @@ def test_replicas_meet_once_a_step(parts):
         apply=model.apply,
         transform=tx,
         label_smoothing=0.0,
-        accumulate=parts,
+        grad_accum_steps=parts,
     )
     state = jax.eval_shape(lambda: create_state(model, tx, tiny.SHAPE, 0))
     program = jax.make_jaxpr(step, axis_env=[("replica", 2)])(state, batch_of(0)).jaxpr
@@ -106,7 +108,7 @@ def test_memory_falls_with_the_parts():
             apply=model.apply,
             transform=tx,
             label_smoothing=0.0,
-            accumulate=parts,
+            grad_accum_steps=parts,
         )
         state = jax.eval_shape(lambda: create_state(model, tx, tiny.SHAPE, 0))
         compiled = jax.jit(step).lower(state, batch_of(0, 1024)).compile()
@@ -116,7 +118,7 @@ def test_memory_falls_with_the_parts():
 
 @pytest.mark.parametrize("decay", matrix.fast([0.25, 0.999], [0.999]))
 def test_the_average_is_the_formula(decay):
-    states, _ = run(tiny.Model(), average=True, average_decay=decay)
+    states, _ = run(tiny.Model(), average=True, ema_decay=decay)
     for part in ("params", "batch_stats"):
         trees = [jax.tree.leaves(getattr(state, part)) for state in states]
         expected = [np.asarray(leaf, np.float64) for leaf in trees[0]]
@@ -130,13 +132,13 @@ def test_the_average_is_the_formula(decay):
 
 @pytest.mark.slow
 def test_an_average_does_not_change_the_run_and_costs_nothing_when_off():
-    (plain, _), (kept, _) = run(tiny.Model()), run(tiny.Model(), average=True, average_decay=0.25)
+    (plain, _), (kept, _) = run(tiny.Model()), run(tiny.Model(), average=True, ema_decay=0.25)
     assert plain[-1].average == ()
     jax.tree.map(np.testing.assert_array_equal, plain[-1].params, kept[-1].params)
 
 
 def test_averaged_takes_the_averages_and_the_zeros_of_the_weights():
-    states, _ = run(tiny.Model(), average=True, average_decay=0.25)
+    states, _ = run(tiny.Model(), average=True, ema_decay=0.25)
     sparse = jax.device_get(averaged(states[-1], lats_optax.prunable))
     kernel, average = (
         tree["Dense_0"]["kernel"] for tree in (states[-1].params, states[-1].average.params)

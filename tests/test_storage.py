@@ -21,7 +21,7 @@ from lats_optax.data import digits as data_digits
 from lats_optax.files import storage
 from lats_optax.files.atomic import replacing
 from lats_optax.files.storage import URL, StoreError, as_path
-from lats_optax.training import lock, pictures, workdir
+from lats_optax.training import lock, plots, workdir
 from lats_optax.training.checkpoint import load_state, load_variables
 from lats_optax.training.config import PruneConfig, TrainConfig
 from lats_optax.training.export import load_model
@@ -94,7 +94,7 @@ def test_a_url_is_spelt_as_it_was():
 
 COMMANDS = [
     (cli.train, "digits --workdir {}"),
-    (cli.train, "digits --initial {}"),
+    (cli.train, "digits --init-from {}"),
     (cli.train, "digits --data.data-dir {}"),
     (cli.demo, "--workdir {}"),
     (cli.prepare, "digits --data-dir {}"),
@@ -233,7 +233,7 @@ def straight(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         tiny.install(patch)
         result = run(directory)
-        pictures.write(result)
+        plots.write_plots(result)
     return result, directory
 
 
@@ -253,7 +253,7 @@ def test_a_run_in_a_store_is_one_on_a_disk(bucket, zoo, straight, tmp_path, caps
     result, directory = straight
     place = bucket / "run"
     there = run(place)
-    drawn = pictures.write(there)
+    drawn = plots.write_plots(there)
     assert_equal_runs(there, result)
     on_disk = [path.relative_to(directory).as_posix() for path in directory.rglob("*")]
     files = [name for name in on_disk if (directory / name).is_file()]
@@ -281,7 +281,7 @@ def test_a_run_in_a_store_is_one_on_a_disk(bucket, zoo, straight, tmp_path, caps
         assert (bucket / "drawn.png").read_bytes().startswith(b"\x89PNG")
         (bucket / "drawn.png").unlink()
     fine = PruneConfig(mode="fine-tuning")
-    tuned = tiny.train(tiny.config(bucket / "tuned", prune=fine, initial=model, epochs=1))
+    tuned = tiny.train(tiny.config(bucket / "tuned", prune=fine, init_from=model, epochs=1))
     assert tuned.sparsity.zeros == result.sparsity.zeros
     assert (bucket / "tuned" / "initial.safetensors").is_file()
 

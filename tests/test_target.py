@@ -256,7 +256,7 @@ def test_the_last_threshold_is_the_quantile_whatever_the_last_rate():
 
 
 def selections(threshold, steps):
-    """At which of the steps the quantile is selected anew, seen from a latent weight that grows."""
+    """At which steps the quantile is selected again, seen from a latent weight that grows."""
     update = jax.jit(
         jax.vmap(
             lambda count: threshold.update(

@@ -593,7 +593,7 @@ def torch_networks():
     }
 
 
-def randomised(torch, network):
+def randomized(torch, network):
     """A network in float64 whose scales and statistics are not those that it begins with."""
     torch.manual_seed(0)
     network = network().double()
@@ -607,7 +607,7 @@ def randomised(torch, network):
 @pytest.mark.parametrize("name", ["resnet18", "resnet20", "vgg16-bn"])
 def test_logits_are_pytorchs_and_pytorch_takes_the_file(name, tmp_path):
     torch, networks = torch_networks()
-    network = randomised(torch, networks[name])
+    network = randomized(torch, networks[name])
     model = create(name, classifier_bias=True, dtype=jnp.float64)
     torch.save({"state_dict": network.state_dict(), "epoch": 3}, tmp_path / "a.pth")
     variables = weights.load(tmp_path / "a.pth", model)

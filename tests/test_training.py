@@ -136,15 +136,16 @@ def test_cross_entropy_is_the_formula(smoothing):
 # The optimizer
 
 
-@pytest.mark.parametrize("decay", ["step", "epoch"])
+@pytest.mark.parametrize("lr_update", ["step", "epoch"])
 @pytest.mark.parametrize("warmup", [0, 2])
-def test_learning_rate_is_the_formula(decay, warmup):
+def test_learning_rate_is_the_formula(lr_update, warmup):
     config = TrainConfig(
-        optimizer=OptimizerConfig(learning_rate=0.4, warmup_epochs=warmup, decay=decay), epochs=5
+        optimizer=OptimizerConfig(learning_rate=0.4, warmup_epochs=warmup, lr_update=lr_update),
+        epochs=5,
     )
     schedule = cosine(config, steps_per_epoch=3)
     for step in range(15):
-        u, w, n = (step, 3 * warmup, 15) if decay == "step" else (step // 3, warmup, 5)
+        u, w, n = (step, 3 * warmup, 15) if lr_update == "step" else (step // 3, warmup, 5)
         rate = (u + 1) / w if u < w else 0.5 * (1 + np.cos(np.pi * (u - w) / (n - w)))
         assert float(schedule(step)) == pytest.approx(0.4 * rate, rel=1e-5)
 
@@ -155,7 +156,7 @@ RISING = [("lats", None), ("s-lats", None), ("epoch-lats", None), ("pgh", 0.01)]
 @pytest.mark.parametrize(("schedule", "beta"), matrix.fast(RISING, [("epoch-lats", None)]))
 def test_a_named_sparsity_follows_the_curve_of_every_schedule(schedule, beta):
     """Weights that stand still: the curve itself. Weights that move: the target, exactly."""
-    sgd = OptimizerConfig(learning_rate=0.1, momentum=0.0, warmup_epochs=1, decay="epoch")
+    sgd = OptimizerConfig(learning_rate=0.1, momentum=0.0, warmup_epochs=1, lr_update="epoch")
     how = {"schedule": schedule, "beta": beta, "operator": "soft"}
     prune = PruneConfig(0.8, **how, reach=1.0, update_every=1)
     target = TrainConfig(optimizer=sgd, prune=prune, epochs=4)
@@ -297,7 +298,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     ("devices", "batch", "parts", "words"),
     [
         (8, 12, 1, ["batch_size", "12", "8"]),
-        (2, 8, 3, ["batch_size", "8", "2 devices", "optimizer.accumulate 3", "multiple of 6"]),
+        (2, 8, 3, ["batch_size", "8", "2 devices", "grad_accum_steps 3", "multiple of 6"]),
     ],
 )
 def test_a_batch_that_does_not_divide_is_refused(devices, batch, parts, words):
@@ -325,8 +326,8 @@ def test_an_expression_that_matches_nothing_is_refused(tmp_path):
         ({"prune": SPARSE}, "prune.target_sparsity is 0.75 and was None"),
         ({"model": ModelConfig(dtype="bfloat16")}, "model.dtype is 'bfloat16'"),
         ({"model": ModelConfig(width=0.5)}, "model.width is 0.5 and was None"),
-        ({"average_decay": 0.9}, "average_decay is 0.9 and was None"),
-        ({"optimizer": OptimizerConfig(accumulate=2)}, "optimizer.accumulate is 2 and was 1"),
+        ({"ema_decay": 0.9}, "ema_decay is 0.9 and was None"),
+        ({"grad_accum_steps": 2}, "grad_accum_steps is 2 and was 1"),
     ],
 )
 def test_resuming_something_else_is_refused(tmp_path, change, word):
@@ -347,9 +348,10 @@ def test_bfloat16_trains_with_float32_parameters(tmp_path):
     config = tiny.config(
         tmp_path / "run",
         model=ModelConfig(dtype="bfloat16"),
-        optimizer=OptimizerConfig(learning_rate=0.05, accumulate=2),
+        optimizer=OptimizerConfig(learning_rate=0.05),
+        grad_accum_steps=2,
         prune=SPARSE,
-        average_decay=0.9,
+        ema_decay=0.9,
     )
     result = tiny.train(config, jax.devices()[:2])
     state = jax.device_get(result.state)
@@ -367,7 +369,7 @@ def test_bfloat16_trains_with_float32_parameters(tmp_path):
 @pytest.mark.parametrize("prune", matrix.fast([SPARSE, PruneConfig()], 1), ids=["sparse", "dense"])
 def test_averaged_weights_are_evaluated_and_kept_sparse(tmp_path, monkeypatch, prune):
     traces = tiny.count_calls(monkeypatch, experiments, "eval_step")
-    config = tiny.config(tmp_path / "run", prune=prune, average_decay=0.8)
+    config = tiny.config(tmp_path / "run", prune=prune, ema_decay=0.8)
     result = tiny.train(config)
     assert len(traces) == 1
 
@@ -384,7 +386,7 @@ def test_averaged_weights_are_evaluated_and_kept_sparse(tmp_path, monkeypatch, p
         kept["params"]["Dense_0"]["bias"], average.params["Dense_0"]["bias"]
     )
     assert lats_optax.sparsity(kept["params"]).zeros == lats_optax.sparsity(plain["params"]).zeros
-    # The average itself is dense: without `restrict` its zeros would be lost.
+    # The average itself is dense: without `apply_support` its zeros would be lost.
     assert not lats_optax.sparsity(average.params).zeros
 
     examples = tiny.make_dataset().sources["test"]
@@ -401,7 +403,7 @@ def test_a_run_without_an_average_has_none_to_load(tmp_path):
     result = tiny.train(tiny.config(tmp_path / "run", epochs=1))
     assert result.state.average == ()
     assert result.test_accuracy_averaged is None
-    with pytest.raises(ValueError, match=r"averaged is True; allowed .* average_decay"):
+    with pytest.raises(ValueError, match=r"averaged is True; allowed .* ema_decay"):
         load_variables(tmp_path / "run", averaged=True)
 
 
@@ -411,8 +413,8 @@ def test_a_run_without_an_average_has_none_to_load(tmp_path):
 @pytest.mark.slow
 def test_parts_of_a_batch_are_one_step(tmp_path):
     """Two devices and two parts each, against a loop by hand over the two global parts."""
-    optimizer = OptimizerConfig(learning_rate=0.05, weight_decay=1e-3, accumulate=2)
-    config = tiny.config(tmp_path / "run", prune=SPARSE, optimizer=optimizer)
+    optimizer = OptimizerConfig(learning_rate=0.05, weight_decay=1e-3)
+    config = tiny.config(tmp_path / "run", prune=SPARSE, optimizer=optimizer, grad_accum_steps=2)
     result = tiny.train(config, jax.devices()[:2])
 
     dataset, model, tx, params, stats, opt_state = by_hand(config)

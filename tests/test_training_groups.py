@@ -17,9 +17,9 @@ from lats_optax.training.optimizer import group_operator, pruned_mask
 from tests import tiny
 from tests.properties import GROUPS
 
-OUTPUTS = PruneConfig(0.5, structure="output-channels")
-BLOCKS = PruneConfig(0.5, structure="blocks", block=(4, 3))
-PATTERN = PruneConfig(0.5, structure="n-of-m", pattern=(2, 4))
+OUTPUTS = PruneConfig(0.5, granularity="output-channels")
+BLOCKS = PruneConfig(0.5, granularity="blocks", block=(4, 3))
+PATTERN = PruneConfig(0.5, granularity="n-of-m", pattern=(2, 4))
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,9 @@ PATTERN = PruneConfig(0.5, structure="n-of-m", pattern=(2, 4))
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            PruneConfig(0.5, structure="input-channels", mode="at-initialization", search_epochs=1),
+            PruneConfig(
+                0.5, granularity="input-channels", mode="at-initialization", search_epochs=1
+            ),
             "input_channels",
             marks=pytest.mark.slow,
         ),
@@ -96,8 +98,8 @@ NETWORK = {
         (PruneConfig(0.5), set()),
         (OUTPUTS, {"classifier"}),
         (BLOCKS, set()),
-        (PruneConfig(0.5, structure="input-channels"), {"depthwise"}),
-        (PruneConfig(0.5, structure="filters"), {"classifier"}),
+        (PruneConfig(0.5, granularity="input-channels"), {"depthwise"}),
+        (PruneConfig(0.5, granularity="filters"), {"classifier"}),
         (PATTERN, {"depthwise", "stem"}),
         (dataclasses.replace(OUTPUTS, exclude=("^stem",)), {"classifier", "stem"}),
         (
@@ -118,7 +120,7 @@ def test_what_a_structure_leaves_alone_by_default(prune, left_out):
 
 
 def test_a_layer_without_such_groups_is_one_line(tmp_path):
-    prune = PruneConfig(0.5, structure="filters", include=("kernel$",))
+    prune = PruneConfig(0.5, granularity="filters", include=("kernel$",))
     config = tiny.config(tmp_path / "run", prune=prune)
     with pytest.raises(ValueError, match=r"^operator: it does not fit Dense_0/kernel") as caught:
         tiny.train(config)
@@ -129,11 +131,11 @@ def test_a_layer_without_such_groups_is_one_line(tmp_path):
 def test_a_run_from_before_there_were_structures_goes_on(tmp_path):
     plain = tiny.config(tmp_path, prune=PruneConfig(0.5))
     saved = json.loads(json.dumps(to_json(plain)))
-    for newer in ("structure", "block", "pattern", "operator", "reach"):
+    for newer in ("granularity", "block", "pattern", "operator", "reach"):
         del saved["prune"][newer]
     check_resumable(saved, plain)
     assert prune_from_json(saved) == plain.prune
-    with pytest.raises(ValueError, match=r"prune\.structure is 'output-channels' and was 'none'"):
+    with pytest.raises(ValueError, match=r"prune\.granularity is 'output-channels' and was 'none'"):
         check_resumable(saved, dataclasses.replace(plain, prune=OUTPUTS))
     restored = json.loads(json.dumps(to_json(dataclasses.replace(plain, prune=BLOCKS))))
     assert prune_from_json(restored) == BLOCKS

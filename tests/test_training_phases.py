@@ -92,7 +92,7 @@ def test_two_programs_and_a_threshold_while_there_is_one(tmp_path, monkeypatch):
 )
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, monkeypatch, prune, step):
     # Of the two programs only that after the search takes nine steps.
-    watched = {"prune": prune, "average_decay": 0.9, "log_every": 1}
+    watched = {"prune": prune, "ema_decay": 0.9, "log_every": 1}
     straight = tiny.train(tiny.config(tmp_path / "straight", **watched), jax.devices()[:2])
     config = tiny.config(tmp_path / "stopped", **watched)
     stopped_at = step if step <= 6 else 6 + step
@@ -107,7 +107,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, monkeypatch, prun
 @pytest.mark.slow
 def test_averages_begin_anew_with_the_weights(tmp_path):
     """After the first step from scratch an average is 9/10 new and 1/10 initial, as in any run."""
-    config = tiny.config(tmp_path / "run", prune=BEFORE, average_decay=0.999, epochs=1)
+    config = tiny.config(tmp_path / "run", prune=BEFORE, ema_decay=0.999, epochs=1)
     ready = tiny.build(config, jax.devices()[:1])
     state = ready.initial_state()
     first = jax.device_get(state.params)

@@ -65,8 +65,8 @@ def written_out(tensors, images, heads=3, depth=2):
         return x @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
 
     def norm(name, x):
-        centred = x - x.mean(-1, keepdims=True)
-        scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+        centered = x - x.mean(-1, keepdims=True)
+        scaled = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-6)
         return scaled * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
 
     def attention(name, x):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from lats_optax import cli
-from lats_optax.training import lock, loop, pictures, workdir
+from lats_optax.training import lock, loop, plots, workdir
 from lats_optax.training.checkpoint import load_state
 from lats_optax.training.parallel import PmapEngine, PrimaryError
 from tests import matrix, tiny
@@ -31,7 +31,7 @@ def prepared(directory, **changes):
 def command(monkeypatch, capsys):
     """`lats-train` of a tiny run: its code, and what it writes to standard error."""
     tiny.install(monkeypatch)
-    monkeypatch.setattr(pictures, "write", lambda result: [])
+    monkeypatch.setattr(plots, "write_plots", lambda result: [])
 
     def call(directory, *more, epochs=1):
         code = cli.train([*ARGUMENTS, str(epochs), "--workdir", str(directory), *more])

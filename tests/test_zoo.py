@@ -25,7 +25,7 @@ COUNTS = [
     ("resnet101", 1000, {"classifier_bias": True}, 44_549_160),  # torchvision's
     ("mobilenet-v1", 1000, {}, 4_230_976),
     ("sew-resnet18", 100, {}, 11_227_812),
-    # The same convolutions, normalisations and classifiers as without spikes.
+    # The same convolutions, normalizations and classifiers as without spikes.
     ("sew-resnet34", 1000, {}, 21_797_672),
     ("sew-resnet50", 1000, {}, 25_557_032),
     # torchvision's vgg16_bn has 14,723,136 before its classifier, 4,224 of them biases.
@@ -84,7 +84,7 @@ def convolve(x, kernel, stride=1):
     )
 
 
-def normalise(x, params, stats):
+def normalize(x, params, stats):
     deviation = jnp.sqrt(stats["var"] + 1e-5)
     return (x - stats["mean"]) / deviation * params["scale"] + params["bias"]
 
@@ -94,7 +94,7 @@ def written_out_vgg(params, stats, x):
         for index in range(1, count + 1):
             layer = f"stage{stage}_conv{index}"
             x = convolve(x, params[layer]["kernel"])
-            x = jax.nn.relu(normalise(x, params[f"{layer}_norm"], stats[f"{layer}_norm"]))
+            x = jax.nn.relu(normalize(x, params[f"{layer}_norm"], stats[f"{layer}_norm"]))
         batch, height, width, channels = x.shape
         x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
     return x[:, 0, 0] @ params["classifier"]["kernel"]
@@ -102,14 +102,14 @@ def written_out_vgg(params, stats, x):
 
 def written_out_resnet20(params, stats, x):
     x = convolve(x, params["stem"]["kernel"])
-    x = jax.nn.relu(normalise(x, params["stem_norm"], stats["stem_norm"]))
+    x = jax.nn.relu(normalize(x, params["stem_norm"], stats["stem_norm"]))
     for stage, features in enumerate([16, 32, 64], 1):
         for index in range(1, 4):
             halves = stage > 1 and index == 1
             p, s = params[f"stage{stage}_block{index}"], stats[f"stage{stage}_block{index}"]
             y = convolve(x, p["conv1"]["kernel"], 2 if halves else 1)
-            y = jax.nn.relu(normalise(y, p["norm1"], s["norm1"]))
-            y = normalise(convolve(y, p["conv2"]["kernel"]), p["norm2"], s["norm2"])
+            y = jax.nn.relu(normalize(y, p["norm1"], s["norm1"]))
+            y = normalize(convolve(y, p["conv2"]["kernel"]), p["norm2"], s["norm2"])
             if halves:
                 zeros = np.zeros((*y.shape[:3], features // 4))
                 x = jnp.concatenate([zeros, x[:, ::2, ::2], zeros], axis=3)
@@ -207,7 +207,7 @@ def test_computes_in_bfloat16(name):
 @pytest.mark.cover
 @pytest.mark.parametrize("name", SIZES)
 def test_statistics_are_averaged_over_the_named_axis(name):
-    """The traced program holds one average a normalisation, and none where no axis is named."""
+    """The traced program holds one average a normalization, and none where no axis is named."""
 
     def averages(axis_name):
         model = models.create(name, num_classes=7, axis_name=axis_name)
@@ -302,7 +302,7 @@ def test_width_multiplies_every_channel(name):
 
 
 def test_small_stem_keeps_small_images_on_four_by_four_maps():
-    model = models.create("sew-resnet18", num_classes=10, stem="cifar", steps=2)
+    model = models.create("sew-resnet18", num_classes=10, stem="cifar", time_steps=2)
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     apply = partial(model.init_with_output, train=False, capture_intermediates=True)
     logits, variables = jax.eval_shape(apply, KEY, images)

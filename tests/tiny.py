@@ -22,11 +22,11 @@ from lats_optax.training.result import RunResult
 ENGINES = {"pmap": PmapEngine, "jit": JitEngine}
 TRAIN, TEST, CLASSES, SHAPE = 53, 23, 3, (4, 4, 1)
 
-_build = experiment.build
+_build = experiment.build_experiment
 
 
 def make_dataset() -> data.Dataset:
-    """Random images with a label that can be learnt."""
+    """Random images with a label that can be learned."""
     rng = np.random.default_rng(0)
 
     def examples(count: int) -> list[dict[str, Any]]:
@@ -90,7 +90,7 @@ def build(
     dataset: data.Dataset | None = None,
     model: nn.Module | None = None,
 ) -> Experiment:
-    """`experiment.build` with this data set and this model, unless others are given."""
+    """`experiment.build_experiment` with this data set and this model, unless others are given."""
     own = Model(
         dtype=jnp.dtype(config.model.dtype),
         axis_name=ENGINES[config.parallel.engine].axis_name,
@@ -111,7 +111,7 @@ def add_to_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes these what a command trains, whatever names it is given."""
     add_to_zoo(monkeypatch)
-    monkeypatch.setattr(experiment, "build", build)
+    monkeypatch.setattr(experiment, "build_experiment", build)
 
 
 def assert_refused(make: Callable[[], Any], words: Iterable[str]) -> None:
@@ -145,6 +145,6 @@ def config(workdir: Path, **changes: Any) -> TrainConfig:
         checkpoint_every=1,
         workdir=workdir,
         log_every=4,
-        recalibrate=0,  # so that batch statistics are those of a plain loop
+        bn_recalibration_batches=0,  # so that batch statistics are those of a plain loop
     )
     return dataclasses.replace(plain, **changes)

@@ -23,10 +23,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import lats_optax
+from benchmarks.quality.intervals import interval
 from benchmarks.quality.methods import default, dense
 from benchmarks.quality.peers.base import Setting
 from benchmarks.quality.peers.family import gradual_magnitude
-from benchmarks.quality.statistics import interval
 
 STEPS, BATCH, SIZES, SPLIT = 1500, 64, (64, 128, 128, 10), 17
 # Weights of the same magnitude die together.

@@ -1,14 +1,14 @@
 """What the results say of each task: values by method, sparsity and seed, ready to show.
 
-Here belongs what the table and the picture both need.
+Here belongs what the table and the plot both need.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from benchmarks.quality.intervals import Interval, interval, paired
 from benchmarks.quality.results import DENSE, OURS, Result, Results, reported
-from benchmarks.quality.statistics import Interval, interval, paired
 from benchmarks.quality.tasks import higher_is_better
 
 TOLERANCE = 0.005

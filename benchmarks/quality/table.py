@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.quality.intervals import Interval, verdict
 from benchmarks.quality.results import OURS, Result, Results, read, reported
 from benchmarks.quality.scores import TOLERANCE, Cell, Scores, scores
-from benchmarks.quality.statistics import Interval, verdict
 
 NOTE = (
     "Mean ± half-width of the 95 % Student-t interval over the seeds; in brackets the number of "

@@ -17,7 +17,7 @@ from benchmarks.quality.peers.base import Make, Schedule
 from benchmarks.quality.training import Outcome, Problem, fit
 from lats_optax.data.fashion_mnist import FILES
 
-Run = Callable[[Make, float, int, float, str], Outcome]
+RunFunction = Callable[[Make, float, int, float, str], Outcome]
 
 SPLITS = ("test", "validation")
 SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
@@ -46,7 +46,7 @@ class Task:
     learning_rates: tuple[float, ...]
     default_rate: float
     make_optimizer: Callable[[Schedule], optax.GradientTransformation]
-    run: Run
+    run: RunFunction
     seconds: float
     files: tuple[Path, ...] = ()
     version: int = 1

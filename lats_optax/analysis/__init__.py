@@ -1,1 +1,1 @@
-"""Reports of sparsity, multiply-adds and weights, and the walkers over jaxprs."""
+"""Reports of sparsity, MACs and weights, and the walkers over jaxprs."""

@@ -122,7 +122,7 @@ def recorded_curve(
       steps: numbers of optimizer steps, rising, shape (n + 1,), n >= 1.
       threshold: d after as many, shape (n + 1,).
       learning_rate_sums: the sums of the learning rates of as many, shape (n + 1,).
-      own_rate: whether these were recorded with the threshold; the picture then shows them.
+      own_rate: whether these were recorded with the threshold; the plot then shows them.
 
     Returns:
       The curve.

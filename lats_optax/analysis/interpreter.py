@@ -18,7 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from lats_optax.analysis import products
 from lats_optax.analysis.jaxprs import callee, run, scan_inputs, shape, while_inputs
-from lats_optax.analysis.multiply_adds import may_multiply
+from lats_optax.analysis.mac_walk import may_multiply
 from lats_optax.analysis.views import Lost, Source, View, derived, lose, parameters_of
 
 # Constants of more entries are left to the compiler.

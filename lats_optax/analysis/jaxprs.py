@@ -1,6 +1,6 @@
 """Jaxprs as every walker meets them: equations in their order, calls, loops, kinds of primitives.
 
-Here belongs what does not depend on what a walker knows of values. `multiply_adds.py` counts,
+Here belongs what does not depend on what a walker knows of values. `mac_walk.py` counts,
 `interpreter.py` evaluates.
 """
 

@@ -1,6 +1,6 @@
 """What is left of a sparse model, layer by layer, as a table.
 
-Pure functions of a model's parameters and of the multiply-adds that were counted for them.
+Pure functions of a model's parameters and of the MACs that were counted for them.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lats_optax.analysis.operations import OperationsReport
+from lats_optax.analysis.macs import MacsReport
 from lats_optax.analysis.sparsity import sparsity
 from lats_optax.analysis.tables import table
 
@@ -30,10 +30,10 @@ class Layer:
       prunable: whether :func:`lats_optax.prunable` selects it.
       outputs, inputs: channels, as Flax has them: the last axis and the one before; 0 for arrays of
         fewer than two dimensions or no entries.
-      zero_outputs, zero_inputs: those of which every weight is zero.
+      zero_outputs, zero_inputs: channels whose weights are all zero.
       magnitudes: the 5, 50 and 95 % quantiles of the absolute values of the weights that are
         finite and not zero; None where there are none.
-      dense: multiply-adds, zeros included; None where they were not counted.
+      dense: MACs, zeros included; None where they were not counted.
       effective: those with a weight that is not zero.
     """
 
@@ -61,14 +61,14 @@ class ModelReport:
 
     Attributes:
       layers: one entry for each array of parameters, in the order of the tree.
-      operations: the multiply-adds of one call; None where they were not counted.
+      macs: the MACs of one call; None where they were not counted.
       histogram: how many prunable weights that are finite and not zero lie between the edges.
       edges: one more than there are counts, in the units of the weights.
       not_finite: paths of the arrays that hold an infinity or a NaN.
     """
 
     layers: tuple[Layer, ...]
-    operations: OperationsReport | None
+    macs: MacsReport | None
     histogram: np.ndarray
     edges: np.ndarray
     not_finite: tuple[str, ...]
@@ -79,18 +79,18 @@ class ModelReport:
         return tuple(la for la in self.layers if la.prunable or la.dense) or self.layers
 
     def __str__(self) -> str:
-        """The table: layers one by one, the totals, and what deserves a look."""
-        head = ("layer", "shape", "weights", "non-zero", "sparsity", "multiply-adds", "effective")
+        """The table: layers one by one, the totals, and remarks."""
+        head = ("layer", "shape", "weights", "non-zero", "sparsity", "MACs", "effective")
         body = [_row(layer.path, layer.shape, [layer]) for layer in self.shown]
         foot = [
             _row("prunable weights", (), [layer for layer in self.layers if layer.prunable]),
             _row("all parameters", (), self.layers),
         ]
-        if self.operations is not None and (other := self.operations.other):
-            total, effective = self.operations.dense, self.operations.effective or 0
+        if self.macs is not None and (other := self.macs.other):
+            total, effective = self.macs.dense, self.macs.effective or 0
             foot.append(("no parameter", "", "", "", "", f"{other:,}", f"{other:,}"))
-            foot.append(("multiply-adds", "", "", "", "", f"{total:,}", f"{effective:,}"))
-        columns = len(head) if self.operations is not None else 5
+            foot.append(("MACs", "", "", "", "", f"{total:,}", f"{effective:,}"))
+        columns = len(head) if self.macs is not None else 5
         body, foot = ([row[:columns] for row in rows] for rows in (body, foot))
         return "\n".join([*table(head[:columns], body, foot), *self._remarks()])
 
@@ -106,36 +106,36 @@ class ModelReport:
             remarks.append(f"nothing is left of: {', '.join(empty)}")
         if self.not_finite:
             remarks.append(f"not finite: {', '.join(self.not_finite)}")
-        if self.operations is not None and self.operations.uncounted:
-            remarks.append(f"not counted: {', '.join(self.operations.uncounted)}")
+        if self.macs is not None and self.macs.uncounted:
+            remarks.append(f"not counted: {', '.join(self.macs.uncounted)}")
         return remarks
 
 
-def inspect_model(params: Any, operations: OperationsReport | None = None) -> ModelReport:
+def inspect_model(params: Any, macs: MacsReport | None = None) -> ModelReport:
     """Measure what is left of each layer.
 
     Args:
       params: a pytree of arrays.
-      operations: what :func:`lats_optax.count_operations` says of the same parameters.
+      macs: what :func:`lats_optax.count_macs` says of the same parameters.
 
     Returns:
       The report; ``str()`` of it is a table.
 
     Raises:
-      ValueError: there are no arrays; the operations are of other parameters.
+      ValueError: there are no arrays; ``macs`` is of other parameters.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import lats_optax
       >>> params = {"kernel": jnp.array([[0.5, 0.0, -2.0], [0.0, 0.0, 0.0]]), "bias": jnp.ones(3)}
       >>> call = lambda params, x: x @ params["kernel"] + params["bias"]
-      >>> print(inspect_model(params, lats_optax.count_operations(call, params, jnp.ones((1, 2)))))
-      layer             shape  weights  non-zero  sparsity  multiply-adds  effective
-      ------------------------------------------------------------------------------
-      kernel              2×3        6         2    66.67%              6          2
-      ------------------------------------------------------------------------------
-      prunable weights               6         2    66.67%              6          2
-      all parameters                 9         5    44.44%              6          2
+      >>> print(inspect_model(params, lats_optax.count_macs(call, params, jnp.ones((1, 2)))))
+      layer             shape  weights  non-zero  sparsity  MACs  effective
+      ---------------------------------------------------------------------
+      kernel              2×3        6         2    66.67%     6          2
+      ---------------------------------------------------------------------
+      prunable weights               6         2    66.67%     6          2
+      all parameters                 9         5    44.44%     6          2
       wholly zero: 1 of 3 output channels, 1 of 2 input channels
     """
     with warnings.catch_warnings():
@@ -145,10 +145,10 @@ def inspect_model(params: Any, operations: OperationsReport | None = None) -> Mo
     if not measured:
         raise ValueError("there are no arrays in it")
     counted: Sequence[Any] = [None] * len(measured)
-    if operations is not None:
-        counted = operations.parameters
+    if macs is not None:
+        counted = macs.parameters
         if [c.path for c in counted] != [m.path for m in measured]:
-            raise ValueError("operations: they are of other parameters than params")
+            raise ValueError("macs: its parameters are not those of params")
     layers, weights, not_finite = [], [], []
     for found, count, leaf in zip(measured, counted, jax.tree.leaves(params)):
         array = np.asarray(leaf)
@@ -173,7 +173,7 @@ def inspect_model(params: Any, operations: OperationsReport | None = None) -> Mo
     every = np.concatenate([np.zeros(0, np.float32), *weights])
     limit = float(np.abs(every).max()) if every.size else 1.0
     histogram, edges = np.histogram(every, _BINS, (-limit, limit))
-    return ModelReport(tuple(layers), operations, histogram, edges, tuple(not_finite))
+    return ModelReport(tuple(layers), macs, histogram, edges, tuple(not_finite))
 
 
 def in_short(number: float) -> tuple[float, str]:

@@ -1,6 +1,6 @@
 """What is known of a value in a jaxpr: whose entries it has, and which of them are zero.
 
-Here belong weights, constants and what comes of several of them; the walk is in `multiply_adds.py`.
+Here belong weights, constants and what comes of several of them; the walk is in `mac_walk.py`.
 """
 
 import functools

@@ -12,7 +12,7 @@ from lats_optax.analysis.tables import table
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run.
 
     Attributes:
@@ -33,7 +33,7 @@ class Run:
     metrics: Sequence[Mapping[str, Any]]
 
 
-def comparison_table(runs: Sequence[Run]) -> str:
+def comparison_table(runs: Sequence[FinishedRun]) -> str:
     """Sparsity layer by layer, the totals, accuracy and time: a row each, a column for each run.
 
     Args:
@@ -49,7 +49,7 @@ def comparison_table(runs: Sequence[Run]) -> str:
       >>> from lats_optax.analysis.sparsity import LayerSparsity
       >>> layers = (LayerSparsity("fc/kernel", (64, 10), 640, 608, prunable=True),
       ...           LayerSparsity("fc/bias", (10,), 10, 0, prunable=False))
-      >>> print(comparison_table([Run("lats", 0.9875, 12.3, SparsityReport(layers), [])]))
+      >>> print(comparison_table([FinishedRun("lats", 0.9875, 12.3, SparsityReport(layers), [])]))
                           weights       lats
       --------------------------------------
       fc/kernel               640     95.00%
@@ -110,7 +110,7 @@ def records(
     return [r for r in metrics if r["split"] == split and all(name in r for name in names)]
 
 
-def prunable_layers(runs: Sequence[Run]) -> dict[str, list[LayerSparsity | None]]:
+def prunable_layers(runs: Sequence[FinishedRun]) -> dict[str, list[LayerSparsity | None]]:
     """By path, the layer in each run, for all that any run counts as prunable."""
     found = [{la.path: la for la in run.sparsity.layers if la.prunable} for run in runs]
     paths = dict.fromkeys(path for layers in found for path in layers)
@@ -122,7 +122,7 @@ def _common(sizes: Iterable[int]) -> str:
     return f"{distinct.pop():,}" if len(distinct) == 1 else "varies"
 
 
-def check_some(runs: Sequence[Run]) -> None:
+def check_some(runs: Sequence[FinishedRun]) -> None:
     """Checks that there is a run.
 
     Raises:

@@ -109,7 +109,7 @@ class SparsityReport:
         )
 
     def __str__(self) -> str:
-        """The table: prunable layers one by one, then the two totals and what deserves a look.
+        """The table: prunable layers one by one, then the two totals and remarks.
 
         Of what is not prunable it names the arrays of two or more dimensions, a line a reason.
         """

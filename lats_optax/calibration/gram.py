@@ -22,7 +22,7 @@ from lats_optax.analysis.views import View
 from lats_optax.checks.numbers import check_steps
 from lats_optax.masks import MaskOrFunction
 
-# The most inputs of which a Gram matrix is full: 268 MB in float32.
+# The most inputs for which a Gram matrix is full: 268 MB in float32.
 LARGEST = 8192
 
 
@@ -110,7 +110,7 @@ class Grams:
     shapes: Mapping[str, tuple[int, ...]]
 
     def __str__(self) -> str:
-        """The table: a line for each product, then what deserves a look."""
+        """The table: a line for each product, then remarks."""
         rows = [
             (
                 gram.path,
@@ -155,7 +155,7 @@ def calibrate(
       params: a pytree of arrays.
       batches: an iterable of pytrees of arrays, of one structure.
       mask: which parameters are to be pruned; Gram matrices of others are not accumulated.
-      largest: the most inputs of which a Gram matrix is full. Where there are more, it is
+      largest: the most inputs for which a Gram matrix is full. Where there are more, it is
         block-diagonal, in the largest equal blocks that this allows; 1 gives diagonals, which are
         all that ``magnitude`` and ``wanda`` need.
 
@@ -257,7 +257,7 @@ class _Program:
       fn: the function.
       structure: of the parameters.
       chosen: which leaves are measured.
-      largest: the most inputs of which a Gram matrix is full.
+      largest: the most inputs for which a Gram matrix is full.
       places: where the Gram matrices of each leaf lie.
     """
 

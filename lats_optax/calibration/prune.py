@@ -36,7 +36,7 @@ class PrunedLayer:
       size: number of weights.
       zeros: how many are zero.
       error: ``||X (W - W0)||^2 / ||X W0||^2`` over its matrices together; 0 where all is silent.
-      remark: what deserves a look: a singular Gram matrix, or one that is not full.
+      remark: a problem, if any: a singular Gram matrix, or one that is not full.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""A smaller dense model with the outputs of one of which channels are zero, constant or not read.
+"""A smaller dense model: channels that are zero, constant or not read are cut.
 
 Here belongs `compact`: its arguments, and the order in which the other files do their part.
 """
@@ -41,18 +41,18 @@ def compact(
     """A physically smaller model with the same outputs in evaluation, to float tolerance.
 
     A channel is cut where, in every layer that shares it (a residual stream, a depth-wise
-    convolution, a normalisation), it is the same number whatever the input is, or nobody reads it.
-    Behind a normalisation that number is rarely zero: it goes into the bias, or the mean of the
-    normalisation, of what read it. What cannot take it up (a convolution that is padded with zeros,
+    convolution, a normalization), its value does not depend on the input, or nothing reads it.
+    Behind a normalization that number is rarely zero: it goes into the bias, or the mean of the
+    normalization, of what read it. What cannot take it up (a convolution that is padded with zeros,
     a classifier without a bias) keeps one constant channel that stands for all of them.
 
     The model that comes back can be trained on, saved and, if it is of the zoo, built again:
     ``models.create(**models.describe(model))``. In training it is not the same as before: there,
-    constant channels are normalised by the batch.
+    constant channels are normalized by the batch.
 
     Args:
       model: a convolutional one of the zoo, or a ``flax.linen.Sequential`` of convolutions, dense
-        layers, batch normalisation in evaluation and functions. Other modules keep their channels.
+        layers, batch normalization in evaluation and functions. Other modules keep their channels.
       variables: ``{"params": …, "batch_stats": …}``, with zeros for what has been pruned.
       sample: an input of a ``Sequential``, or a ``jax.ShapeDtypeStruct`` of one; a batch of one is
         enough. The zoo needs none.
@@ -64,7 +64,7 @@ def compact(
       A `Compacted`.
 
     Raises:
-      ValueError: ``model`` is of a class of which the wiring is not known; ``variables`` are not
+      ValueError: the wiring of ``model``'s class is not known; ``variables`` are not
         those of the model, or not finite; a ``Sequential`` has no sample, or cannot be run on it;
         layers would be left without a channel; ``multiple_of`` < 1.
 

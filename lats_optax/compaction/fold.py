@@ -15,26 +15,26 @@ def fold(plan: Plan, arrays: Arrays) -> dict[str, np.ndarray]:
         folded[path] = wide.astype(arrays[path].dtype)
 
     for node in plan.graph.nodes.values():
-        if not (isinstance(node, Linear) or (isinstance(node, Function) and node.movable)):
+        if not (isinstance(node, Linear) or (isinstance(node, Function) and node.reindexable)):
             continue
         lost = plan.lost(node)
         if not lost.any():
             continue
-        stand_in = plan.stand_in(node)
-        if stand_in is not None and isinstance(node, Linear):
-            value = plan.values[node.sources[0]][stand_in]
+        representative = plan.representative(node)
+        if representative is not None and isinstance(node, Linear):
+            value = plan.values[node.sources[0]][representative]
             kernel = np.asarray(arrays[f"params/{node.name}/kernel"], np.float64)
             amount = np.zeros_like(kernel)
-            amount[..., stand_in, :] = np.tensordot(kernel, lost / value, axes=(-2, 0))
+            amount[..., representative, :] = np.tensordot(kernel, lost / value, axes=(-2, 0))
             change(f"params/{node.name}/kernel", amount)
             continue
-        absorber = plan.absorber(node)
-        if absorber is not None and not (isinstance(node, Linear) and node.padded):
-            path, sign = absorber
+        bias = plan.folding_bias(node)
+        if bias is not None and not (isinstance(node, Linear) and node.padded):
+            path, sign = bias
             if isinstance(node, Linear):
                 shift = lost @ node.kernel(arrays).sum(axis=0)
             else:
                 assert isinstance(node, Function)
-                shift = np.append(lost, 0.0)[node.places]
+                shift = np.append(lost, 0.0)[node.channel_index]
             change(path, sign * shift)
     return folded

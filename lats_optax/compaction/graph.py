@@ -1,6 +1,6 @@
 """How channels flow through a network: nodes that `compact` reasons about, without their arrays.
 
-Here belong the kinds of nodes and what each does to a channel of which the value is known. Which
+Here belong the kinds of nodes and what each does to a channel whose value is known. Which
 nodes an architecture has is in `wiring.py`; what is cut, in `plan.py`.
 """
 
@@ -55,7 +55,7 @@ class Node(abc.ABC):
 
 
 @dataclass(frozen=True)
-class Fixed(Node):
+class Pinned(Node):
     """What has to keep all of its channels, and those that it reads: an input, an output, a mixer.
 
     Attributes:
@@ -73,7 +73,7 @@ class Fixed(Node):
         return np.ones(channels, bool)
 
     def cut(self, arrays: Arrays, keep: Mapping[str, Mask]) -> dict[str, np.ndarray]:
-        """Whatever arrays it has stay as they are."""
+        """Its arrays stay as they are."""
         return {}
 
 
@@ -98,7 +98,7 @@ class Layer(Node):
         """Its bias, or zeros."""
         return self.vector(arrays, f"params/{self.name}/bias", 0.0)
 
-    def spoilt(self, x: Vector) -> Mask:
+    def non_constant(self, x: Vector) -> Mask:
         """Which of the channels that it reads give no constant."""
         return np.isnan(x) | (self.padded & (x != 0))
 
@@ -110,9 +110,9 @@ class Linear(Layer):
     def constants(self, inputs: Sequence[Vector], arrays: Arrays) -> Vector:
         """Known where no channel that varies has a weight."""
         (x,), weights = inputs, self.kernel(arrays)
-        spoilt = self.spoilt(x)
-        known = np.where(spoilt, 0.0, x) @ weights.sum(axis=0) + self.offset(arrays)
-        return np.where((weights[:, spoilt] != 0).any(axis=(0, 1)), np.nan, known)
+        non_constant = self.non_constant(x)
+        known = np.where(non_constant, 0.0, x) @ weights.sum(axis=0) + self.offset(arrays)
+        return np.where((weights[:, non_constant] != 0).any(axis=(0, 1)), np.nan, known)
 
     def reads(self, live: Mask, arrays: Arrays, channels: int) -> Mask:
         """Those with a weight."""
@@ -126,7 +126,7 @@ class Linear(Layer):
 
 
 @dataclass(frozen=True)
-class PerChannel(Layer):
+class DepthwiseConv(Layer):
     """A depth-wise convolution: kernel (…, 1, channels)."""
 
     def constants(self, inputs: Sequence[Vector], arrays: Arrays) -> Vector:
@@ -134,7 +134,7 @@ class PerChannel(Layer):
         (x,), weights = inputs, self.kernel(arrays)[:, 0]
         read = (weights != 0).any(axis=0)
         known = np.where(read, x, 0.0) * weights.sum(axis=0) + self.offset(arrays)
-        return np.where(read & self.spoilt(x), np.nan, known)
+        return np.where(read & self.non_constant(x), np.nan, known)
 
     def reads(self, live: Mask, arrays: Arrays, channels: int) -> Mask:
         """Those with a weight."""
@@ -148,7 +148,7 @@ class PerChannel(Layer):
 
 @dataclass(frozen=True)
 class Norm(Node):
-    """Batch normalisation in evaluation: (x − mean) / √(var + epsilon) · scale + bias."""
+    """Batch normalization in evaluation: (x − mean) / √(var + epsilon) · scale + bias."""
 
     epsilon: float
 
@@ -172,17 +172,17 @@ class Function(Node):
 
     Attributes:
       function: the values of its channels from those of its source.
-      places: for each channel, which one of the source it is made of; −1: of none.
-      movable: whether ``places`` can become any others (an index in the model), so that neither
-        side ties the other; else a channel and those made of it stay or go together.
-      survives: tells whether it does the same with a part of its channels, given which of the
+      channel_index: for each channel, which one of the source it is made of; −1: of none.
+      reindexable: whether the model holds ``channel_index``, so that it can change and neither side
+        ties the other; else a channel and those made of it stay or go together.
+      channelwise: tells whether it does the same with a part of its channels, given which of the
         source's and which of its own are left; None: it does.
     """
 
     function: Callable[[Vector], Vector]
-    places: np.ndarray
-    movable: bool = False
-    survives: Callable[[Mask, Mask], bool] | None = None
+    channel_index: np.ndarray
+    reindexable: bool = False
+    channelwise: Callable[[Mask, Mask], bool] | None = None
 
     def constants(self, inputs: Sequence[Vector], arrays: Arrays) -> Vector:
         """As the function says."""
@@ -191,12 +191,12 @@ class Function(Node):
     def reads(self, live: Mask, arrays: Arrays, channels: int) -> Mask:
         """Those that it is made of."""
         read = np.zeros(channels, bool)
-        read[self.places[live & (self.places >= 0)]] = True
+        read[self.channel_index[live & (self.channel_index >= 0)]] = True
         return read
 
 
 @dataclass(frozen=True)
-class Join(Node):
+class Elementwise(Node):
     """Two sources combined channel by channel.
 
     Attributes:
@@ -224,9 +224,9 @@ class Graph:
                 self.readers[source].append(node)
 
     def fix(self, reasons: Mapping[str, str]) -> "Graph":
-        """The graph with some nodes `Fixed`, for reasons given by their names."""
+        """The graph with some nodes `Pinned`, for reasons given by their names."""
         return Graph(
-            Fixed(node.name, node.sources, node.channels, reasons[node.name])
+            Pinned(node.name, node.sources, node.channels, reasons[node.name])
             if node.name in reasons
             else node
             for node in self.nodes.values()
@@ -265,19 +265,19 @@ class Builder:
 
     def images(self, channels: int) -> str:
         """The input."""
-        return self.add(Fixed("input", (), channels, "it is the input's"))
+        return self.add(Pinned("input", (), channels, "it is the input's"))
 
     def output(self, source: str) -> str:
         """The output."""
-        return self.add(Fixed("output", (source,), self.channels(source), "it is the output's"))
+        return self.add(Pinned("output", (source,), self.channels(source), "it is the output's"))
 
     def linear(self, source: str, layer: str, padded: bool | None = None) -> str:
-        """A convolution or dense layer; as PyTorch pads, unless told: kernels wider than 1."""
+        """A convolution or dense layer; padded as in PyTorch by default: kernels wider than 1."""
         return self._layer(Linear, source, layer, padded)
 
-    def per_channel(self, source: str, layer: str, padded: bool | None = None) -> str:
+    def depthwise_conv(self, source: str, layer: str, padded: bool | None = None) -> str:
         """A depth-wise convolution; padding as of `linear`."""
-        return self._layer(PerChannel, source, layer, padded)
+        return self._layer(DepthwiseConv, source, layer, padded)
 
     def _layer(self, kind: type[Layer], source: str, layer: str, padded: bool | None) -> str:
         *window, _, features = self._arrays[f"params/{layer}/kernel"].shape
@@ -287,13 +287,13 @@ class Builder:
         return self.add(kind(layer, (source,), features, padded, bias))
 
     def norm(self, source: str, layer: str, epsilon: float = 1e-5) -> str:
-        """Batch normalisation."""
+        """Batch normalization."""
         return self.add(Norm(layer, (source,), self.channels(source), epsilon))
 
     def apply(self, source: str, name: str, constants: Callable[[Vector], Vector]) -> str:
         """A function of each channel alone."""
-        places = np.arange(self.channels(source))
-        node = Function(name, (source,), len(places), constants, places)
+        channel_index = np.arange(self.channels(source))
+        node = Function(name, (source,), len(channel_index), constants, channel_index)
         return self.add(node)
 
     def graph(self) -> Graph:

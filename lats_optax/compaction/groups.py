@@ -4,7 +4,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from lats_optax.compaction.graph import Function, Graph, Join, Norm, PerChannel
+from lats_optax.compaction.graph import DepthwiseConv, Elementwise, Function, Graph, Norm
 
 
 def dependency_groups(graph: Graph) -> tuple[dict[str, np.ndarray], int]:
@@ -17,11 +17,11 @@ def dependency_groups(graph: Graph) -> tuple[dict[str, np.ndarray], int]:
     for name, node in graph.nodes.items():
         own = np.arange(node.channels)
         for source in node.sources:
-            if isinstance(node, Norm | PerChannel | Join):
+            if isinstance(node, Norm | DepthwiseConv | Elementwise):
                 ties.append(np.stack([starts[name] + own, starts[source] + own]))
-            elif isinstance(node, Function) and not node.movable:
-                made = node.places >= 0
-                other = starts[source] + node.places[made]
+            elif isinstance(node, Function) and not node.reindexable:
+                made = node.channel_index >= 0
+                other = starts[source] + node.channel_index[made]
                 ties.append(np.stack([starts[name] + own[made], other]))
     ends = np.concatenate(ties, axis=1)
     matrix = coo_array((np.ones(ends.shape[1]), tuple(ends)), shape=(total, total))

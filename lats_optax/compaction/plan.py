@@ -8,15 +8,15 @@ import numpy as np
 
 from lats_optax.compaction.graph import (
     Arrays,
-    Fixed,
+    Elementwise,
     Function,
     Graph,
-    Join,
     Layer,
     Linear,
     Mask,
     Node,
     Norm,
+    Pinned,
     Vector,
 )
 from lats_optax.compaction.groups import dependency_groups
@@ -29,7 +29,7 @@ class Plan:
     """Which channels of a graph are kept, and why.
 
     Attributes:
-      values: of each node's channels, the number that it is whatever the input; NaN if it varies.
+      values: the constant value of each node's channels; NaN for a channel that varies.
       live: which of them vary and are read, on some way to the output.
       groups: of each node's channels, the number of the group that it shares with other nodes': a
         group is kept or cut as a whole.
@@ -49,7 +49,7 @@ class Plan:
         self.reasons: dict[int, str] = {}
         self._kept = np.zeros(self._count, bool)
         for node in graph.nodes.values():
-            if isinstance(node, Fixed):
+            if isinstance(node, Pinned):
                 for name in (node.name, *node.sources):
                     self._keep(self.groups[name], _why(node, name))
         for name, live in self.live.items():
@@ -79,9 +79,9 @@ class Plan:
         """Functions that do something else with fewer channels, and what to say of them."""
         keep, found = self.keep, {}
         for name, node in self.graph.nodes.items():
-            if isinstance(node, Function) and node.survives is not None:
+            if isinstance(node, Function) and node.channelwise is not None:
                 inputs = keep[node.sources[0]]
-                if not node.survives(inputs, keep[name]):
+                if not node.channelwise(inputs, keep[name]):
                     found[name] = f"it is made for {len(inputs)} channels"
         return found
 
@@ -91,14 +91,14 @@ class Plan:
         values, cut = self.values[source], ~self._kept[self.groups[source]]
         return np.where(cut & ~np.isnan(values), values, 0.0)
 
-    def absorber(self, node: Node) -> tuple[str, int] | None:
+    def folding_bias(self, node: Node) -> tuple[str, int] | None:
         """An array to which a change of this node's constants can go, and with which sign."""
         if isinstance(node, Layer) and node.bias:
             return f"params/{node.name}/bias", 1
         reader = self.graph.only_reader(node.name)
         if isinstance(reader, Norm):
             return f"batch_stats/{reader.name}/mean", -1
-        if isinstance(reader, Join) and reader.adds:
+        if isinstance(reader, Elementwise) and reader.adds:
             for other in reader.sources:
                 path = f"params/{other}/bias"
                 alone = self.graph.only_reader(other) is reader
@@ -117,9 +117,9 @@ class Plan:
         if isinstance(node, Linear):
             own = self._kept[self.groups[node.name]]
             lost = np.where(node.reads(own, self.arrays, len(lost)), lost, 0.0)
-            taken = not node.padded and self.absorber(node) is not None
-        elif isinstance(node, Function) and node.movable:
-            taken = self.absorber(node) is not None
+            taken = not node.padded and self.folding_bias(node) is not None
+        elif isinstance(node, Function) and node.reindexable:
+            taken = self.folding_bias(node) is not None
         else:
             taken = True
         if taken or not lost.any():
@@ -127,7 +127,7 @@ class Plan:
         found = np.minimum(np.abs(np.nan_to_num(values)) / np.abs(lost).max(), 1)
         return np.where(found < _STRONG, 0.0, found)
 
-    def stand_in(self, node: Node) -> int | None:
+    def representative(self, node: Node) -> int | None:
         """The channel of its source that stands for those that are lost; None if none has to."""
         strength = self.strength(node) * self._kept[self.groups[node.sources[0]]]
         return int(strength.argmax()) if strength.any() else None
@@ -157,7 +157,7 @@ class Plan:
                     lost = self.lost(node) != 0
                     self._keep(self.groups[node.sources[0]][lost], f"{name} brings it on")
                     return True
-                if strength.any() and self.stand_in(node) is None:
+                if strength.any() and self.representative(node) is None:
                     needy[name] = strength
         found = bool(needy)
         while needy:
@@ -176,5 +176,5 @@ class Plan:
         return self.groups[self.graph.nodes[name].sources[0]]
 
 
-def _why(node: Fixed, name: str) -> str:
+def _why(node: Pinned, name: str) -> str:
     return node.reason if node.name in (name, "output") else f"{node.name} reads it"

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lats_optax.compaction.graph import Arrays, Fixed, Function, Layer, Linear, PerChannel
+from lats_optax.compaction.graph import Arrays, DepthwiseConv, Function, Layer, Linear, Pinned
 from lats_optax.compaction.plan import Plan
 
 
@@ -35,13 +35,13 @@ class CompactReport:
 
     Attributes:
       layers: one entry for each convolution and dense layer that can be cut, in their order.
-      fixed: the other layers that have to keep all channels that they read and write -> why.
+      pinned: the other layers that have to keep all channels that they read and write -> why.
       parameters_before: entries of all parameters.
       parameters_after: those that are left.
     """
 
     layers: tuple[LayerReport, ...]
-    fixed: Mapping[str, str]
+    pinned: Mapping[str, str]
     parameters_before: int
     parameters_after: int
 
@@ -60,14 +60,14 @@ class CompactReport:
         total = _arrow(self.parameters_before, self.parameters_after, 25)
         lines += [rule, f"{'all parameters':<{names}}  {'':>14}  {total}"]
         lines += [
-            f"{name} keeps all that it reads and writes: {why}" for name, why in self.fixed.items()
+            f"{name} keeps all that it reads and writes: {why}" for name, why in self.pinned.items()
         ]
         return "\n".join(line.rstrip() for line in lines)
 
 
 def report_of(plan: Plan, arrays: Arrays, small: Arrays) -> CompactReport:
     keep, writers, ends = plan.keep, _writers(plan), _ends(plan)
-    layers, fixed = [], {}
+    layers, pinned = [], {}
     for name, node in plan.graph.nodes.items():
         if isinstance(node, Layer):
             idle = plan.groups[name][keep[name] & ~plan.live[name]].tolist()
@@ -78,13 +78,13 @@ def report_of(plan: Plan, arrays: Arrays, small: Arrays) -> CompactReport:
             stays = _stays(plan, idle, writers, ends)
             row = LayerReport(name, node.channels, int(keep[name].sum()), sizes[0], sizes[1], stays)
             layers.append(row)
-        elif isinstance(node, Fixed) and name not in ("input", "output"):
-            fixed[name] = node.reason
+        elif isinstance(node, Pinned) and name not in ("input", "output"):
+            pinned[name] = node.reason
     counts = [
         sum(array.size for path, array in tree.items() if path.startswith("params/"))
         for tree in (arrays, small)
     ]
-    return CompactReport(tuple(layers), fixed, counts[0], counts[1])
+    return CompactReport(tuple(layers), pinned, counts[0], counts[1])
 
 
 def _paths(layer: Layer) -> list[str]:
@@ -105,7 +105,7 @@ def _stays(
             written += 1
             others.update(writers[group])
         else:
-            where = "at the borders " * isinstance(plan.graph.nodes[ends[group]], PerChannel)
+            where = "at the borders " * isinstance(plan.graph.nodes[ends[group]], DepthwiseConv)
             found[f"constant, but not {where}behind {ends[group]}"] += 1
     if written:
         most = [name for name, _ in others.most_common(2)]
@@ -118,7 +118,7 @@ def _writers(plan: Plan) -> dict[int, list[str]]:
     """Of each group, what writes something to it that varies and is read."""
     found: dict[int, list[str]] = {}
     for name, node in plan.graph.nodes.items():
-        if isinstance(node, Linear) or (isinstance(node, Function) and node.movable):
+        if isinstance(node, Linear) or (isinstance(node, Function) and node.reindexable):
             for group in plan.groups[name][plan.live[name]].tolist():
                 found.setdefault(group, []).append(name)
     return found

@@ -18,14 +18,14 @@ from flax import traverse_util
 from lats_optax.compaction.graph import (
     Arrays,
     Builder,
-    Fixed,
     Function,
     Mask,
+    Pinned,
     Vector,
 )
 from lats_optax.compaction.wiring import Wiring
 
-Run = Callable[[Any], Any]
+LayerFunction = Callable[[Any], Any]
 
 
 def wire_sequential(model: nn.Sequential, arrays: Arrays, sample: Any) -> Wiring:
@@ -47,7 +47,7 @@ def wire_sequential(model: nn.Sequential, arrays: Arrays, sample: Any) -> Wiring
       >>> arrays = {"params/layers_0/kernel": np.ones((3, 4)), "params/layers_0/bias": np.ones(4)}
       >>> graph = wire_sequential(model, arrays, jax.ShapeDtypeStruct((1, 3), "float32")).graph
       >>> [type(node).__name__ for node in graph.nodes.values()]
-      ['Fixed', 'Linear', 'Function', 'Fixed']
+      ['Pinned', 'Linear', 'Function', 'Pinned']
     """
     build = Builder(arrays)
     x, shape = build.images(sample.shape[-1]), sample
@@ -59,21 +59,21 @@ def wire_sequential(model: nn.Sequential, arrays: Arrays, sample: Any) -> Wiring
         own = paths.setdefault(id(layer), path) if isinstance(layer, nn.Module) else path
         if type(layer) is nn.BatchNorm and layer.use_running_average is not True:
             raise ValueError(
-                f"{own} (BatchNorm) normalises with the statistics of the batch; allowed: "
+                f"{own} (BatchNorm) normalizes with the statistics of the batch; allowed: "
                 "use_running_average=True, as in evaluation."
             )
         run = _runner(layer, own, arrays)
         after = _shape(run, shape, f"{own} ({_kind(layer)})")
         if uses[id(layer)] > 1:
             reason = "its parameters are used in more than one place"
-            x = build.add(Fixed(path, (x,), after.shape[-1], reason))
+            x = build.add(Pinned(path, (x,), after.shape[-1], reason))
         else:
             x = _wire(build, layer, path, x, _Probe(run, shape, after))
         shape = after
     build.output(x)
     graph = build.graph()
     sizes = {
-        name: node.channels for name, node in graph.nodes.items() if not isinstance(node, Fixed)
+        name: node.channels for name, node in graph.nodes.items() if not isinstance(node, Pinned)
     }
 
     def rebuild(keep: Mapping[str, Mask]) -> nn.Module:
@@ -115,30 +115,37 @@ def _wire(build: Builder, layer: Any, path: str, x: str, probe: "_Probe") -> str
     """Adds a layer's node; returns its name."""
     channels, features = build.channels(x), probe.after.shape[-1]
 
-    def fixed(reason: str) -> str:
-        return build.add(Fixed(path, (x,), features, reason))
+    def pinned(reason: str) -> str:
+        return build.add(Pinned(path, (x,), features, reason))
 
     if type(layer) is nn.Dense:
         return build.linear(x, path, padded=False)
     if type(layer) is nn.Conv:
         groups = layer.feature_group_count
         if layer.mask is not None:
-            return fixed("its kernel has a mask")
+            return pinned("its kernel has a mask")
         if groups == 1:
             return build.linear(x, path, padded=_pads(layer))
         if groups == channels == features:
-            return build.per_channel(x, path, padded=_pads(layer))
-        return fixed(f"its {groups} groups of channels have to stay equal")
+            return build.depthwise_conv(x, path, padded=_pads(layer))
+        return pinned(f"its {groups} groups of channels have to stay equal")
     if type(layer) is nn.BatchNorm:
         if layer.axis not in (-1, len(probe.before.shape) - 1):
-            return fixed(f"it normalises axis {layer.axis}, not the last")
+            return pinned(f"it normalizes axis {layer.axis}, not the last")
         return build.norm(x, path, layer.epsilon)
     if not jnp.issubdtype(probe.before.dtype, jnp.floating):
-        return fixed("it takes integers")
-    places = probe.places()
-    if places is None:
-        return fixed("it mixes channels")
-    node = Function(path, (x,), features, probe.constants(places), places, survives=probe.survives)
+        return pinned("it takes integers")
+    channel_index = probe.channel_index()
+    if channel_index is None:
+        return pinned("it mixes channels")
+    node = Function(
+        path,
+        (x,),
+        features,
+        probe.constants(channel_index),
+        channel_index,
+        channelwise=probe.channelwise,
+    )
     return build.add(node)
 
 
@@ -154,7 +161,7 @@ def _pads(layer: nn.Conv) -> bool:
     return any(np.any(np.asarray(side) != 0) for side in sides)
 
 
-def _runner(layer: Any, path: str, arrays: Arrays) -> Run:
+def _runner(layer: Any, path: str, arrays: Arrays) -> LayerFunction:
     if not isinstance(layer, nn.Module):
         return layer
     own: dict[str, Any] = {}
@@ -166,7 +173,7 @@ def _runner(layer: Any, path: str, arrays: Arrays) -> Run:
     return lambda x: layer.apply(variables, x)
 
 
-def _shape(run: Run, before: Any, what: str) -> Any:
+def _shape(run: LayerFunction, before: Any, what: str) -> Any:
     try:
         after = jax.eval_shape(run, before)
     except Exception as error:
@@ -184,7 +191,7 @@ def _kind(layer: Any) -> str:
     )
 
 
-# --- functions of which nothing is known --------------------------------------------------------
+# --- functions whose behavior is probed ---------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -197,7 +204,7 @@ class _Probe:
       after: those of its output.
     """
 
-    run: Run
+    run: LayerFunction
     before: Any
     after: Any
 
@@ -221,7 +228,7 @@ class _Probe:
         """Whether numbers differ by rounding alone: sums are rounded according to their place."""
         return difference <= 16 * float(np.finfo(self.dtype).eps) * size
 
-    def places(self) -> np.ndarray | None:
+    def channel_index(self) -> np.ndarray | None:
         """For each channel of the output the one of the input that it is made of.
 
         None if there is one that is made of several, or of none that could be seen. Half of the
@@ -231,7 +238,7 @@ class _Probe:
         channels = self.before.shape[-1]
         first, second, *_ = self.draws()
         plain = self.output(first)
-        places = np.zeros(plain.shape[-1], int)
+        channel_index = np.zeros(plain.shape[-1], int)
         for bit in range(max(1, (channels - 1).bit_length())):
             half = np.arange(channels) >> bit & 1 == 1
             sides = []
@@ -244,20 +251,20 @@ class _Probe:
                 sides.append(seen.any(axis=0))
             if (sides[0] == sides[1]).any():
                 return None
-            places |= sides[0] << bit
-        return places if (places < channels).all() else None
+            channel_index |= sides[0] << bit
+        return channel_index if (channel_index < channels).all() else None
 
-    def constants(self, places: np.ndarray) -> Callable[[Vector], Vector]:
+    def constants(self, channel_index: np.ndarray) -> Callable[[Vector], Vector]:
         """The function on constant maps: known where the result is the same at all positions."""
 
         def function(known: Vector) -> Vector:
             y = self.output(np.where(np.isnan(known), self.draws()[0], known))
             even = self.even(np.abs(y - y[0]).max(axis=0), np.abs(y).max(axis=0))
-            return np.where(even & ~np.isnan(known[places]), y[0], np.nan)
+            return np.where(even & ~np.isnan(known[channel_index]), y[0], np.nan)
 
         return function
 
-    def survives(self, inputs: Mask, outputs: Mask) -> bool:
+    def channelwise(self, inputs: Mask, outputs: Mask) -> bool:
         """Whether it does the same with a part of the channels."""
         if inputs.all() and outputs.all():
             return True

@@ -1,6 +1,6 @@
 """How each architecture is wired: from a model to its graph, and from what is kept to a model.
 
-Here belongs what `graph.py` is told about each class of the zoo; plain sequences of layers, whose
+Here belongs the wiring of each class of the zoo; plain sequences of layers, whose
 functions have to be probed, are in `sequential.py`.
 """
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lats_optax.compaction.graph import Arrays, Builder, Function, Graph, Join, Mask, Vector
+from lats_optax.compaction.graph import Arrays, Builder, Elementwise, Function, Graph, Mask, Vector
 from lats_optax.models.digits import DigitsCNN
 from lats_optax.models.layers import Network
 from lats_optax.models.mobilenet import MobileNetV1
@@ -26,7 +26,7 @@ from lats_optax.models.resnet import (
     ResidualNetwork,
     ResNet,
     Stage,
-    padded_places,
+    padded_channel_index,
 )
 from lats_optax.models.sew_resnet import SEWResNet
 from lats_optax.models.spiking import Neuron
@@ -79,17 +79,19 @@ def _rebuild(model: Any, graph: Graph, keep: Mapping[str, Mask]) -> nn.Module:
     features = {layer: n for layer, n in kept.items() if n != model.plan()[layer]} or None
     if not isinstance(model, CifarResNet):
         return model.clone(features=features)
-    places = {}
+    channel_index = {}
     for node in graph.nodes.values():
-        if isinstance(node, Function) and node.movable:
+        if isinstance(node, Function) and node.reindexable:
             source = keep[node.sources[0]]
             # Numbers of the source's channels after the cut; those that went, and none, are −1.
             moved = np.append(np.where(source, np.cumsum(source) - 1, -1), -1)
-            own = tuple(moved[node.places[keep[node.name]]].tolist())
-            usual = padded_places(source.sum(), len(own)) if source.sum() <= len(own) else None
+            own = tuple(moved[node.channel_index[keep[node.name]]].tolist())
+            usual = (
+                padded_channel_index(source.sum(), len(own)) if source.sum() <= len(own) else None
+            )
             if own != usual:
-                places[node.name.removesuffix("/shortcut")] = own
-    return model.clone(features=features, places=places or None)
+                channel_index[node.name.removesuffix("/shortcut")] = own
+    return model.clone(features=features, channel_index=channel_index or None)
 
 
 def _relu(build: Builder, x: str) -> str:
@@ -103,7 +105,7 @@ def _mobilenet(model: MobileNetV1, build: Builder, x: str, arrays: Arrays) -> st
     x = _relu(build, build.norm(build.linear(x, "stem"), "stem_norm"))
     for layer in list(model.plan())[1:]:
         block = layer.removesuffix("/pointwise")
-        for make, part in ((build.per_channel, "depthwise"), (build.linear, "pointwise")):
+        for make, part in ((build.depthwise_conv, "depthwise"), (build.linear, "pointwise")):
             x = make(x, f"{block}/{part}")
             x = _relu(build, build.norm(x, f"{block}/{part}_norm"))
     return x
@@ -125,7 +127,7 @@ def _resnet(model: ResidualNetwork, build: Builder, x: str, arrays: Arrays) -> s
             x = _padding(model, build, x, block)
         elif block.shortcut != IDENTITY:
             x = _projection(build, x, block)
-        x = build.add(Join(block.name, (x, y), build.channels(y), np.add))
+        x = build.add(Elementwise(block.name, (x, y), build.channels(y), np.add))
         x = _relu(build, x)
     return x
 
@@ -145,7 +147,7 @@ def _sew_resnet(model: SEWResNet, build: Builder, x: str, arrays: Arrays) -> str
         if block.shortcut != IDENTITY:
             x = spike(_projection(build, x, block), f"{block.name}/shortcut_neuron")
         combine, adds = _CONNECTIONS[model.connection], model.connection == "ADD"
-        x = build.add(Join(block.name, (x, y), build.channels(y), combine, adds))
+        x = build.add(Elementwise(block.name, (x, y), build.channels(y), combine, adds))
     return x
 
 
@@ -162,13 +164,15 @@ def _projection(build: Builder, x: str, block: Stage) -> str:
 
 
 def _padding(model: Any, build: Builder, x: str, block: Stage) -> str:
-    places = np.array(model.places_of()[block.name])
+    channel_index = np.array(model.channel_index_of()[block.name])
 
     def constants(c: Vector) -> Vector:
-        return np.append(c, 0.0)[places]  # −1 is the zero at the end
+        return np.append(c, 0.0)[channel_index]  # −1 is the zero at the end
 
     name = f"{block.name}/shortcut"
-    return build.add(Function(name, (x,), len(places), constants, places, movable=True))
+    return build.add(
+        Function(name, (x,), len(channel_index), constants, channel_index, reindexable=True)
+    )
 
 
 def _times(a: Vector, b: Vector) -> Vector:
@@ -183,7 +187,7 @@ _CONNECTIONS: dict[str, Callable[[Vector, Vector], Vector]] = {
 
 
 def _spikes(model: SEWResNet, constants: Vector, tau_logit: np.ndarray | None) -> Vector:
-    """Neurons that fire at every step, or at none, whatever rounding does to their input."""
+    """Neurons that fire at every step, or at none, however their input is rounded."""
     known = np.where(np.isnan(constants), 0.0, constants)
     nudge = 1e-5 * np.maximum(np.abs(known), 1.0) * (known != 0)
     shown = np.concatenate([known - nudge, known, known + nudge])
@@ -191,7 +195,7 @@ def _spikes(model: SEWResNet, constants: Vector, tau_logit: np.ndarray | None) -
     padded = np.zeros(1 << max(13, len(shown).bit_length()), np.float32)
     padded[: len(shown)] = shown
     rate = None if tau_logit is None else jax.nn.sigmoid(jnp.asarray(tau_logit, jnp.float32))
-    spikes = np.asarray(_run(model.neuron, model.steps, padded, rate), np.float64)
+    spikes = np.asarray(_run(model.neuron, model.time_steps, padded, rate), np.float64)
     spikes = spikes[:, : len(shown)].reshape(-1, len(known))
     varies = np.isnan(constants) | (spikes != spikes[0]).any(axis=0)
     return np.where(varies, np.nan, spikes[0])
@@ -210,4 +214,4 @@ WIRED: dict[type[nn.Module], Callable[[Any, Builder, str, Arrays], str]] = {
     MobileNetV1: _mobilenet,
     VGG16BN: _vgg,
 }
-"""The classes of which the wiring is known."""
+"""The classes whose wiring is known."""

@@ -3,7 +3,7 @@
 With OpenCV, JPEG files are decoded to the same pixels as Pillow's, but resized in another way: a
 blur of three taps that adds the variance of Pillow's antialiasing, then bilinear interpolation. On
 photographs the two are 33 dB of peak signal-to-noise ratio apart or more, at 224 pixels 45 in the
-median, or about one grey level.
+median, or about one gray level.
 
 Pillow and OpenCV are imported where they are used: importing this is free.
 """
@@ -38,7 +38,7 @@ def decode(encoded: bytes, channels: int = 3) -> np.ndarray:
 
     Args:
       encoded: the content of an image file.
-      channels: 3 for RGB or 1 for grey; other images are converted, alpha is dropped.
+      channels: 3 for RGB or 1 for gray; other images are converted, alpha is dropped.
 
     Returns:
       uint8 (height, width, channels).

@@ -29,7 +29,7 @@ _INK_TO_PIXEL, _MAX_PIXEL = 15, 240
 
 
 class SklearnDigits(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder: ``image`` is an 8×8 grey PNG of ink × 15, ``label`` the digit."""
+    """TFDS builder: ``image`` is an 8×8 gray PNG of ink × 15, ``label`` the digit."""
 
     VERSION = tfds.core.Version("1.0.0")
     # Nothing is downloaded. TFDS would look for checksums beside this file, with an undeclared
@@ -128,17 +128,17 @@ def decode(stored: dict[str, Any]) -> dict[str, Any]:
 def train_example(
     example: dict[str, Any], rng: np.random.Generator, dtype: Any = np.float32
 ) -> dict[str, Any]:
-    """Shifts a decoded image by up to one pixel each way (zero filled), and normalises it."""
+    """Shifts a decoded image by up to one pixel each way (zero filled), and normalizes it."""
     down, right = divmod(int(rng.integers(9)), 3)
     padded = np.zeros((10, 10, 1), np.float32)
     padded[1:9, 1:9] = example["image"]
-    return example | {"image": _normalise(padded[down : down + 8, right : right + 8], dtype)}
+    return example | {"image": _normalize(padded[down : down + 8, right : right + 8], dtype)}
 
 
 def eval_example(example: dict[str, Any], dtype: Any = np.float32) -> dict[str, Any]:
-    """Normalises a decoded image."""
-    return example | {"image": _normalise(example["image"], dtype)}
+    """Normalizes a decoded image."""
+    return example | {"image": _normalize(example["image"], dtype)}
 
 
-def _normalise(ink: np.ndarray, dtype: Any) -> np.ndarray:
+def _normalize(ink: np.ndarray, dtype: Any) -> np.ndarray:
     return ((ink - MEAN) / STD).astype(dtype)

@@ -40,7 +40,7 @@ _SPLITS = {
 }
 # TFDS's own decoder, TensorFlow's, reads these; other images are stored as PNG.
 _STORED_AS_THEY_ARE = ("JPEG", "MPO", "PNG")
-_GREY = ("1", "L")
+_GRAY = ("1", "L")
 
 
 class ImageFile(NamedTuple):
@@ -58,7 +58,7 @@ class ImageFile(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """Height, width and channels, 1 for grey."""
+    """Height, width and channels, 1 for gray."""
 
     height: int
     width: int
@@ -343,7 +343,7 @@ def _decoded(path: Path) -> _Kind | str:
     try:
         with opened(path.read_bytes()) as image:
             converted(image, image.mode)
-            return _Kind(image.height, image.width, 1 if image.mode in _GREY else 3)
+            return _Kind(image.height, image.width, 1 if image.mode in _GRAY else 3)
     except CorruptImageError as error:
         return str(error)
 

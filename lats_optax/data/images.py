@@ -32,7 +32,7 @@ def random_crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[
     """The crop of RandomResizedCrop: 8 to 100 % of the area, width/height from 3/4 to 4/3.
 
     Area uniform and aspect ratio log-uniform, drawn until the crop fits into the image, ten times
-    at most; then the largest centred crop whose aspect ratio is in the range.
+    at most; then the largest centered crop whose aspect ratio is in the range.
 
     Args:
       width: of the image, in pixels.
@@ -61,7 +61,7 @@ def random_crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[
 
 @dataclasses.dataclass(frozen=True)
 class ImageNetPreprocessing:
-    """Images of any size to squares: RandomResizedCrop and flip; resize and centre crop.
+    """Images of any size to squares: RandomResizedCrop and flip; resize and center crop.
 
     Args:
       size: height and width of the output.
@@ -137,7 +137,7 @@ class ImageNetPreprocessing:
         return np.array(resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else resized)
 
     def eval(self, encoded: bytes) -> np.ndarray:
-        """The image with its shorter side resized to ``resize``, and the centre cut out.
+        """The image with its shorter side resized to ``resize``, and the center cut out.
 
         Args:
           encoded: the content of an image file.
@@ -165,7 +165,7 @@ class SmallImagePreprocessing:
     """Images that are all of one size, kept at it: pad, crop and flip; nothing for evaluation.
 
     Args:
-      shape: (height, width, channels) of the images; 1 channel (grey) or 3 (RGB).
+      shape: (height, width, channels) of the images; 1 channel (gray) or 3 (RGB).
       padding: rows and columns of zeros (black) that training adds on each side, before it crops
         back to ``shape``; 4 for CIFAR (He et al., 2015).
       flip: whether training mirrors half of the images; not for digits and letters.

@@ -114,7 +114,7 @@ def _tfds(
     eval_split: str | None,
     shared: dict[str, Any],
 ) -> Dataset:
-    from lats_optax.data import images, normalisation
+    from lats_optax.data import images, normalization
 
     builder = tfds_source.open_builder(name, data_dir)
     image, label = tfds_source.image_and_label(builder)
@@ -130,9 +130,9 @@ def _tfds(
         preprocessing = images.ImageNetPreprocessing(
             IMAGE_SIZE if image_size is None else image_size
         )
-    mean, std = normalisation.channel_statistics(builder.info.name, preprocessing.shape[2])
-    normalise = normalisation.Normalisation(mean, std, shared["dtype"])
-    transform = tfds_source.Transform(preprocessing, normalise)
+    mean, std = normalization.channel_mean_std(builder.info.name, preprocessing.shape[2])
+    normalize = normalization.Normalization(mean, std, shared["dtype"])
+    transform = tfds_source.Transform(preprocessing, normalize)
     return Dataset(
         name=name,
         image_shape=preprocessing.shape,

@@ -27,7 +27,7 @@ Batch = dict[str, np.ndarray]
 
 
 class Batches(Iterator[Batch]):
-    """The batches of a sequence, computed ahead, from any position on.
+    """The batches of a sequence, prefetched, from any position on.
 
     Attributes:
       skipped: corrupt records that were left out of the batches that this has given.
@@ -44,7 +44,7 @@ class Batches(Iterator[Batch]):
         self._sequence = sequence
         self._threads, self._workers = threads, workers
         self._position = 0
-        self._ahead: grain.DatasetIterator[Batch] | None = None
+        self._prefetched: grain.DatasetIterator[Batch] | None = None
         self.skipped = 0
 
     def __next__(self) -> Batch:
@@ -53,9 +53,9 @@ class Batches(Iterator[Batch]):
         Raises:
           CorruptRecordError: a record of it cannot be read, or holds no image.
         """
-        if self._ahead is None:
-            self._ahead = self._read_ahead()
-        batch: Batch = next(self._ahead)
+        if self._prefetched is None:
+            self._prefetched = self._prefetch()
+        batch: Batch = next(self._prefetched)
         self._position += 1
         self.skipped += int(np.sum(batch.pop(SKIPPED, 0)))
         return batch
@@ -71,17 +71,17 @@ class Batches(Iterator[Batch]):
 
     def close(self) -> None:
         """Stops threads and workers; the next batch starts them again."""
-        if self._ahead is not None:
-            self._ahead.close()
-            self._ahead = None
+        if self._prefetched is not None:
+            self._prefetched.close()
+            self._prefetched = None
 
-    def _read_ahead(self) -> "grain.DatasetIterator[Batch]":
+    def _prefetch(self) -> "grain.DatasetIterator[Batch]":
         import grain
 
         remaining = self._sequence.slice(slice(self._position, None))
         threads = 1 if self._workers else self._threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
-        ahead = remaining.to_iter_dataset(options)
+        prefetched = remaining.to_iter_dataset(options)
         if self._workers:
             from absl import flags
 
@@ -89,11 +89,11 @@ class Batches(Iterator[Batch]):
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             # Worker i has the batches i, i + n, …, which come in the order of the sequence.
-            ahead = ahead.mp_prefetch(
+            prefetched = prefetched.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2),
                 worker_init_fn=_begin_worker,
             )
-        return iter(ahead)
+        return iter(prefetched)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +105,8 @@ class Dataset:
       image_shape: (height, width, channels) of the images in a batch.
       num_classes: labels are 0 … num_classes − 1.
       sources: the examples of each split, by random access.
-      train_example: ``(example, rng)`` → ``{"image", "label"}``, augmented and normalised.
-      eval_example: ``example`` → ``{"image", "label"}``, normalised.
+      train_example: ``(example, rng)`` → ``{"image", "label"}``, augmented and normalized.
+      eval_example: ``example`` → ``{"image", "label"}``, normalized.
       eval_split: the split that evaluation is on.
       dtype: of the images in a batch.
       skip_corrupt: whether corrupt records are left out and counted, or an error.
@@ -140,7 +140,7 @@ class Dataset:
     def train_batches(
         self, batch_size: int, seed: int = 0, shard_index: int = 0, shard_count: int = 1
     ) -> Batches:
-        """An endless iterator over the train split, shuffled anew every epoch.
+        """An endless iterator over the train split, shuffled again every epoch.
 
         Epochs follow one another without a gap, and a batch may span two of them: every example is
         seen once an epoch, whatever the batch size. The shards take turns over the same shuffled
@@ -154,7 +154,7 @@ class Dataset:
           shard_count: how many shards share the split; usually ``jax.process_count()``.
 
         Returns:
-          An iterator of ``{"image": (batch, height, width, channels) of dtype, normalised,
+          An iterator of ``{"image": (batch, height, width, channels) of dtype, normalized,
           "label": int32 (batch,)}``. ``get_state()`` is a dict that JSON can hold; after
           ``set_state(state)``, on an iterator made with the same arguments, come exactly the
           batches that would have followed.

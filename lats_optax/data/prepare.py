@@ -371,8 +371,8 @@ def _encoding_arrays(generate: Callable[..., Any], image: str) -> Callable[..., 
             pixels = example[image]
             if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8:
                 png = io.BytesIO()
-                grey = pixels.shape[-1] == 1
-                Image.fromarray(pixels[..., 0] if grey else pixels).save(png, "PNG")
+                gray = pixels.shape[-1] == 1
+                Image.fromarray(pixels[..., 0] if gray else pixels).save(png, "PNG")
                 png.seek(0)
                 example = example | {image: png}
             yield key, example

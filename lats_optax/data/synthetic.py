@@ -45,7 +45,7 @@ def make(
     threads: int = 1,
     workers: int = 0,
 ) -> Dataset:
-    """A data set of normalised noise.
+    """A data set of normalized noise.
 
     Args:
       num_examples: in the train split.

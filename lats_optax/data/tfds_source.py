@@ -1,6 +1,6 @@
 """A data set that TFDS has prepared as ArrayRecord: found on disk, checked, read record by record.
 
-It is opened from its directory alone: no code of TFDS's catalogue is imported, which may need
+It is opened from its directory alone: no code of TFDS's catalog is imported, which may need
 TensorFlow.
 """
 
@@ -41,10 +41,10 @@ class Preprocessing(Protocol):
 
 @dataclass(frozen=True)
 class Transform:
-    """From a record to ``{"image", "label"}``, normalised."""
+    """From a record to ``{"image", "label"}``, normalized."""
 
     preprocessing: Preprocessing
-    normalisation: Callable[[np.ndarray], np.ndarray]
+    normalization: Callable[[np.ndarray], np.ndarray]
 
     def train(self, record: Example, rng: np.random.Generator) -> Example:
         """The example, augmented; raises ``CorruptRecordError``."""
@@ -59,7 +59,7 @@ class Transform:
             image = pixels(record["image"])
         except ValueError as error:
             raise CorruptRecordError(f"{record['where']} is corrupt: {error}") from error
-        return {"image": self.normalisation(image), "label": record["label"]}
+        return {"image": self.normalization(image), "label": record["label"]}
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ def parse_name(name: str) -> Name:
 
 
 def check_known(name: str) -> None:
-    """Checks that TFDS's catalogue has a data set of that name.
+    """Checks that TFDS's catalog has a data set of that name.
 
     Raises:
       ValueError: it has not; the message lists names that are near.

@@ -1,7 +1,7 @@
 """The Lasso path of the diabetes data by gradient descent, against scikit-learn's solver.
 
     python -m lats_optax.examples.lasso_path
-    python -m lats_optax.examples.lasso_path --picture lasso_path.png
+    python -m lats_optax.examples.lasso_path --plot lasso_path.png
 
 For twelve penalties alpha it minimizes 1/2 mean (y - x w)² + alpha |w|₁ with `optax.sgd` and one
 more line, in two ways: `proximal_step` is ISTA, `soft_threshold` is dual averaging. Both end at
@@ -40,19 +40,19 @@ class Paths(NamedTuple):
 
 
 def main(args: list[str] | None = None) -> Paths:
-    """Print the table, and draw the picture where one is asked for."""
+    """Print the table, and draw the plot where one is asked for."""
     parser = Parser("lasso_path", __doc__)
     parser.add_argument("--steps", type=count, default=10_000, help="steps of gradient descent")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the path: a .png")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the path: a .png")
     options = parser.parse_args(args)
     paths = solve(options.steps)
     print_table(paths)
-    if options.picture:
+    if options.plot:
         try:
-            draw(paths, options.picture)
+            draw(paths, options.plot)
         except (OSError, ValueError) as error:
-            parser.error(f"argument --picture: {error}")
-        print(f"picture: {options.picture}")
+            parser.error(f"argument --plot: {error}")
+        print(f"plot: {options.plot}")
     return paths
 
 

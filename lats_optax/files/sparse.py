@@ -1,4 +1,4 @@
-"""Sparse files: pytrees of arrays in safetensors, of which only what is not zero takes room.
+"""Sparse files: pytrees of arrays in safetensors that store only nonzeros.
 
 Here belong the file format, its validation and the atomic write. safetensors is imported where it
 is used.

@@ -14,8 +14,8 @@ from flax import linen as nn
 
 import lats_optax
 from lats_optax import models
+from lats_optax.analysis.macs import MacsReport
 from lats_optax.analysis.model import ModelReport, in_short, inspect_model
-from lats_optax.analysis.operations import OperationsReport
 from lats_optax.files.storage import URL
 from lats_optax.plots import style
 from lats_optax.plots.model import draw_model
@@ -23,17 +23,17 @@ from lats_optax.training.export import differences, find_model, load_model, vari
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """Look at a sparse model: its layers, zeros and multiply-adds, as a table and a picture."""
+class ModelRequest:
+    """Inspect a sparse model: its layers, zeros and MACs, as a table and a plot."""
 
     file: tyro.conf.Positional[Path | URL]
     """A model file of lats-train, the work directory of a run, or any file of save_sparse."""
     model: str | None = None
-    """For a file that does not say it: which model of the zoo the parameters are of."""
+    """The model of the zoo that the parameters belong to, for a file without that description."""
     image_shape: tuple[int, int, int] | None = None
-    """Height, width and channels of the image that operations are counted for; None: the file's."""
+    """Height, width and channels of the image that MACs are counted for; None: the file's."""
     out: Path | URL | None = None
-    """The picture to write; one that is there is replaced. None: model.png beside the model."""
+    """The plot to write; one that is there is replaced. None: model.png beside the model."""
 
     def __post_init__(self) -> None:
         if self.out is not None:
@@ -66,8 +66,8 @@ class Inspected:
     dense_bytes: int
 
 
-def picture(request: Request) -> Path | URL:
-    """Where the picture goes.
+def plot_path(request: ModelRequest) -> Path | URL:
+    """Where the plot goes.
 
     Raises:
       FileNotFoundError: there is no such file beside which it would be.
@@ -75,7 +75,7 @@ def picture(request: Request) -> Path | URL:
     return request.out or find_model(request.file).parent / "model.png"
 
 
-def build(request: Request) -> Inspected:
+def inspect_file(request: ModelRequest) -> Inspected:
     """Reads and measures the file; writes nothing.
 
     Args:
@@ -89,33 +89,33 @@ def build(request: Request) -> Inspected:
     found = _read(path, request)
     if not jax.tree.leaves(found.params):
         raise ValueError(f"{path} holds no parameters")
-    operations = None
+    macs = None
     call = "not counted: the file does not say of which model it is; --model and --image-shape do"
     if found.model is not None:
-        operations = _count(found)
-        dense, effective = operations.dense, operations.effective or 0
+        macs = _count(found)
+        dense, effective = macs.dense, macs.effective or 0
         call = (
             f"{_short(dense)} dense, {_short(effective)} effective ({_share(effective, dense)}), "
             f"for an image of {'×'.join(map(str, found.image_shape))}"
         )
     return Inspected(
         path,
-        inspect_model(found.params, operations),
+        inspect_model(found.params, macs),
         call,
         path.stat().st_size,
         sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(found.tree)),
     )
 
 
-def report_on(inspected: Inspected, out: Path | URL) -> str:
-    """Writes the picture.
+def write_report(inspected: Inspected, out: Path | URL) -> str:
+    """Writes the plot.
 
     Args:
-      inspected: of :func:`build`.
+      inspected: of :func:`inspect_file`.
       out: where to.
 
     Returns:
-      The table, and where the picture is, as lines of plain text.
+      The table, and where the plot is, as lines of plain text.
     """
     size, dense = inspected.file_bytes, inspected.dense_bytes
     share = _share(size, dense)
@@ -124,9 +124,9 @@ def report_on(inspected: Inspected, out: Path | URL) -> str:
     lines = [
         str(inspected.report),
         "",
-        f"multiply-adds  {inspected.call}",
+        f"MACs           {inspected.call}",
         f"file           {sizes}",
-        f"picture        {out}",
+        f"plot           {out}",
     ]
     return "\n".join(lines)
 
@@ -145,12 +145,12 @@ class _Found(NamedTuple):
 
     tree: Any
     params: Any
-    statistics: Any = None
+    batch_stats: Any = None
     model: nn.Module | None = None
     image_shape: tuple[int, ...] = ()
 
 
-def _read(path: Path | URL, request: Request) -> _Found:
+def _read(path: Path | URL, request: ModelRequest) -> _Found:
     if request.model is None and {"model", "image_shape"} <= lats_optax.read_metadata(path).keys():
         saved = load_model(path)
         tree, image_shape = saved.variables, request.image_shape or saved.image_shape
@@ -173,16 +173,16 @@ def _read(path: Path | URL, request: Request) -> _Found:
     return _Found(tree, params, expected["batch_stats"], model, request.image_shape)
 
 
-def _count(found: _Found) -> OperationsReport:
+def _count(found: _Found) -> MacsReport:
     model = found.model
     assert model is not None
     images = jax.eval_shape(lambda: jnp.zeros((1, *found.image_shape)))
 
-    def call(params: Any, statistics: Any, images: Any) -> Any:
-        return model.apply({"params": params, "batch_stats": statistics}, images, train=False)
+    def call(params: Any, batch_stats: Any, images: Any) -> Any:
+        return model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
 
     with _explained(found.image_shape):
-        return lats_optax.count_operations(call, found.params, found.statistics, images)
+        return lats_optax.count_macs(call, found.params, found.batch_stats, images)
 
 
 @contextlib.contextmanager

@@ -43,14 +43,14 @@ _KNOWN = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class ScheduleRun:
     """What thresholds are made for.
 
     Attributes:
       config: names the epochs.
       steps_per_epoch: optimizer steps of each.
       learning_rate: ``count -> eta``.
-      final: the last threshold of those schedules that are told one.
+      final: the last threshold, for schedules that take one.
     """
 
     config: TrainConfig
@@ -64,10 +64,10 @@ class Run:
         return self.config.epochs * self.steps_per_epoch
 
 
-def labelled(source: str) -> tuple[str, str]:
+def labeled(source: str) -> tuple[str, str]:
     """What a curve is called and what it is of, from LABEL=SCHEDULE or SCHEDULE.
 
-    >>> labelled("mine=pgh:0.1"), labelled("lats")
+    >>> labeled("mine=pgh:0.1"), labeled("lats")
     (('mine', 'pgh:0.1'), ('lats', 'lats'))
     """
     # A path may have an equals sign of its own.
@@ -77,12 +77,12 @@ def labelled(source: str) -> tuple[str, str]:
 
 def workdir_of(source: str) -> Path | URL | None:
     """The work directory of the run whose record a user names; None for all else."""
-    named = labelled(source)[1]
+    named = labeled(source)[1]
     file, _ = (None, None) if named.startswith("lats:") else _file(named)
     return file.parent if file is not None and file.suffix == ".jsonl" else None
 
 
-def find_curve(label: str, source: str, run: Run) -> Curve:
+def find_curve(label: str, source: str, run: ScheduleRun) -> Curve:
     """The curve of what a user names: a method, MODULE:ATTRIBUTE or a file.
 
     Args:
@@ -140,7 +140,7 @@ def number(text: str) -> float | None:
 # --- thresholds ---------------------------------------------------------------------------------
 
 
-def _threshold(source: str, run: Run) -> ScalarOrSchedule:
+def _threshold(source: str, run: ScheduleRun) -> ScalarOrSchedule:
     name, _, argument = source.partition(":")
     if name == "lats" and argument:
         profile = _profile(source, argument)

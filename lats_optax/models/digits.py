@@ -30,7 +30,7 @@ class DigitsCNN(ResidualNetwork):
     narrowest = 28
 
     @nn.nowrap
-    def planned(self) -> list[Stage]:
+    def default_blocks(self) -> list[Stage]:
         """The blocks as the plan has them."""
         features = 2 * self.channels(28)
         return [

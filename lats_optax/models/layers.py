@@ -1,6 +1,6 @@
-"""What networks are built from: their base class, convolutions, normalisation, and checks.
+"""What networks are built from: their base class, convolutions, normalization, and checks.
 
-Here belongs what is padded, normalised or initialised as PyTorch does it, so that published weights
+Here belongs what is padded, normalized or initialized as PyTorch does it, so that published weights
 and settings carry over.
 """
 
@@ -81,7 +81,7 @@ def convolution(
 
 
 def batch_norm(train: bool, dtype: DTypeLike, axis_name: str | None) -> partial[nn.BatchNorm]:
-    """Batch normalisation that waits for its name: y = scale · (x − mean) / √(var + 1e-5) + bias.
+    """Batch normalization that waits for its name: y = scale · (x − mean) / √(var + 1e-5) + bias.
 
     In training, mean and variance are the batch's, and the running ones go a tenth of the way
     towards them; in evaluation they are the running ones. Unlike PyTorch's, the running variance is
@@ -110,7 +110,7 @@ def batch_norm(train: bool, dtype: DTypeLike, axis_name: str | None) -> partial[
 
 
 class Network(nn.Module, kw_only=True):
-    """What every network of the zoo is told, and how it ends.
+    """The base class of the zoo: the fields of every network, and its classifier.
 
     Attributes:
       num_classes: number of logits.

@@ -26,12 +26,12 @@ _PLAN = (
 
 
 class SeparableConv(nn.Module):
-    """A 3×3 convolution of each channel alone, then a 1×1 one; each normalised, then relu.
+    """A 3×3 convolution of each channel alone, then a 1×1 one; each normalized, then relu.
 
     Attributes:
       features: channels of the output.
       conv: makes a convolution from features, kernel size, strides, groups and a name.
-      norm: makes a normalisation from a name.
+      norm: makes a normalization from a name.
       strides: of the depth-wise convolution.
 
     Example:

@@ -119,7 +119,7 @@ CIFAR_PLANS = {20: 3, 32: 5, 56: 9}
 def branch(
     x: Array, spec: BlockSpec, conv: Maker, norm: Maker, activate: Callable[[Array, str], Array]
 ) -> Array:
-    """The convolutions of a block, each normalised, with activations between them.
+    """The convolutions of a block, each normalized, with activations between them.
 
     To be called in a compact method, whose module ``conv1``, ``norm1``, … then belong to.
 
@@ -127,11 +127,11 @@ def branch(
       x: (…, height, width, channels).
       spec: the convolutions.
       conv: makes a convolution from features, kernel size, strides and a name.
-      norm: makes a normalisation from a name.
+      norm: makes a normalization from a name.
       activate: the activation, from its input and a name.
 
     Returns:
-      What the last normalisation returns: (…, height / strides, width / strides, features).
+      What the last normalization returns: (…, height / strides, width / strides, features).
 
     Example: `ResidualBlock`, below, is this with a shortcut.
     """
@@ -144,7 +144,7 @@ def branch(
 
 
 def projection(x: Array, spec: BlockSpec, conv: Maker, norm: Maker) -> Array:
-    """A shortcut to the shape that `branch` gives: a strided 1×1 convolution, normalised.
+    """A shortcut to the shape that `branch` gives: a strided 1×1 convolution, normalized.
 
     To be called in a compact method, whose module ``shortcut`` and ``shortcut_norm`` then belong
     to: see `ResidualBlock`. Arguments and result are those of `branch`.
@@ -153,11 +153,13 @@ def projection(x: Array, spec: BlockSpec, conv: Maker, norm: Maker) -> Array:
     return norm(name="shortcut_norm")(conv(spec[-1].features, (1, 1), strides, name="shortcut")(x))
 
 
-def subsample_and_pad(x: Array, spec: BlockSpec, places: Sequence[int] | None = None) -> Array:
+def subsample_and_pad(
+    x: Array, spec: BlockSpec, channel_index: Sequence[int] | None = None
+) -> Array:
     """A shortcut to the shape that `branch` gives, without parameters ("option A" of the paper).
 
     Every ``strides``-th position, with zeros as the new channels: half of them on either side, or
-    as ``places`` says, which has for each channel of the output that of the input, or −1.
+    as ``channel_index`` says, which has for each channel of the output that of the input, or −1.
 
     >>> subsample_and_pad(jnp.ones((1, 4, 4, 2)), basic(4, 2))[0, 0]
     Array([[0., 1., 1., 0.], [0., 1., 1., 0.]], dtype=float32)
@@ -167,17 +169,17 @@ def subsample_and_pad(x: Array, spec: BlockSpec, places: Sequence[int] | None = 
     strides = max(layer.strides for layer in spec)
     x = x[..., ::strides, ::strides, :]
     leading = [(0, 0)] * (x.ndim - 1)
-    if places is not None:
+    if channel_index is not None:
         # A channel of zeros at the end: where −1 points.
-        return jnp.pad(x, [*leading, (0, 1)])[..., np.array(places)]
+        return jnp.pad(x, [*leading, (0, 1)])[..., np.array(channel_index)]
     new = spec[-1].features - x.shape[-1]
     return jnp.pad(x, [*leading, (new // 2, new - new // 2)])
 
 
-def padded_places(inputs: int, outputs: int) -> tuple[int, ...]:
-    """Where `subsample_and_pad` takes each channel from that is not told: −1 for a new one.
+def padded_channel_index(inputs: int, outputs: int) -> tuple[int, ...]:
+    """The default ``channel_index`` of `subsample_and_pad`: −1 for a new channel.
 
-    >>> padded_places(2, 4)
+    >>> padded_channel_index(2, 4)
     (-1, 0, 1, -1)
     """
     before = (outputs - inputs) // 2
@@ -190,10 +192,10 @@ class ResidualBlock(nn.Module):
     Attributes:
       spec: the convolutions of the branch.
       conv: makes a convolution from features, kernel size, strides and a name.
-      norm: makes a normalisation from a name.
+      norm: makes a normalization from a name.
       shortcut: one of `SHORTCUTS`; ``None``: the identity where the shape stays, else a
         projection.
-      places: of a padded shortcut, the channels as `subsample_and_pad` takes them.
+      channel_index: of a padded shortcut, the channels as `subsample_and_pad` takes them.
 
     Raises:
       ValueError: the shortcut is not one of these.
@@ -212,7 +214,7 @@ class ResidualBlock(nn.Module):
     conv: Maker
     norm: Maker
     shortcut: str | None = None
-    places: Sequence[int] | None = None
+    channel_index: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         """Checks the shortcut."""
@@ -227,14 +229,14 @@ class ResidualBlock(nn.Module):
         if shortcut == PROJECTION:
             x = projection(x, self.spec, self.conv, self.norm)
         elif shortcut == PADDING:
-            x = subsample_and_pad(x, self.spec, self.places)
+            x = subsample_and_pad(x, self.spec, self.channel_index)
         return nn.relu(x + y)
 
 
 class ResidualNetwork(Network, abc.ABC):
     """A stem of the narrowest channels, then residual blocks that the plan or ``features`` size.
 
-    Attributes: those of `Network`; a subclass says with ``planned`` which blocks it has.
+    Attributes: those of `Network`; a subclass says with ``default_blocks`` which blocks it has.
 
     Raises:
       ValueError: as `Network`; ``features`` has other channels at the two ends of an identity.
@@ -247,7 +249,7 @@ class ResidualNetwork(Network, abc.ABC):
 
     @nn.nowrap
     @abc.abstractmethod
-    def planned(self) -> Iterable[Stage]:
+    def default_blocks(self) -> Iterable[Stage]:
         """The blocks as the plan has them."""
 
     @nn.nowrap
@@ -260,7 +262,7 @@ class ResidualNetwork(Network, abc.ABC):
         """
         return {"stem": self.channels(self.narrowest)} | {
             f"{name}/conv{index}": layer.features
-            for name, spec, _ in self.planned()
+            for name, spec, _ in self.default_blocks()
             for index, layer in enumerate(spec, 1)
         }
 
@@ -268,7 +270,7 @@ class ResidualNetwork(Network, abc.ABC):
     def blocks(self) -> list[Stage]:
         """The blocks as ``features`` has them; their shortcuts are those of the plan."""
         channels, before, blocks = self.channels_of(), "stem", []
-        for block in self.planned():
+        for block in self.default_blocks():
             names = [f"{block.name}/conv{index}" for index in range(1, len(block.spec) + 1)]
             layers = zip(block.spec, names)
             spec = tuple(layer._replace(features=channels[name]) for layer, name in layers)
@@ -316,7 +318,7 @@ class ResNet(ResidualNetwork):
         super().__post_init__()
 
     @nn.nowrap
-    def planned(self) -> Iterator[Stage]:
+    def default_blocks(self) -> Iterator[Stage]:
         """The blocks as the plan has them."""
         return stages(*PLANS[self.depth], width=self.channels(64))
 
@@ -343,12 +345,12 @@ class CifarResNet(ResidualNetwork):
 
     Attributes:
       depth: 20, 32 or 56; the others are those of `Network`.
-      places: where a padded shortcut takes its channels from, by the name of its block, as
-        `subsample_and_pad` is told; ``None``: as the paper has it.
+      channel_index: where a padded shortcut takes its channels from, by the name of its block, as
+        `subsample_and_pad` takes it; ``None``: as in the paper.
 
     Raises:
       ValueError: another depth; as `Network`; images are not (batch, height ≥ 4, width ≥ 4,
-        channels); ``features`` or ``places`` of which channels do not fit together.
+        channels); the channels in ``features`` or ``channel_index`` do not fit together.
 
     Example:
       >>> import jax
@@ -363,50 +365,57 @@ class CifarResNet(ResidualNetwork):
     """
 
     depth: int
-    places: Mapping[str, Sequence[int]] | None = None
+    channel_index: Mapping[str, Sequence[int]] | None = None
 
     narrowest = 16
 
     def __post_init__(self) -> None:
         """Checks the attributes."""
         check_choice("depth", self.depth, CIFAR_PLANS)
-        if self.places is not None:
-            known = isinstance(self.places, Mapping)
-            check(known, "places", self.places, "numbers of channels, by the names of blocks")
+        if self.channel_index is not None:
+            known = isinstance(self.channel_index, Mapping)
+            check(
+                known,
+                "channel_index",
+                self.channel_index,
+                "numbers of channels, by the names of blocks",
+            )
             # Lists, as a file has them, could not be hashed.
-            places = {block: tuple(own) for block, own in self.places.items()}
-            self.places = FrozenDict(places)  # type: ignore[no-untyped-call]
+            channel_index = {block: tuple(own) for block, own in self.channel_index.items()}
+            self.channel_index = FrozenDict(channel_index)  # type: ignore[no-untyped-call]
         super().__post_init__()
-        self._check_places()
+        self._check_channel_index()
 
     @nn.nowrap
-    def planned(self) -> Iterator[Stage]:
+    def default_blocks(self) -> Iterator[Stage]:
         """The blocks as the plan has them."""
         blocks = [CIFAR_PLANS[self.depth]] * 3
         return stages(basic, blocks, width=self.channels(16), changing=PADDING)
 
     @nn.nowrap
-    def places_of(self) -> dict[str, Sequence[int]]:
+    def channel_index_of(self) -> dict[str, Sequence[int]]:
         """Of each block with a padded shortcut, where its channels are taken from."""
         found, inputs = {}, self.channels_of()["stem"]
         for name, spec, shortcut in self.blocks():
             outputs = spec[-1].features
             if shortcut == PADDING:
-                found[name] = (self.places or {}).get(name) or padded_places(inputs, outputs)
+                found[name] = (self.channel_index or {}).get(name) or padded_channel_index(
+                    inputs, outputs
+                )
             inputs = outputs
         return found
 
     @nn.nowrap
-    def _check_places(self) -> None:
-        known, inputs = self.places_of(), self.channels_of()["stem"]
-        for block in self.places or {}:
-            check_choice("a block of places", block, known)
+    def _check_channel_index(self) -> None:
+        known, inputs = self.channel_index_of(), self.channels_of()["stem"]
+        for block in self.channel_index or {}:
+            check_choice("a block of channel_index", block, known)
         for name, spec, _ in self.blocks():
             outputs = spec[-1].features
             if name in known:
-                named = f"places of {name}", (self.places or {}).get(name)
+                named = f"channel_index of {name}", (self.channel_index or {}).get(name)
                 if named[1] is None:
-                    allowed = f"{outputs} places, for {inputs} channels do not fit into {outputs}"
+                    allowed = f"{outputs} of them, for {inputs} channels do not fit into {outputs}"
                     check(inputs <= outputs, *named, allowed)
                 right = len(known[name]) == outputs and all(
                     isinstance(i, int) and -1 <= i < inputs for i in known[name]
@@ -423,8 +432,8 @@ class CifarResNet(ResidualNetwork):
         x = conv(self.channels_of()["stem"], (3, 3), name="stem")(images)
         x = nn.relu(norm(name="stem_norm")(x))
         for name, spec, shortcut in self.blocks():
-            places = (self.places or {}).get(name)
-            x = ResidualBlock(spec, conv, norm, shortcut, places, name=name)(x)
+            channel_index = (self.channel_index or {}).get(name)
+            x = ResidualBlock(spec, conv, norm, shortcut, channel_index, name=name)(x)
         return self.classify(x, KAIMING_FAN_IN)
 
 

@@ -44,7 +44,7 @@ CONNECTIONS: dict[str, Callable[[Array, Array], Array]] = {
 class SEWBlock(nn.Module):
     """connect(shortcut(x), branch(x)), in which both ends of the branch are spikes.
 
-    As a `ResidualBlock`, with spiking neurons after every normalisation, the last one and the
+    As a `ResidualBlock`, with spiking neurons after every normalization, the last one and the
     shortcut's included, and none after the connection:
 
         ADD   shortcut + branch        AND   shortcut · branch        IAND   shortcut · (1 − branch)
@@ -52,7 +52,7 @@ class SEWBlock(nn.Module):
     Attributes:
       spec: the convolutions of the branch.
       conv: makes a convolution from features, kernel size, strides and a name.
-      norm: makes a normalisation from a name.
+      norm: makes a normalization from a name.
       spike: makes a layer of neurons from a name.
       connection: ``"ADD"``, ``"AND"`` or ``"IAND"``.
       shortcut: ``"identity"`` or ``"projection"``; ``None``: the identity where the shape stays.
@@ -112,7 +112,7 @@ class SEWResNet(ResidualNetwork, kw_only=True):
 
     Attributes:
       depth: 18, 34 or 50.
-      steps: how often the image is shown, T in the paper.
+      time_steps: T in the paper, the steps for which the image is shown.
       connection: ``"ADD"``, ``"AND"`` or ``"IAND"``: see `SEWBlock`.
       neuron: what all neurons do.
       stem: ``"imagenet"``, a 7×7 convolution and a 3×3 maximum, both with strides of 2; or
@@ -136,7 +136,7 @@ class SEWResNet(ResidualNetwork, kw_only=True):
     """
 
     depth: int
-    steps: int = 4
+    time_steps: int = 4
     connection: str = "ADD"
     neuron: Neuron = Neuron()
     stem: str = "imagenet"
@@ -145,7 +145,7 @@ class SEWResNet(ResidualNetwork, kw_only=True):
     def __post_init__(self) -> None:
         """Checks the attributes."""
         check_choice("depth", self.depth, [18, 34, 50])
-        check(self.steps >= 1, "steps", self.steps, "1 or more")
+        check(self.time_steps >= 1, "time_steps", self.time_steps, "1 or more")
         check_choice("connection", self.connection, CONNECTIONS)
         known = isinstance(self.neuron, Neuron)
         check(known, "neuron", self.neuron, "a Neuron, such as Neuron('if')")
@@ -153,7 +153,7 @@ class SEWResNet(ResidualNetwork, kw_only=True):
         super().__post_init__()
 
     @nn.nowrap
-    def planned(self) -> Iterator[Stage]:
+    def default_blocks(self) -> Iterator[Stage]:
         """The blocks as the plan has them."""
         return stages(*PLANS[self.depth], width=self.channels(64))
 
@@ -168,7 +168,7 @@ class SEWResNet(ResidualNetwork, kw_only=True):
         features = self.channels_of()["stem"]
         kernel_size, strides = ((3, 3), 1) if small else ((7, 7), 2)
         x = norm(name="stem_norm")(conv(features, kernel_size, strides, name="stem")(images))
-        x = spike(name="stem_neuron")(jnp.broadcast_to(x, (self.steps, *x.shape)))
+        x = spike(name="stem_neuron")(jnp.broadcast_to(x, (self.time_steps, *x.shape)))
         x = x if small else max_pool(x)
         for name, spec, shortcut in self.blocks():
             x = SEWBlock(spec, conv, norm, spike, self.connection, shortcut, name=name)(x)

@@ -1,4 +1,4 @@
-"""VGG-16 with batch normalisation, for images of 32×32 pixels."""
+"""VGG-16 with batch normalization, for images of 32×32 pixels."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ _PLAN = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 
 
 class VGG16BN(Network):
-    """Thirteen 3×3 convolutions, each normalised, in five stages; a single linear classifier.
+    """Thirteen 3×3 convolutions, each normalized, in five stages; a single linear classifier.
 
     A maximum over 2×2 positions ends each stage and leaves one position of a 32×32 image; the
     classifier takes the mean over what is left of a larger one. The two wide linear layers of the

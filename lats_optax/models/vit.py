@@ -136,7 +136,7 @@ class VisionTransformer(Network, kw_only=True):
       size: ``"tiny"``, ``"small"`` or ``"base"``: 192, 384 or 768 channels, 3, 6 or 12 heads.
       depth: how many blocks there are.
       patch_size: height and width of a patch, in pixels.
-      width: multiplier of the channels, of which the heads stay as many: 0.5 halves their features.
+      width: multiplier of the channels; the number of heads stays, so 0.5 halves their features.
       features: hidden units of the MLPs, by paths such as ``block1/mlp/fc1``; others of `Network`.
 
     Raises:

@@ -98,7 +98,7 @@ def parts_of(operator: TreeOperator, leaves: Mapping[str, Any]) -> tuple[Part, .
 
     Args:
       operator: of arrays, which takes each leaf by itself; or of trees, which decides.
-      leaves: arrays by path, of which the shapes are looked at.
+      leaves: arrays by path; only their shapes are used.
 
     Raises:
       ValueError: the operator has no use for one of the leaves.

@@ -1,4 +1,4 @@
-"""The picture of threshold schedules, side by side, and of the L1 coefficients that they imply."""
+"""The plot of threshold schedules, side by side, and of the L1 coefficients that they imply."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -96,7 +96,7 @@ def _label(curve: Curve) -> str:
     if not curve.defined.size:
         return f"{name}: μ undefined"
     low, high = curve.defined.min(), curve.defined.max()
-    # What differs in the third digit alone is one value to a reader of a picture.
+    # What differs in the third digit alone is one value to a reader of a plot.
     if high - low <= 0.005 * max(abs(low), abs(high)):
         return f"{name}: μ = {np.median(curve.defined):.3g}"
     return f"{name}: μ = {low:.3g} … {high:.3g}"

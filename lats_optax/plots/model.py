@@ -1,4 +1,4 @@
-"""The picture of what is left of a sparse model, layer by layer."""
+"""The plot of what is left of a sparse model, layer by layer."""
 
 import os
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lats_optax.analysis.macs import MacsReport
 from lats_optax.analysis.model import Layer, ModelReport, in_short
-from lats_optax.analysis.operations import OperationsReport
 from lats_optax.plots import style
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _DENSE, _LEFT, _INPUTS = "#BBBBBB", style.line_style(1)["color"], style.line_sty
 def draw_model(path: str | os.PathLike[str], report: ModelReport, title: str = "") -> None:
     """Draws what is left of a model as a PNG, 2400 pixels wide and as high as its layers need.
 
-    Layer by layer: the sparsity; the multiply-adds, dense and effective, or where these are not
+    Layer by layer: the sparsity; the MACs, dense and effective, or where these are not
     known the weights; the channels of which nothing is left; and the magnitudes of the weights that
     are not zero. Below, the histogram of these, of all prunable layers.
 
@@ -43,7 +43,7 @@ def draw_model(path: str | os.PathLike[str], report: ModelReport, title: str = "
             height_ratios=[room, 2.8],
         )
         _draw_sparsity(panels["sparsity"], layers)
-        _draw_size(panels["size"], layers, report.operations)
+        _draw_size(panels["size"], layers, report.macs)
         _draw_channels(panels["channels"], layers)
         _draw_magnitudes(panels["magnitudes"], layers)
         names = [style.shortened(layer.path.removesuffix("/kernel")) for layer in layers]
@@ -65,10 +65,10 @@ def _draw_sparsity(axes: "Axes", layers: Sequence[Layer]) -> None:
     axes.set(title="Zeros", xlabel="sparsity (%)", xlim=(0, 118), xticks=range(0, 101, 25))
 
 
-def _draw_size(axes: "Axes", layers: Sequence[Layer], operations: OperationsReport | None) -> None:
-    title, what, kept = "Multiply-adds", "multiply-adds", "effective"
+def _draw_size(axes: "Axes", layers: Sequence[Layer], macs: MacsReport | None) -> None:
+    title, what, kept = "MACs", "MACs", "effective"
     pairs = [(la.dense or 0, la.effective or 0) for la in layers]
-    if operations is None:
+    if macs is None:
         title, what, kept = "Weights", "weights", "not zero"
         pairs = [(la.size, la.size - la.zeros) for la in layers]
     largest = max((dense for dense, _ in pairs), default=0)
@@ -83,12 +83,12 @@ def _draw_size(axes: "Axes", layers: Sequence[Layer], operations: OperationsRepo
 
 def _draw_channels(axes: "Axes", layers: Sequence[Layer]) -> None:
     rows = np.arange(len(layers))
-    for offset, kind, colour in ((-0.2, "outputs", _LEFT), (0.2, "inputs", _INPUTS)):
+    for offset, kind, color in ((-0.2, "outputs", _LEFT), (0.2, "inputs", _INPUTS)):
         share = [
             100 * getattr(la, f"zero_{kind}") / total if (total := getattr(la, kind)) else 0.0
             for la in layers
         ]
-        axes.barh(rows + offset, share, 0.38, color=colour, label=kind[:-1])
+        axes.barh(rows + offset, share, 0.38, color=color, label=kind[:-1])
     axes.set(title="Zero channels", xlabel="channels (%)", xlim=(0, 100))
     _legend(axes)
 

@@ -1,4 +1,4 @@
-"""The picture of finished runs, side by side: what was imposed on them, and what came of it."""
+"""The plot of finished runs, side by side: what was imposed on them, and what came of it."""
 
 import os
 from collections.abc import Sequence
@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lats_optax.analysis.runs import Run, check_some, implied_l1, prunable_layers, records
+from lats_optax.analysis.runs import FinishedRun, check_some, implied_l1, prunable_layers, records
 from lats_optax.plots import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def draw_runs(path: str | os.PathLike[str], runs: Sequence[Run]) -> None:
+def draw_runs(path: str | os.PathLike[str], runs: Sequence[FinishedRun]) -> None:
     """Draws the runs as a PNG of 2100 × 1200 pixels: what was imposed, and what came of it.
 
     Over time: the threshold, the L1 coefficient that it means (see :func:`implied_l1`), the
@@ -49,13 +49,13 @@ def draw_runs(path: str | os.PathLike[str], runs: Sequence[Run]) -> None:
         figure.legend(lines, labels, loc="outside upper center", ncols=2, frameon=False)
 
 
-def _draw_threshold(axes: "Axes", runs: Sequence[Run]) -> None:
+def _draw_threshold(axes: "Axes", runs: Sequence[FinishedRun]) -> None:
     _draw_metric(axes, runs, "train", "threshold")
     axes.set(title="Threshold", ylabel="threshold d")
     axes.set_ylim(bottom=0)
 
 
-def _draw_l1(axes: "Axes", runs: Sequence[Run]) -> None:
+def _draw_l1(axes: "Axes", runs: Sequence[FinishedRun]) -> None:
     values: list[float] = []
     for index, run in enumerate(runs):
         epochs, l1 = implied_l1(run.metrics)
@@ -72,13 +72,13 @@ def _draw_l1(axes: "Axes", runs: Sequence[Run]) -> None:
         axes.set_ylim(min(0, 1.1 * min(values)), max(0, 1.1 * max(values)) or None)
 
 
-def _draw_sparsity(axes: "Axes", runs: Sequence[Run]) -> None:
+def _draw_sparsity(axes: "Axes", runs: Sequence[FinishedRun]) -> None:
     _draw_metric(axes, runs, "train", "sparsity", scale=100)
     axes.set(title="Zeros among prunable weights", ylabel="sparsity (%)")
     axes.set_ylim(0, 100)
 
 
-def _draw_accuracy(axes: "Axes", runs: Sequence[Run]) -> None:
+def _draw_accuracy(axes: "Axes", runs: Sequence[FinishedRun]) -> None:
     _draw_metric(axes, runs, "test", "accuracy", scale=100)
     axes.set(title="Test accuracy", ylabel="accuracy (%)")
     found = [r for run in runs for r in records(run.metrics, "test", "accuracy")]
@@ -88,7 +88,7 @@ def _draw_accuracy(axes: "Axes", runs: Sequence[Run]) -> None:
         axes.set_ylim(min(values) - margin, max(values) + margin)
 
 
-def _draw_layers(axes: "Axes", runs: Sequence[Run]) -> None:
+def _draw_layers(axes: "Axes", runs: Sequence[FinishedRun]) -> None:
     shown = [index for index, run in enumerate(runs) if run.sparsity.zeros] or range(len(runs))
     layers = prunable_layers(runs)
     names = [path.removesuffix("/kernel") for path in layers]
@@ -115,7 +115,7 @@ def _draw_layers(axes: "Axes", runs: Sequence[Run]) -> None:
 
 
 def _draw_metric(
-    axes: "Axes", runs: Sequence[Run], split: str, name: str, scale: float = 1
+    axes: "Axes", runs: Sequence[FinishedRun], split: str, name: str, scale: float = 1
 ) -> None:
     """A line for each run; an empty one, for the legend, where a run has not recorded it."""
     recorded = False

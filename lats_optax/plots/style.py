@@ -1,4 +1,4 @@
-"""How pictures look, and how they are written: one style, whole files, no window system.
+"""How plots look, and how they are written: one style, whole files, no window system.
 
 matplotlib is imported where it draws.
 """
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart; a line style each,
-# for prints in grey and for curves that coincide.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's colors, which people with any color vision can tell apart; a line style each,
+# for prints in gray and for curves that coincide.
+_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _LINES = ("-", "-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 
 _STYLE: dict[Any, Any] = {
@@ -59,7 +59,7 @@ def figure(path: str | os.PathLike[str], size: tuple[float, float]) -> Iterator[
 
 
 def check_path(path: str | os.PathLike[str]) -> None:
-    """Checks that a picture can be written there, before anything is computed for it.
+    """Checks that a plot can be written there, before anything is computed for it.
 
     Raises:
       FileNotFoundError: there is no directory to write to.
@@ -67,20 +67,20 @@ def check_path(path: str | os.PathLike[str]) -> None:
     """
     path = as_path(path, "out")
     if path.suffix != ".png":
-        raise ValueError(f"the picture is to be {str(path)!r}; allowed: a name that ends in .png")
+        raise ValueError(f"the plot is to be {str(path)!r}; allowed: a name that ends in .png")
     if not has_room(path):
         raise FileNotFoundError(f"there is no directory {path.parent} to write to")
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Colour and line style of the index-th of several curves.
+    """Color and line style of the index-th of several curves.
 
     >>> line_style(2)
     {'color': '#D55E00', 'linestyle': '--'}
     """
-    turn, place = divmod(index, len(_COLOURS))
-    # Colours come again after seven curves, with another line: the first two have the same.
-    return {"color": _COLOURS[place], "linestyle": _LINES[(place + 2 * turn) % len(_LINES)]}
+    turn, place = divmod(index, len(_COLORS))
+    # Colors come again after seven curves, with another line: the first two have the same.
+    return {"color": _COLORS[place], "linestyle": _LINES[(place + 2 * turn) % len(_LINES)]}
 
 
 def shortened(name: str, length: int = 48) -> str:

@@ -1,4 +1,4 @@
-"""One run's weights in a picture: how many died and revived over time, and what is left.
+"""One run's weights in a plot: how many died and revived over time, and what is left.
 
 Pure functions of what a run has recorded and of the statistics of its last weights.
 """
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lats_optax.analysis.statistics import Histogram, LayerStatistics
+from lats_optax.analysis.weight_summary import Histogram, WeightSummary
 from lats_optax.plots import style
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _LINE, _MARK = (style.line_style(index)["color"] for index in (1, 2))
 def draw_weights(
     path: str | os.PathLike[str],
     metrics: Sequence[Mapping[str, Any]],
-    layers: Mapping[str, LayerStatistics],
+    layers: Mapping[str, WeightSummary],
 ) -> None:
     """Draws the weights of a run as a PNG of 2100 × 1650 pixels.
 
@@ -59,7 +59,7 @@ def draw_weights(
 def _draw_changes(
     figure: "SubFigure",
     records: Sequence[Mapping[str, Any]],
-    layers: Mapping[str, LayerStatistics],
+    layers: Mapping[str, WeightSummary],
 ) -> None:
     totals, pruned, revived = figure.subplots(1, 3)
     totals.set(title="Pruned and revived between evaluations", ylabel="weights")
@@ -98,9 +98,9 @@ def _draw_by_layer(
     axes: "Axes",
     records: Sequence[Mapping[str, Any]],
     name: str,
-    layers: Mapping[str, LayerStatistics],
+    layers: Mapping[str, WeightSummary],
 ) -> "QuadMesh":
-    """A row for each layer, a column for each evaluation; what a colour bar is made of."""
+    """A row for each layer, a column for each evaluation; what a color bar is made of."""
     from matplotlib.colors import LogNorm
 
     axes.grid(visible=False)
@@ -129,7 +129,7 @@ def _edges(records: Sequence[Mapping[str, Any]]) -> list[float]:
     return [0.0, *(record["epoch"] for record in records)]
 
 
-def _draw_end(figure: "SubFigure", layers: Mapping[str, LayerStatistics]) -> None:
+def _draw_end(figure: "SubFigure", layers: Mapping[str, WeightSummary]) -> None:
     shown = _spread_out(list(layers), SHOWN)
     panels = np.ravel(figure.subplots(2, SHOWN // 2))
     for axes, path in zip(panels, shown):
@@ -143,7 +143,7 @@ def _draw_end(figure: "SubFigure", layers: Mapping[str, LayerStatistics]) -> Non
     figure.legend(lines, labels, loc="outside upper right", ncols=3, frameon=False)
 
 
-def _draw_layer(axes: "Axes", path: str, layer: LayerStatistics) -> None:
+def _draw_layer(axes: "Axes", path: str, layer: WeightSummary) -> None:
     zeros = layer.zeros / max(layer.size, 1)
     axes.set_title(f"{_short(path)}, {zeros:.1%} zeros", fontsize=10, fontweight="normal")
     axes.set_yscale("log")

@@ -20,7 +20,7 @@ def finalize(
     """The sparse weights that a training state stands for, after a check that ``params`` are its.
 
     ``w = P_d(theta)`` where a weight is pruned, and what ``params`` has elsewhere. With
-    ``average``: the averaged weights, restricted to the support of w.
+    ``average``: the averaged weights, with the support of w applied.
 
     Adding an update to a parameter rounds, so ``params`` may be an ulp away from w; their zeros
     are those of w, and where they are not the weights were changed since the update: by another
@@ -131,7 +131,7 @@ def finalize(
             )
     masks.check_arrays("average", average)
     _check_finite("average", names, jax.tree.leaves(average))
-    return masks.restrict(average, jax.tree.unflatten(structure, alive))
+    return masks.apply_support(average, jax.tree.unflatten(structure, alive))
 
 
 def _operators(operator: TreeOperator | Any, params: Any) -> Mapping[str, TreeOperator | None]:
@@ -139,7 +139,7 @@ def _operators(operator: TreeOperator | Any, params: Any) -> Mapping[str, TreeOp
     names = jax.tree.leaves(masks.paths(params))
     if operator is None or callable(operator):
         return dict.fromkeys(names, operator)
-    return dict(zip(names, jax.tree.leaves(masks.spread("operator", operator, params))))
+    return dict(zip(names, jax.tree.leaves(masks.broadcast_prefix("operator", operator, params))))
 
 
 def _by_operator(

@@ -91,13 +91,13 @@ def prune_at_initialization(
     *,
     mask: MaskOrFunction | None = None,
 ) -> Any:
-    """Find a support before training: a short search, of which the zeros alone are kept.
+    """Find a support before training, by a short search.
 
     The search trains a copy of the parameters for a few steps. What it leaves at zero is then left
     out of the initial parameters, which are trained from scratch in anyone's loop::
 
         support = prune_at_initialization(loss, params, batches, search, steps=100)
-        params = lats_optax.restrict(params, support)
+        params = lats_optax.apply_support(params, support)
         tx = optax.chain(optax.sgd(lr, momentum=0.9), lats_optax.keep_support(support))
 
     Args:
@@ -126,7 +126,7 @@ def prune_at_initialization(
       >>> search = optax.chain(optax.sgd(0.1), lats_optax.soft_threshold(target))
       >>> initial = jnp.array([[0.1, 0.5, -0.1, 0.6]])
       >>> found = prune_at_initialization(loss, initial, itertools.repeat(wanted), search, 20)
-      >>> lats_optax.restrict(initial, found)
+      >>> lats_optax.apply_support(initial, found)
       Array([[ 0.1,  0. , -0.1,  0. ]], dtype=float32)
 
     Source: Chen et al., "A Unified Framework for Soft Threshold Pruning" (ICLR 2023), pruning at

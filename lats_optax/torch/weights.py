@@ -147,7 +147,7 @@ def variables_to_torch(
 
     Returns:
       Name -> array of its own, with the dtype it had, and ``num_batches_tracked``, int64 zero, of
-      every normalisation: what ``load_state_dict(strict=True)`` takes once they are tensors.
+      every normalization: what ``load_state_dict(strict=True)`` takes once they are tensors.
 
     Raises:
       ValueError: arrays are unknown, missing, misshapen or of another dtype (all of them are

@@ -70,10 +70,10 @@ def bind_step(
         apply=model.apply,
         transform=phase.transform,
         label_smoothing=config.label_smoothing,
-        accumulate=config.optimizer.accumulate,
+        grad_accum_steps=config.grad_accum_steps,
         split=split,
         whole=whole,
-        average_decay=config.average_decay,
+        ema_decay=config.ema_decay,
         average_since=phase.start if phase.from_scratch else 0,
         skip_non_finite=config.non_finite == "skip",
     )
@@ -93,5 +93,5 @@ def bind_state(
     Returns:
       `(variables=None) -> state`: see `step.create_state`.
     """
-    average = config.average_decay is not None
+    average = config.ema_decay is not None
     return partial(create_state, model, phase.transform, image_shape, config.seed, average)

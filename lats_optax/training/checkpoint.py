@@ -28,7 +28,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lats_optax.analysis.statistics import Support
+from lats_optax.analysis.weight_summary import Support
 from lats_optax.files.storage import URL, as_path, fetched
 from lats_optax.training import config_json, directories, manifest, step
 from lats_optax.training.config import TrainConfig
@@ -221,7 +221,7 @@ def load_variables(workdir: Path | URL | str, averaged: bool = False) -> dict[st
         if not state.average:
             raise ValueError(
                 f"averaged is True; allowed for {workdir}: False, because that run has no "
-                "average_decay."
+                "ema_decay."
             )
         prune = config_json.prune_from_json(config)
         mask = pruned_mask(prune) if prune.enabled else None

@@ -1,4 +1,4 @@
-"""What a training run is told: frozen dataclasses, checked when they are made.
+"""The configs of a training run: frozen dataclasses, checked at construction.
 
 The command line is made from these classes: the line under a field is its `--help` text. Pruning is
 in `prune_config.py`, the checks of fields in `config_checks.py`.
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 RECALIBRATION_BATCHES = 50
-"""On which batch statistics are estimated where a config does not say; more than are needed."""
+"""Batches for estimating batch statistics, unless a config gives a number; more than needed."""
 
 _MOST_WORKERS = 1024
 
@@ -37,7 +37,7 @@ def _located(field: str, path: Path | URL) -> Path | URL:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is trained on."""
+    """The data set and how it is read."""
 
     name: str = "digits"
     """Data set: `digits`; `synthetic`, noise; or one of TFDS, as NAME, NAME/CONFIG:VERSION, …"""
@@ -74,7 +74,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What is trained."""
+    """The model and its options."""
 
     name: str = "digits-cnn"
     """Model of the zoo."""
@@ -84,8 +84,8 @@ class ModelConfig:
     """Multiplier of all channel counts; as the other options, None: the model's default."""
     classifier_bias: bool | None = None
     """Whether the classifier adds a bias."""
-    steps: int | None = None
-    """How often a spiking network is shown an image."""
+    time_steps: int | None = None
+    """Steps for which a spiking network is shown an image."""
     connection: str | None = None
     """How a spiking block joins its shortcut: `ADD`, `AND` or `IAND`."""
     neuron: str | None = None
@@ -106,7 +106,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """What moves the weights: linear warm-up, then a cosine."""
+    """The optimizer and its learning rate: linear warm-up, then a cosine."""
 
     name: Literal["sgd", "adamw"] = "sgd"
     """`sgd`, or `adamw`, whose learning rates are a hundred times smaller."""
@@ -130,10 +130,8 @@ class OptimizerConfig:
     the closed forms `s-lats`, `epoch-lats` and `pgh` are of a cosine that ends at 0."""
     warmup_epochs: int = 0
     """Epochs over which the learning rate rises linearly to its peak."""
-    decay: Literal["step", "epoch"] = "step"
-    """Whether the learning rate moves at every step or once an epoch."""
-    accumulate: int = 1
-    """Parts of each device's images that go through the model one after another, to save memory."""
+    lr_update: Literal["step", "epoch"] = "step"
+    """When the learning rate changes: at every `step`, or once an `epoch`."""
 
     def __post_init__(self) -> None:
         check_float32("optimizer.learning_rate", self.learning_rate, positive=True)
@@ -153,7 +151,6 @@ class OptimizerConfig:
         allowed = f"0 or more, and below learning_rate, {self.learning_rate:g}"
         check(below, "optimizer.minimum_learning_rate", least, allowed)
         check(self.warmup_epochs >= 0, "optimizer.warmup_epochs", self.warmup_epochs, "0 or more")
-        check(self.accumulate >= 1, "optimizer.accumulate", self.accumulate, "1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,16 +187,18 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     prune: PruneConfig = PruneConfig()  # noqa: RUF009  # it is frozen
     parallel: ParallelConfig = ParallelConfig()
-    initial: Path | URL | None = None
+    init_from: Path | URL | None = None
     """Model file of another run to begin from; options of `model` that are None are its own."""
     non_finite: Literal["stop", "skip"] = "stop"
-    """A loss or gradients that are not finite: `stop` the run, or `skip` what is learnt from these
+    """A loss or gradients that are not finite: `stop` the run, or `skip` what is learned from these
     images. A target sparsity is met all the same."""
+    grad_accum_steps: int = 1
+    """Parts of each device's images that go through the model one after another, to save memory."""
     label_smoothing: float = 0.0
     """Mass that the training loss's target spreads evenly over all classes."""
-    average_decay: float | None = None
+    ema_decay: float | None = None
     """Decay of an average of the weights over the steps (EMA), evaluated as well; None: none."""
-    recalibrate: int | None = None
+    bn_recalibration_batches: int | None = None
     """Batches to estimate batch statistics on before evaluations; None: 50 in a sparse run."""
     epochs: int = 20
     """Passes over the training images, those of a search at initialization not counted."""
@@ -223,29 +222,36 @@ class TrainConfig:
     """Join the other processes of a TPU pod or cluster; the command is run in each of them."""
     coordinator: str | None = None
     """With distributed, HOST:PORT of process 0; None: as the pod or cluster describes itself."""
-    process_count: int | None = None
+    num_processes: int | None = None
     """With a coordinator, how many processes there are."""
-    process_index: int | None = None
+    process_id: int | None = None
     """With a coordinator, which of them this is, from 0."""
     process_timeout: int = 300
     """Seconds to wait for the other processes to join, and for one that no longer answers."""
 
     def __post_init__(self) -> None:
-        for field in ("workdir", "initial"):
+        for field in ("workdir", "init_from"):
             path = getattr(self, field)
             object.__setattr__(self, field, None if path is None else _located(field, path))
+        parts = self.grad_accum_steps
+        check(parts >= 1, "grad_accum_steps", parts, "1 or more")
         check(
             0 <= self.label_smoothing < 1,
             "label_smoothing",
             self.label_smoothing,
             "0 <= label_smoothing < 1",
         )
-        decay = self.average_decay
+        decay = self.ema_decay
         # An average of decay 0 is the weights.
-        allowed = "None, or 0 < average_decay < 1"
-        check(decay is None or 0 < decay < 1, "average_decay", decay, allowed)
-        batches = self.recalibrate
-        check(batches is None or batches >= 0, "recalibrate", batches, "None, or 0 or more")
+        allowed = "None, or 0 < ema_decay < 1"
+        check(decay is None or 0 < decay < 1, "ema_decay", decay, allowed)
+        batches = self.bn_recalibration_batches
+        check(
+            batches is None or batches >= 0,
+            "bn_recalibration_batches",
+            batches,
+            "None, or 0 or more",
+        )
         check(self.epochs >= 1, "epochs", self.epochs, "1 or more")
         for field in ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
             value = getattr(self, field)
@@ -259,10 +265,10 @@ class TrainConfig:
             f"less than epochs, {self.epochs}",
         )
         check(
-            self.prune.mode != "fine-tuning" or self.initial is not None,
+            self.prune.mode != "fine-tuning" or self.init_from is not None,
             "prune.mode",
             self.prune.mode,
-            "fine-tuning with initial, the model file whose zeros stay",
+            "fine-tuning with init_from, the model file whose zeros stay",
         )
         search = self.prune.search_epochs
         check(
@@ -288,9 +294,9 @@ class TrainConfig:
     @property
     def recalibration_batches(self) -> int:
         """Batches that batch statistics are estimated on before an evaluation."""
-        if self.recalibrate is None:
+        if self.bn_recalibration_batches is None:
             return RECALIBRATION_BATCHES if self.prune.enabled else 0
-        return self.recalibrate
+        return self.bn_recalibration_batches
 
     @property
     def total_epochs(self) -> int:
@@ -307,9 +313,9 @@ class TrainConfig:
             seconds,
             "the default without distributed",
         )
-        address, count, index = self.coordinator, self.process_count, self.process_index
+        address, count, index = self.coordinator, self.num_processes, self.process_id
         if address is None:
-            for field in ("process_count", "process_index"):
+            for field in ("num_processes", "process_id"):
                 check(getattr(self, field) is None, field, getattr(self, field), "with coordinator")
             return
         check(self.distributed, "coordinator", address, "with distributed")
@@ -317,8 +323,8 @@ class TrainConfig:
         place = bool(host) and port.isdecimal() and 1 <= int(port) <= 65535
         check(place, "coordinator", address, "HOST:PORT, with a port from 1 to 65535")
         check(
-            count is not None and count >= 1, "process_count", count, "with coordinator, 1 or more"
+            count is not None and count >= 1, "num_processes", count, "with coordinator, 1 or more"
         )
         assert count is not None
         within = index is not None and 0 <= index < count
-        check(within, "process_index", index, f"with coordinator, 0 to {count - 1}")
+        check(within, "process_id", index, f"with coordinator, 0 to {count - 1}")

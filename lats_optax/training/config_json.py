@@ -8,8 +8,9 @@ from lats_optax.training.config import TrainConfig
 from lats_optax.training.prune_config import PruneConfig
 
 # Where a run is, how it is watched and who does the work: a resumed run may differ in these alone.
-# In skip_corrupt too: a run that a corrupt record has stopped would be lost. And in recalibrate,
-# which training does not depend on: a run that is over can be evaluated again.
+# In skip_corrupt too: a run that a corrupt record has stopped would be lost. And in
+# bn_recalibration_batches, which training does not depend on: a run that is over can be evaluated
+# again.
 _FREE = {
     "workdir",
     "resume",
@@ -18,11 +19,11 @@ _FREE = {
     "eval_every",
     "checkpoint_every",
     "keep_checkpoints",
-    "recalibrate",
+    "bn_recalibration_batches",
     "distributed",
     "coordinator",
-    "process_count",
-    "process_index",
+    "num_processes",
+    "process_id",
     "process_timeout",
     "data.data_dir",
     "data.skip_corrupt",

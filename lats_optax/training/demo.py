@@ -10,13 +10,13 @@ from lats_optax.files.atomic import replacing
 from lats_optax.files.storage import URL, as_path
 from lats_optax.plots.runs import draw_runs
 from lats_optax.plots.weights import draw_weights
-from lats_optax.training import experiment, loop, pictures
+from lats_optax.training import experiment, loop, plots
 from lats_optax.training.config import PruneConfig, TrainConfig
 from lats_optax.training.experiment import Experiment
 from lats_optax.training.presets import PRESETS
 from lats_optax.training.result import RunResult
 
-PICTURE, WEIGHTS, SUMMARY = "report.png", "weights.png", "summary.json"
+PLOT, WEIGHTS, SUMMARY = "report.png", "weights.png", "summary.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class DemoConfig:
     data_dir: str | None = None
     """Where prepared data sets are kept; None: the TFDS default."""
     workdir: Path | URL = Path("runs/demo")
-    """Where the two runs, the pictures and the summary are written."""
+    """Where the two runs, the plots and the summary are written."""
     overwrite: bool = False
     """Throw away the demonstration that is in workdir."""
 
@@ -67,7 +67,7 @@ class DemoResult:
 
     Attributes:
       table: the comparison, as plain text.
-      picture: path of the PNG that compares the two.
+      plot: path of the PNG that compares the two.
       weights: path of the PNG of the sparse run's weights.
       summary: path of the JSON file: for `dense` and `sparse` the test accuracy, the sparsity of
         the prunable weights, how many are not zero, and the seconds it took.
@@ -75,13 +75,13 @@ class DemoResult:
     """
 
     table: str
-    picture: Path | URL
+    plot: Path | URL
     weights: Path | URL
     summary: Path | URL
     runs: dict[str, RunResult]
 
 
-def build(config: DemoConfig) -> dict[str, Experiment]:
+def build_runs(config: DemoConfig) -> dict[str, Experiment]:
     """Finds and checks everything that the demonstration needs; writes nothing in its directory.
 
     Args:
@@ -99,15 +99,15 @@ def build(config: DemoConfig) -> dict[str, Experiment]:
             f"workdir {config.workdir} is not empty: --overwrite throws away the demonstration in "
             "it, --workdir names another place."
         )
-    return {name: experiment.build(run) for name, run in config.runs().items()}
+    return {name: experiment.build_experiment(run) for name, run in config.runs().items()}
 
 
 def fit(config: DemoConfig, experiments: dict[str, Experiment]) -> DemoResult:
-    """Trains both networks and writes the pictures and the summary.
+    """Trains both networks and writes the plots and the summary.
 
     Args:
       config: where to write.
-      experiments: what `build` has made of it.
+      experiments: what `build_runs` has made of it.
 
     Returns:
       The table, the paths and the two finished runs.
@@ -116,13 +116,13 @@ def fit(config: DemoConfig, experiments: dict[str, Experiment]) -> DemoResult:
       NonFiniteError: training diverged.
       KeyboardInterrupt: as `loop.fit`.
     """
-    summary, picture, weights = (config.workdir / name for name in (SUMMARY, PICTURE, WEIGHTS))
+    summary, plot, weights = (config.workdir / name for name in (SUMMARY, PLOT, WEIGHTS))
     # If this one is interrupted, nothing of an older demonstration stands beside its runs.
-    for file in (summary, picture, weights):
+    for file in (summary, plot, weights):
         file.unlink(missing_ok=True)
     results = {name: loop.fit(ready) for name, ready in experiments.items()}
-    runs = [pictures.as_run(name, result) for name, result in results.items()]
-    draw_runs(picture, runs)
+    runs = [plots.as_run(name, result) for name, result in results.items()]
+    draw_runs(plot, runs)
     draw_weights(weights, results["sparse"].metrics, results["sparse"].weights)
     _write_json(
         summary,
@@ -136,7 +136,7 @@ def fit(config: DemoConfig, experiments: dict[str, Experiment]) -> DemoResult:
             for run in runs
         },
     )
-    return DemoResult(comparison_table(runs), picture, weights, summary, results)
+    return DemoResult(comparison_table(runs), plot, weights, summary, results)
 
 
 def _write_json(path: Path | URL, content: dict[str, Any]) -> None:

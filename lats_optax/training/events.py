@@ -16,7 +16,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
-from lats_optax.analysis.statistics import Histogram
+from lats_optax.analysis.weight_summary import Histogram
 from lats_optax.training.workdir import EVENTS
 
 _COUNT = itertools.count()

@@ -114,7 +114,7 @@ class Experiment:
             return state._replace(opt_state=opt_state)
         first = self.initial_state()
         support = lats_optax.support(state.params, self.optimizer.mask)
-        params = lats_optax.restrict(first.params, support)
+        params = lats_optax.apply_support(first.params, support)
         average = first.average
         if average:
             average = average._replace(params=jax.tree.map(jnp.copy, params))
@@ -122,7 +122,7 @@ class Experiment:
             step=state.step,
             params=params,
             batch_stats=first.batch_stats,
-            # From the found weights, not from the restricted ones: initial weights may be zero.
+            # From the found weights, not from the masked ones: initial weights may be zero.
             opt_state=phase.transform.init(state.params),
             average=average,
         )
@@ -156,13 +156,13 @@ class Experiment:
         elif self.config.prune.enabled:
             kept = optax.tree.get(state.opt_state, "support")
             names = masks.paths(state.params)
-            restricted = lats_optax.restrict(state.params, kept)
-            same = jax.tree.leaves(jax.tree.map(jnp.array_equal, state.params, restricted))
+            masked = lats_optax.apply_support(state.params, kept)
+            same = jax.tree.leaves(jax.tree.map(jnp.array_equal, state.params, masked))
             if wrong := [name for name, ok in zip(jax.tree.leaves(names), same) if not ok]:
                 raise ValueError(f"params: {', '.join(wrong)} are not zero where the support is")
 
 
-def build(
+def build_experiment(
     config: TrainConfig,
     devices: Sequence[jax.Device] | None = None,
     *,
@@ -187,12 +187,12 @@ def build(
     if config.distributed:
         lifeline = join_processes(
             config.coordinator,
-            config.process_count,
-            config.process_index,
+            config.num_processes,
+            config.process_id,
             config.process_timeout,
         )
     parallel = make_engine(config.parallel, devices, lifeline)
-    parallel.host_batch_size(config.data.batch_size, config.optimizer.accumulate)
+    parallel.host_batch_size(config.data.batch_size, config.grad_accum_steps)
     dataset = load_data(config) if dataset is None else dataset
     steps_per_epoch = dataset.num_train // config.data.batch_size
     if steps_per_epoch < 1:
@@ -209,9 +209,9 @@ def build(
     _check_effects(config, optimizer, shapes)
     resumes = _check_resumable(config, parallel)
     initial = None
-    if config.initial is not None:
+    if config.init_from is not None:
         # A run that goes on needs nothing but its work directory.
-        path = config.workdir / workdir.INITIAL if resumes else config.initial
+        path = config.workdir / workdir.INITIAL if resumes else config.init_from
         initial = load_initial(path, config, model, dataset.image_shape, optimizer.mask)
         model, shapes = initial.model, initial.variables
     # Expressions that match no parameter are found when the mask meets the parameters.
@@ -232,13 +232,13 @@ def _check_effects(config: TrainConfig, optimizer: Optimizer, variables: Mapping
         prune, names = config.prune, jax.tree.leaves(masks.paths(params))
         raise ValueError(
             f"prune.include is {prune.include!r}, prune.exclude {prune.exclude!r} and "
-            f"prune.structure {prune.structure!r}, which leaves nothing to prune; allowed: a "
+            f"prune.granularity {prune.granularity!r}, which leaves nothing to prune; allowed: a "
             f"choice with at least one of the parameters {', '.join(names)}."
         )
-    if config.recalibrate and not variables.get("batch_stats"):
+    if config.bn_recalibration_batches and not variables.get("batch_stats"):
         raise ValueError(
-            f"recalibrate is {config.recalibrate}; allowed: None or 0, as the model "
-            f"{config.model.name!r} has no batch statistics."
+            f"bn_recalibration_batches is {config.bn_recalibration_batches}; allowed: None or 0, "
+            f"as the model {config.model.name!r} has no batch statistics."
         )
 
 

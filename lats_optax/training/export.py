@@ -1,4 +1,4 @@
-"""Model files: the weights of a model of the zoo, and what it takes to build that model again.
+"""Model files: the weights of a model of the zoo and its description.
 
 They are sparse files (`lats_optax.save_sparse`) of the tree ``{"params": …, "batch_stats": …}``,
 whose metadata has `models.describe` and the shape of an image, both as JSON.

@@ -53,10 +53,10 @@ def load_initial(
 
     def require(holds: bool, problem: str) -> None:
         if not holds:
-            raise ValueError(f"initial is {str(config.initial)!r}: {problem}.")
+            raise ValueError(f"init_from is {str(config.init_from)!r}: {problem}.")
 
     if not path.is_file():
-        raise FileNotFoundError(f"initial is {str(path)!r}; allowed: a model file that is there.")
+        raise FileNotFoundError(f"init_from is {str(path)!r}; allowed: a model file that is there.")
     saved = load_model(path)
     has, wants = models.describe(saved.model), models.describe(wanted)
     given = ("name", "num_classes", *config.model.options)
@@ -84,8 +84,8 @@ def load_initial(
         require(zeros > 0, "no weight of it that is pruned is zero, so nothing would stay zero")
     elif report.sparsity > max(config.prune.target_sparsity or 0, _STRAY):
         warnings.warn(
-            f"initial is {str(config.initial)!r}, of whose weights {report.sparsity:.2%} are zero: "
-            "this run trains them too, and they do not stay zero. --prune.mode fine-tuning, "
+            f"init_from is {str(config.init_from)!r}, of whose weights {report.sparsity:.2%} are "
+            "zero: this run trains them too, and they do not stay zero. --prune.mode fine-tuning, "
             "without a target_sparsity or final_threshold, keeps them zero",
             UserWarning,
             stacklevel=2,

@@ -157,7 +157,7 @@ def _gather(coordinator: str, port: int, count: int, deadline: float) -> dict[in
             except TimeoutError:
                 missing = [str(index) for index in range(1, count) if index not in found]
                 raise TimeoutError(
-                    f"process_count is {count}; missing at {coordinator}: process "
+                    f"num_processes is {count}; missing at {coordinator}: process "
                     f"{', '.join(missing)}"
                 ) from None
             hello = _hello(connection)
@@ -168,9 +168,9 @@ def _gather(coordinator: str, port: int, count: int, deadline: float) -> dict[in
             index, of = hello
             if of != count or index in found:
                 problem = (
-                    f"process_index is {index} in two processes"
+                    f"process_id is {index} in two processes"
                     if of == count
-                    else f"process_count is {count} in process 0 and {of} in process {index}"
+                    else f"num_processes is {count} in process 0 and {of} in process {index}"
                 )
                 for other in [*found.values(), connection]:
                     with contextlib.suppress(OSError):

@@ -37,13 +37,13 @@ def check_recalibration(config: TrainConfig, steps_per_epoch: int) -> None:
     """Checks that batch statistics are not estimated on far more batches than there are.
 
     Raises:
-      ValueError: ``config.recalibrate`` asks for more than those of an epoch, and than are usual.
+      ValueError: ``config.bn_recalibration_batches`` is larger than both an epoch and the default.
     """
-    batches, most = config.recalibrate, max(steps_per_epoch, RECALIBRATION_BATCHES)
+    batches, most = config.bn_recalibration_batches, max(steps_per_epoch, RECALIBRATION_BATCHES)
     if batches is not None and batches > most:
         raise ValueError(
-            f"recalibrate is {batches}; allowed: None, or at most {most}, which an epoch of "
-            f"{steps_per_epoch} batches is enough for."
+            f"bn_recalibration_batches is {batches}; allowed: None, or at most {most}, which an "
+            f"epoch of {steps_per_epoch} batches is enough for."
         )
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import tqdm
 
-from lats_optax.analysis import statistics
-from lats_optax.analysis.statistics import LayerStatistics
+from lats_optax.analysis import weight_summary
+from lats_optax.analysis.weight_summary import WeightSummary
 from lats_optax.files.atomic import replacing, set_filename
 from lats_optax.files.storage import URL, growing
 from lats_optax.training.events import EventFile
@@ -120,9 +120,9 @@ class MetricsLog:
         else:
             self._bar.write(_line(record))
 
-    def write_weights(self, step: int, epoch: float, layers: Mapping[str, LayerStatistics]) -> None:
+    def write_weights(self, step: int, epoch: float, layers: Mapping[str, WeightSummary]) -> None:
         """Writes what has become of the weights of each layer, with histograms for TensorBoard."""
-        record = {"split": "weights", "step": step, "epoch": epoch, **statistics.counts(layers)}
+        record = {"split": "weights", "step": step, "epoch": epoch, **weight_summary.counts(layers)}
 
         def histograms() -> None:
             for name in ("pruned", "revived"):
@@ -219,7 +219,7 @@ def _record(line: bytes) -> Record | None:
         step, numbers = record["step"], [record["epoch"]]
         if record["split"] == "weights":
             for counts in (record, *record["layers"].values()):
-                numbers += [counts[name] for name in statistics.COUNTS]
+                numbers += [counts[name] for name in weight_summary.COUNTS]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     usable = isinstance(record["split"], str) and isinstance(step, int)

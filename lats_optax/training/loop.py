@@ -1,6 +1,6 @@
 """The training loop, in one file that can be read in one go and forked.
 
-`experiment.build` finds out whatever is wrong with a config, `fit` runs it, `train` is both.
+`experiment.build_experiment` checks a config, `fit` runs it, `train` does both.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from flax import linen as nn
 
 import lats_optax
 from lats_optax import data, masks
-from lats_optax.analysis import statistics
-from lats_optax.analysis.statistics import LayerStatistics, Support
+from lats_optax.analysis import weight_summary
+from lats_optax.analysis.weight_summary import Support, WeightSummary
 from lats_optax.training import config_json, workdir
 from lats_optax.training import experiment as experiments
 from lats_optax.training.checkpoint import Checkpoints
@@ -27,9 +27,9 @@ from lats_optax.training.config import TrainConfig
 from lats_optax.training.experiment import Experiment
 from lats_optax.training.export import ModelFile, save_model
 from lats_optax.training.finite import NonFiniteError, means, non_finite_paths
-from lats_optax.training.interruption import Interruption
 from lats_optax.training.logging import MetricsLog
-from lats_optax.training.parallel import Engine, ahead
+from lats_optax.training.parallel import Engine, prefetch
+from lats_optax.training.preemption import PreemptionHandler
 from lats_optax.training.recalibration import recalibrated
 from lats_optax.training.result import RunResult, result_of, write_models
 from lats_optax.training.step import Batch, Metrics, TrainState, averaged
@@ -48,7 +48,7 @@ def train(
       config: the run.
       devices: what to run on; None: all there are.
       dataset: what to train on, in the place of the one that the config names.
-      model: what to train, likewise: see `experiment.build`.
+      model: what to train, likewise: see `experiment.build_experiment`.
 
     Raises:
       ValueError: the config does not fit the data, the model or the devices.
@@ -57,11 +57,11 @@ def train(
       KeyboardInterrupt: on Ctrl-C, SIGTERM or SIGHUP, after a last checkpoint.
       Others: as `fit`.
     """
-    return fit(experiments.build(config, devices, dataset=dataset, model=model))
+    return fit(experiments.build_experiment(config, devices, dataset=dataset, model=model))
 
 
 def fit(experiment: Experiment) -> RunResult:
-    """Trains: `train` after `build`.
+    """Trains: `train` after `build_experiment`.
 
     Ctrl-C, SIGTERM and SIGHUP are answered when the step is over and a checkpoint of it is written.
     In a run of several processes SIGTERM alone is, by all of them after the same step.
@@ -70,7 +70,7 @@ def fit(experiment: Experiment) -> RunResult:
       DamagedCheckpointWarning: the run goes on from a checkpoint that is not the last.
 
     Raises:
-      FileExistsError: since `build`, another run has begun in the work directory.
+      FileExistsError: since `build_experiment`, another run has begun in the work directory.
       WorkdirInUseError: another run is writing there.
       CheckpointError: no checkpoint to go on from is whole, or one cannot be written.
       OSError: another file cannot be written.
@@ -97,7 +97,7 @@ def _fit(experiment: Experiment, check: Callable[[], None]) -> RunResult:
         parallel.on_primary(lambda: save_model(path, *initial))
 
     with contextlib.ExitStack() as stack:
-        interruption = stack.enter_context(Interruption(enabled=parallel.process_count == 1))
+        preemption = stack.enter_context(PreemptionHandler(enabled=parallel.process_count == 1))
         checkpoints = Checkpoints(config.workdir, parallel, config.keep_checkpoints)
         batches = stack.enter_context(contextlib.closing(experiment.train_batches()))
         state, step, support, skipped = _begin(experiment, checkpoints, batches)
@@ -106,7 +106,7 @@ def _fit(experiment: Experiment, check: Callable[[], None]) -> RunResult:
         run = _Run(experiment, checkpoints, log)
         evaluation = Evaluation({}, {}, support)
         window = _Window([], time.perf_counter())
-        stream = ahead(_send(batches, parallel))
+        stream = prefetch(_send(batches, parallel))
         for phase, update in zip(experiment.optimizer.phases, experiment.updates):
             if step == phase.start > 0:
                 state = parallel.place(experiment.begin(phase, state))
@@ -117,7 +117,7 @@ def _fit(experiment: Experiment, check: Callable[[], None]) -> RunResult:
                 window.metrics.append(metrics)
                 log.advance()
 
-                interrupted = interruption.requested or parallel.preempted(step)
+                interrupted = preemption.requested or parallel.preempted(step)
                 evaluates = _due(experiment, step, config.eval_every)
                 saves = interrupted or _due(experiment, step, config.checkpoint_every)
                 if not (step % config.log_every == 0 or evaluates or saves):
@@ -130,7 +130,7 @@ def _fit(experiment: Experiment, check: Callable[[], None]) -> RunResult:
                 if saves:
                     _save(run, state, step, position, evaluation.support)
                 if interrupted and step < total:
-                    raise interruption.error(
+                    raise preemption.error(
                         f"interrupted after step {step}; --resume goes on from there"
                     )
                 window = _Window([], time.perf_counter())
@@ -143,7 +143,7 @@ def _fit(experiment: Experiment, check: Callable[[], None]) -> RunResult:
         files = dict[str, ModelFile]()
         parallel.on_primary(lambda: files.update(write_models(experiment, host, test)))
 
-    if interruption.requested:
+    if preemption.requested:
         raise KeyboardInterrupt(
             f"interrupted after the last step; the run is over, and its files are in "
             f"{config.workdir}; --resume shows what came of it"
@@ -189,7 +189,7 @@ class Evaluation(NamedTuple):
     """
 
     test: dict[str, dict[str, float]]
-    weights: dict[str, LayerStatistics]
+    weights: dict[str, WeightSummary]
     support: Support
 
 
@@ -227,7 +227,7 @@ def _begin(
     """What a run begins or goes on from: state, step, support and skipped records so far."""
     state, step, skipped = experiment.initial_state(), 0, 0
     mask = experiment.pruned
-    support = [] if mask is None else statistics.support_bits(state.params, mask)
+    support = [] if mask is None else weight_summary.support_bits(state.params, mask)
     if experiment.config.resume:
         like = partial(experiment.state_like, state)
         saved = checkpoints.restore(like, support, experiment.check_state)
@@ -264,21 +264,21 @@ def _log(
 def _evaluate(
     run: _Run, state: TrainState, before: Support, progress: dict[str, float] | None = None
 ) -> tuple[TrainState, Evaluation]:
-    """Measures the weights; writes the records where it is told how far the run is.
+    """Measures the weights; writes the records if `progress` is given.
 
     Returns:
       The state, its batch statistics estimated on its weights where the config asks for that, and
       what was found.
     """
     experiment, log = run.experiment, run.log
-    weights, support = dict[str, LayerStatistics](), before
+    weights, support = dict[str, WeightSummary](), before
     if (mask := experiment.pruned) is not None:
-        weights, support = statistics.measure(state.params, state.opt_state, mask, before)
+        weights, support = weight_summary.measure(state.params, state.opt_state, mask, before)
     if progress is not None and mask is not None:
         log.write_weights(int(progress["step"]), progress["epoch"], weights)
     state = recalibrated(experiment, state)
     test = {"test": evaluate(experiment, state)}
-    if experiment.config.average_decay is not None:
+    if experiment.config.ema_decay is not None:
         test["test_average"] = evaluate(experiment, averaged(state, mask))
     if progress is not None:
         for split, measured in test.items():

@@ -114,7 +114,7 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> Optimizer:
         return Optimizer((Phase(0, total, pruning(rate), rate),), mask, operator, groups)
     search = prune.search_epochs * steps_per_epoch
     if prune.mode == "at-initialization":
-        quick = hurried(rate, config.epochs, prune.search_epochs)
+        quick = compressed_schedule(rate, config.epochs, prune.search_epochs)
         phases = (
             Phase(0, search, pruning(quick), quick),
             Phase(search, total - search, kept, rate, from_scratch=True),
@@ -154,10 +154,12 @@ def _descent(config: TrainConfig, learning_rate: optax.Schedule) -> optax.Gradie
     )
 
 
-def hurried(schedule: optax.Schedule, epochs: int, search_epochs: int) -> optax.Schedule:
+def compressed_schedule(
+    schedule: optax.Schedule, epochs: int, search_epochs: int
+) -> optax.Schedule:
     """A schedule of a whole run, passed through in the epochs of a search.
 
-    >>> quick = hurried(lambda count: count / 100, epochs=10, search_epochs=1)
+    >>> quick = compressed_schedule(lambda count: count / 100, epochs=10, search_epochs=1)
     >>> [round(float(quick(step)), 3) for step in range(3)]
     [0.0, 0.1, 0.2]
     """
@@ -183,7 +185,7 @@ def cosine(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
     [0.3, 0.28, 0.225, 0.15, 0.075, 0.02]
     """
     sgd = config.optimizer
-    unit = 1 if sgd.decay == "step" else steps_per_epoch
+    unit = 1 if sgd.lr_update == "step" else steps_per_epoch
     warmup = sgd.warmup_epochs * steps_per_epoch // unit
     total = config.epochs * steps_per_epoch // unit
 
@@ -205,12 +207,12 @@ def pruned_mask(prune: PruneConfig) -> Callable[[Any], Any]:
     chosen: Callable[[Any], Any] = lats_optax.prunable
     if prune.include or prune.exclude:
         chosen = lats_optax.select(prune.include or None, prune.exclude)
-    if prune.include or prune.structure in ("none", "blocks"):
+    if prune.include or prune.granularity in ("none", "blocks"):
         return chosen
 
     def has_groups(path: str, leaf: Any) -> bool:
         """Whether a layer can lose a group, and the network with it goes on."""
-        match prune.structure:
+        match prune.granularity:
             case "output-channels":  # an output of the classifier is a class
                 return not re.search("(^|/)classifier/", path)
             case "input-channels":  # one alone is the layer, as of a depth-wise convolution
@@ -245,8 +247,8 @@ def _shrinkage(prune: PruneConfig, steps: int) -> Elementwise:
 
 
 def group_operator(prune: PruneConfig, shrinkage: Elementwise) -> Groups | None:
-    """The operator of `prune.structure`; None: weights are zeroed one by one."""
-    match prune.structure:
+    """The operator of `prune.granularity`; None: weights are zeroed one by one."""
+    match prune.granularity:
         case "output-channels":
             return lats_optax.groups.output_channels(shrinkage=shrinkage)
         case "input-channels":

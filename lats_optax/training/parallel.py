@@ -45,16 +45,16 @@ _QUICK = {"xla_backend_optimization_level": 0}
 
 def join_processes(
     coordinator: str | None = None,
-    process_count: int | None = None,
-    process_index: int | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
     timeout: int = 300,
 ) -> Lifeline | None:
     """Joins the other processes of a TPU pod or a cluster.
 
     Args:
       coordinator: HOST:PORT of process 0; None: all three as the environment describes them.
-      process_count: how many processes there are.
-      process_index: which of them this is.
+      num_processes: how many processes there are.
+      process_id: which of them this is.
       timeout: seconds to wait for the others, and for one that no longer answers.
 
     Returns:
@@ -69,14 +69,14 @@ def join_processes(
         return None
     lifeline = None
     if coordinator is not None:
-        assert process_count is not None
-        assert process_index is not None
-        lifeline = meet(coordinator, process_count, process_index, timeout)
+        assert num_processes is not None
+        assert process_id is not None
+        lifeline = meet(coordinator, num_processes, process_id, timeout)
     try:
         jax.distributed.initialize(
             coordinator,
-            process_count,
-            process_index,
+            num_processes,
+            process_id,
             initialization_timeout=timeout,
             heartbeat_timeout_seconds=timeout,
             shutdown_timeout_seconds=timeout,
@@ -92,14 +92,14 @@ def join_processes(
     return lifeline
 
 
-def ahead(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
-    """The same items, of which up to `depth` have been asked for before they are needed.
+def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
+    """The same items; up to `depth` of them are requested before they are needed.
 
     Over batches that `Engine.shard` sends off, these are on the devices when the step
     before them is over.
 
     >>> asked = []
-    >>> items = ahead((asked.append(n) or n for n in range(5)), depth=2)
+    >>> items = prefetch((asked.append(n) or n for n in range(5)), depth=2)
     >>> next(items), asked
     (0, [0, 1, 2])
     >>> list(items)
@@ -202,23 +202,23 @@ class Engine(abc.ABC):
         """Whether this is the process that writes logs."""
         return self.process_index == 0
 
-    def host_batch_size(self, batch_size: int, accumulate: int = 1) -> int:
+    def host_batch_size(self, batch_size: int, grad_accum_steps: int = 1) -> int:
         """The part that this process has of a batch of `batch_size` examples.
 
         Args:
           batch_size: examples over all devices of all processes.
-          accumulate: equal parts that each device divides its own into.
+          grad_accum_steps: equal parts that each device divides its own into.
 
         Raises:
           ValueError: the batch does not divide over the devices and the parts.
         """
         count = len(self.devices)
-        if batch_size % (count * accumulate):
+        if batch_size % (count * grad_accum_steps):
             devices = "device" if count == 1 else "devices"
-            parts = f" with optimizer.accumulate {accumulate}" if accumulate > 1 else ""
+            parts = f" with grad_accum_steps {grad_accum_steps}" if grad_accum_steps > 1 else ""
             raise ValueError(
                 f"data.batch_size is {batch_size}; allowed on {count} {devices}{parts}: a multiple "
-                f"of {count * accumulate}."
+                f"of {count * grad_accum_steps}."
             )
         return batch_size // len(self.devices) * len(self.local_devices)
 
@@ -233,7 +233,7 @@ class Engine(abc.ABC):
         Fetched in turn, two behind: batches that all wait for the devices would fill their memory.
         """
         taken = (step(state, self.shard(batch)) for batch in batches)
-        return [jax.device_get(found) for found in ahead(taken)]
+        return [jax.device_get(found) for found in prefetch(taken)]
 
     def total(self, count: int) -> int:
         """The sum of every process's count; all of them have to ask for it."""

@@ -66,7 +66,7 @@ _IMAGENET = TrainConfig(
         momentum=0.875,
         weight_decay=0.000030517578125,
         warmup_epochs=5,
-        decay="epoch",
+        lr_update="epoch",
     ),
     label_smoothing=0.1,
     epochs=100,
@@ -103,7 +103,7 @@ _FASHION_MNIST_VIT = dataclasses.replace(
     optimizer=dataclasses.replace(_ADAMW, warmup_epochs=1),
     epochs=10,
 )
-_SPIKING = OptimizerConfig(learning_rate=0.1, momentum=0.9, decay="epoch")
+_SPIKING = OptimizerConfig(learning_rate=0.1, momentum=0.9, lr_update="epoch")
 
 _CODE = "the published code, https://github.com/Yanqi-Chen/LATS"
 _NO_IMAGENET = """
@@ -145,7 +145,7 @@ _SEW = _Family(
     f"has no spiking networks. The classifier stays dense.{_NO_IMAGENET}",
     dataclasses.replace(
         _IMAGENET,
-        model=ModelConfig("sew-resnet18", steps=4, connection="ADD", neuron="if"),
+        model=ModelConfig("sew-resnet18", time_steps=4, connection="ADD", neuron="if"),
         optimizer=_SPIKING,
         label_smoothing=0.0,
         epochs=320,
@@ -291,7 +291,7 @@ PRESETS: dict[str, Preset] = {
         "the same with 95 % of the weights zero; 15 s on two CPU cores, accuracy 99.4 %.",
         "Another sparsity: lats-train digits-lats --prune.target-sparsity 0.9.\n\n"
         "To train on what it leaves, without shrinkage: lats-train digits "
-        "--initial runs/digits-lats/model.safetensors --prune.mode fine-tuning "
+        "--init-from runs/digits-lats/model.safetensors --prune.mode fine-tuning "
         "--optimizer.learning-rate 0.03 --workdir runs/fine-tuned.",
         TrainConfig(workdir=Path("runs/digits-lats"), prune=PruneConfig(target_sparsity=0.95)),
     ),

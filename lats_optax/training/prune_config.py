@@ -1,4 +1,4 @@
-"""What a training run is told of pruning: `TrainConfig.prune`.
+"""The config of pruning in a training run: `TrainConfig.prune`.
 
 The command line is made from this class: the line under a field is its `--help` text.
 """
@@ -43,14 +43,14 @@ class PruneConfig:
     mode: Literal["during-training", "early", "at-initialization", "fine-tuning"] = (
         "during-training"
     )
-    """When: to the end; early, then frozen; in a search before; fine-tuning: `initial`'s zeros."""
+    """When: to the end; early, then frozen; in a search before; or keep `init_from`'s zeros."""
     search_epochs: int | None = None
     """Epochs of the search: the first of the run if early, before its own if at-initialization."""
     distribution: Literal["global", "uniform", "er", "erk"] = "global"
     """Layers share target_sparsity freely, equally, or by Erdős–Rényi or Erdős–Rényi-kernel."""
     layer_sparsity: tuple[tuple[str, float], ...] = ()
     """With distribution uniform, EXPRESSION SPARSITY ...: layers with a target of their own."""
-    structure: Literal[
+    granularity: Literal[
         "none", "output-channels", "input-channels", "filters", "blocks", "n-of-m"
     ] = "none"
     """What is zeroed as a whole, or in a pattern. Left out, unless `include` is given: with
@@ -73,18 +73,18 @@ class PruneConfig:
             return self.operator
         if self.target_sparsity is None:
             return "soft"
-        if self.structure == "n-of-m":  # what survives is not shrunk under any of them
+        if self.granularity == "n-of-m":  # what survives is not shrunk under any of them
             return "soft"
         # A shrunken channel has the same outputs behind a batch normalization, and gradients as
         # much larger as it is smaller.
-        return "hard" if self.structure == "output-channels" else "annealed"
+        return "hard" if self.granularity == "output-channels" else "annealed"
 
     @property
     def horizon(self) -> float:
         """The part of the steps after which `target_sparsity` is reached."""
         if self.reach is not None:
             return self.reach
-        return 1.0 if self.chosen_operator == "soft" and self.structure != "n-of-m" else 0.5
+        return 1.0 if self.chosen_operator == "soft" and self.granularity != "n-of-m" else 0.5
 
     @property
     def has_threshold(self) -> bool:
@@ -140,7 +140,7 @@ class PruneConfig:
             check(reach is None or 0 < reach <= 1, "prune.reach", reach, "0 < reach <= 1")
         self._check_search()
         self._check_layers()
-        self._check_structure()
+        self._check_granularity()
 
     def _check_search(self) -> None:
         mode, epochs = self.mode, self.search_epochs
@@ -170,26 +170,26 @@ class PruneConfig:
             named = f"prune.layer_sparsity {expression!r}"
             check(0 <= value < 1, named, value, "0 <= sparsity < 1")
 
-    def _check_structure(self) -> None:
-        structure, block = self.structure, self.block
+    def _check_granularity(self) -> None:
+        granularity, block = self.granularity, self.block
         if not self.has_threshold:
             allowed = "none without prune.target_sparsity or prune.final_threshold"
-            check(structure == "none", "prune.structure", structure, allowed)
-        if structure == "blocks":
+            check(granularity == "none", "prune.granularity", granularity, allowed)
+        if granularity == "blocks":
             sides = block is not None and len(block) == 2 and min(block) >= 1
-            check(sides, "prune.block", block, "with structure blocks, two numbers of 1 or more")
+            check(sides, "prune.block", block, "with granularity blocks, two numbers of 1 or more")
         else:
-            check(block is None, "prune.block", block, "None, but for structure blocks")
+            check(block is None, "prune.block", block, "None, but for granularity blocks")
         pattern = self.pattern
-        if structure != "n-of-m":
-            check(pattern is None, "prune.pattern", pattern, "None, but for structure n-of-m")
+        if granularity != "n-of-m":
+            check(pattern is None, "prune.pattern", pattern, "None, but for granularity n-of-m")
             return
         known = pattern is not None and len(pattern) == 2 and 1 <= pattern[0] < pattern[1]
-        check(known, "prune.pattern", pattern, "with structure n-of-m, N M with 1 <= N < M")
+        check(known, "prune.pattern", pattern, "with granularity n-of-m, N M with 1 <= N < M")
         assert pattern is not None
         most = 1 - pattern[0] / pattern[1]
         within = self.target_sparsity is None or self.target_sparsity <= most
         allowed = f"up to {most:g} with pattern {pattern[0]} {pattern[1]}"
         check(within, "prune.target_sparsity", self.target_sparsity, allowed)
         single = self.operator != "annealed"
-        check(single, "prune.operator", self.operator, "another one with structure n-of-m")
+        check(single, "prune.operator", self.operator, "another one with granularity n-of-m")

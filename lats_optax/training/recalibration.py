@@ -10,11 +10,11 @@ from lats_optax.training.step import TrainState, averaged
 
 
 def recalibrated(experiment: Experiment, state: TrainState) -> TrainState:
-    """The state with batch statistics estimated anew, those of averaged weights too.
+    """The state with batch statistics estimated again, those of averaged weights too.
 
     Running statistics are of the weights of the last dozen steps. Where groups of weights are
     pruned these differ: the closer a group comes to the threshold, the faster it shrinks, relative
-    to what is left of it. Normalisation undoes that in training, but not with statistics of before.
+    to what is left of it. Normalization undoes that in training, but not with statistics of before.
 
     ``mean = 1/n sum_i mean(batch_i)``, ``var = 1/n sum_i var(batch_i)``, over the first
     `config.recalibration_batches` batches of the run's training images.

@@ -9,7 +9,7 @@ import optax
 
 import lats_optax
 from lats_optax import models
-from lats_optax.analysis.statistics import LayerStatistics
+from lats_optax.analysis.weight_summary import WeightSummary
 from lats_optax.files.storage import URL
 from lats_optax.training import verdict, workdir
 from lats_optax.training.config import TrainConfig
@@ -50,7 +50,7 @@ class RunResult:
     metrics: list[Record]
     is_primary: bool = True
     test_accuracy_averaged: float | None = None
-    weights: dict[str, LayerStatistics] = dataclasses.field(default_factory=dict)
+    weights: dict[str, WeightSummary] = dataclasses.field(default_factory=dict)
     model: ModelFile | None = None
     model_averaged: ModelFile | None = None
     target_line: str | None = None
@@ -96,7 +96,7 @@ def result_of(
     experiment: Experiment,
     state: TrainState,
     test: Mapping[str, Mapping[str, float]],
-    weights: dict[str, LayerStatistics],
+    weights: dict[str, WeightSummary],
     files: Mapping[str, ModelFile],
     metrics: list[Record],
     seconds: float,

@@ -88,21 +88,21 @@ def train_step(
     apply: Callable[..., Any],
     transform: optax.GradientTransformation,
     label_smoothing: float,
-    accumulate: int = 1,
+    grad_accum_steps: int = 1,
     split: Callable[[Batch, int], Batch] = split_in_order,
     whole: Callable[[Any], Any] = lambda params: params,
-    average_decay: float | None = None,
+    ema_decay: float | None = None,
     average_since: int = 0,
     skip_non_finite: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """A step of the optimizer on the mean gradient of all replicas.
 
-    With `accumulate` a replica's images go through the model in so many parts, one after another,
-    and the gradients of all are averaged before the one step of the optimizer: what is pruned, and
-    when, stays as it is. Batch normalization sees one part at a time, and its running statistics
-    move once a part. Gradients and metrics are averaged over replicas once.
+    With `grad_accum_steps` a replica's images go through the model in so many parts, one after
+    another. The gradients of all parts are averaged before the one step of the optimizer: what is
+    pruned, and when, stays as it is. Batch normalization sees one part at a time, and its running
+    statistics move once a part. Gradients and metrics are averaged over replicas once.
 
-    With `average_decay` a the averages move after step t (from 0) as
+    With `ema_decay` a the averages move after step t (from 0) as
     average ← d · average + (1 − d) · new, d = min(a, (1 + t) / (10 + t)).
 
     Args:
@@ -112,10 +112,10 @@ def train_step(
       apply: of a Flax module; its running statistics, if any, are in `batch_stats`.
       transform: the optimizer.
       label_smoothing: mass spread evenly over all classes.
-      accumulate: parts of the batch, a divisor of n.
+      grad_accum_steps: parts of the batch, a divisor of n.
       split: `(batch, count) -> parts`, the batch with a new first axis.
       whole: takes the parameters to how the model needs them on the devices.
-      average_decay: a, in [0, 1); None where the state has no averages.
+      ema_decay: a, in [0, 1); None where the state has no averages.
       skip_non_finite: a step whose loss or gradients are not finite is taken with gradients of
         zero, and without its batch statistics. The optimizer counts it, so that a schedule or a
         named sparsity is where it would be.
@@ -142,11 +142,13 @@ def train_step(
         (loss, (accuracy, stats)), grads = differentiate(state.params, stats, part)
         return stats, (grads, {"loss": loss, "accuracy": accuracy})
 
-    if accumulate == 1:
+    if grad_accum_steps == 1:
         stats, (grads, metrics) = gradient(state.batch_stats, batch)
     else:
-        parts = split(batch, accumulate)
-        stats, (grads, metrics) = _mean_over_parts(gradient, state.batch_stats, parts, accumulate)
+        parts = split(batch, grad_accum_steps)
+        stats, (grads, metrics) = _mean_over_parts(
+            gradient, state.batch_stats, parts, grad_accum_steps
+        )
     grads, metrics, stats = mean(grads), mean(metrics), mean(stats)
     metrics["gradient_norm"] = optax.tree.norm(grads)
     if skip_non_finite:
@@ -156,8 +158,8 @@ def train_step(
     updates, opt_state = transform.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     average = state.average
-    if average_decay is not None:
-        new_weight = jnp.maximum(1 - average_decay, 9 / (10 + state.step - average_since))
+    if ema_decay is not None:
+        new_weight = jnp.maximum(1 - ema_decay, 9 / (10 + state.step - average_since))
         average = optax.incremental_update(Average(params, stats), average, new_weight)
     return TrainState(state.step + 1, params, stats, opt_state, average), metrics
 
@@ -192,7 +194,7 @@ def averaged(state: TrainState, mask: Callable[[Any], Any] | None) -> TrainState
     average: Average = state.average
     params = average.params
     if mask is not None:
-        params = lats_optax.restrict(params, lats_optax.support(state.params, mask))
+        params = lats_optax.apply_support(params, lats_optax.support(state.params, mask))
     return state._replace(params=params, batch_stats=average.batch_stats)
 
 

@@ -1,4 +1,4 @@
-"""What a run that is over has to be told: whether it met its target, and what looks wrong in it.
+"""The verdict on a finished run: whether it met its target, and what looks wrong.
 
 Pure functions of what the run has come to. They write nothing: the command prints what they say.
 """
@@ -77,8 +77,9 @@ def problems(
 def _reason(config: TrainConfig, normalized: bool) -> str:
     if normalized and not config.recalibration_batches:
         return (
-            "the running batch statistics lag behind the weights; --resume --recalibrate 50 "
-            "estimates them on the weights as they are, without training again"
+            "the running batch statistics lag behind the weights; "
+            "--resume --bn-recalibration-batches 50 estimates them on the weights as they "
+            "are, without training again"
         )
     return (
         "the weights fit the training images alone; more weight decay, fewer epochs or a lower "

@@ -18,7 +18,7 @@ import optax
 import pytest
 
 from lats_optax import cli, epoch_lats_threshold
-from lats_optax.training import experiment, loop, pictures
+from lats_optax.training import experiment, loop, plots
 from lats_optax.training.config import (
     DataConfig,
     OptimizerConfig,
@@ -52,7 +52,7 @@ def _tiny_runs():
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         tiny.install(patch)
         # Drawing takes longer than training.
-        patch.setattr(pictures, "write", lambda result: [])
+        patch.setattr(plots, "write_plots", lambda result: [])
         yield Path(name), patch
 
 
@@ -117,7 +117,7 @@ def _stopped_at_the_end(done: Done) -> bool:
 def _build(prune: PruneConfig, initial: float | None = None) -> Any:
     """What is built of a tiny run: from a file of some sparsity, if any."""
     with _tiny_runs() as (runs, _):
-        changes = {} if initial is None else {"initial": runs / "initial"}
+        changes = {} if initial is None else {"init_from": runs / "initial"}
         config = tiny.config(runs / "run", prune=prune, **changes)
         if initial is not None:
             rng = np.random.default_rng(0)
@@ -131,7 +131,7 @@ def _build(prune: PruneConfig, initial: float | None = None) -> Any:
                 variables["params"],
             )
             save_model(runs / "initial", model, variables, tiny.SHAPE, {})
-        return experiment.build(config)
+        return experiment.build_experiment(config)
 
 
 def _steps(config: TrainConfig, count: int, steps_per_epoch: int = 3) -> tuple[list, list]:
@@ -231,7 +231,7 @@ SPARSE_RUNS = [
     PruneConfig(0.5),
     PruneConfig(final_threshold=0.1),
     PruneConfig(0.5, distribution="uniform", layer_sparsity=(("a", 0.1),)),
-    PruneConfig(0.5, structure="output-channels"),
+    PruneConfig(0.5, granularity="output-channels"),
 ]
 
 CASES = [
@@ -257,8 +257,8 @@ CASES = [
     ),
     Case(
         "a structure that leaves nothing",
-        lambda: _build(PruneConfig(0.5, structure="filters", exclude=("Conv",))),
-        raises(ValueError, "prune.structure 'filters', which leaves nothing to prune"),
+        lambda: _build(PruneConfig(0.5, granularity="filters", exclude=("Conv",))),
+        raises(ValueError, "prune.granularity 'filters', which leaves nothing to prune"),
     ),
     *(
         Case(f"an option without effect: {says}", make, raises(ValueError, says))
@@ -274,7 +274,7 @@ CASES = [
                 lambda: TrainConfig(prune=PruneConfig(0.5, weight_decay_on="weights"))
             ),
             "prune.first_epoch is 1; allowed: 0 without": lambda: PruneConfig(first_epoch=1),
-            "average_decay is 0.0": lambda: TrainConfig(average_decay=0.0),
+            "ema_decay is 0.0": lambda: TrainConfig(ema_decay=0.0),
             "optimizer.nesterov is True; allowed: False without momentum": (
                 lambda: OptimizerConfig(nesterov=True, momentum=0.0)
             ),
@@ -352,7 +352,7 @@ CASES = [
     Case(
         "batch statistics are estimated again in every kind of sparse run",
         lambda: [
-            TrainConfig(prune=prune, initial=Path("some")).recalibration_batches
+            TrainConfig(prune=prune, init_from=Path("some")).recalibration_batches
             for prune in SPARSE_RUNS
         ],
         gives(lambda batches: batches == [50] * len(SPARSE_RUNS)),
@@ -364,19 +364,21 @@ CASES = [
     ),
     Case(
         "a dense run whose batch statistics lag ends far below its training accuracy",
-        lambda: _command([*TINY, "--recalibrate", "0"], spoil=_lag),
+        lambda: _command([*TINY, "--bn-recalibration-batches", "0"], spoil=_lag),
         gives(
             lambda done: (
                 done.code == 0
                 and done.err.splitlines()[-1].startswith("lats-train: warning: the test accuracy, ")
-                and "--resume --recalibrate 50" in done.err
+                and "--resume --bn-recalibration-batches 50" in done.err
             )
         ),
     ),
     Case(
         "the same, resumed as the warning says, without training again",
         lambda: _command(
-            [*TINY, "--recalibrate", "0"], [*TINY, "--resume", "--recalibrate", "50"], spoil=_lag
+            [*TINY, "--bn-recalibration-batches", "0"],
+            [*TINY, "--resume", "--bn-recalibration-batches", "50"],
+            spoil=_lag,
         ),
         gives(lambda done: (done.code, done.err) == (0, "")),
     ),

@@ -19,8 +19,8 @@ def minimize_l1(
 ) -> jax.Array:
     """FISTA on ``1/2 ||X (W - W0)||^2 + l1 ||W||_1``, which falls with every step.
 
-    ``V = S_(l1/L)(Y - G (Y - W0) / L)``, W the better of V and the W before it, and Y ahead of W
-    by Nesterov's momentum.
+    ``V = S_(l1/L)(Y - G (Y - W0) / L)``, W the better of V and the W before it, and Y extrapolated
+    from W by Nesterov's momentum.
 
     Args:
       gram: float32 [groups, blocks, size, size].
@@ -48,13 +48,13 @@ def minimize_l1(
         return jnp.sum(0.5 * away * times(gram, away) + l1 * jnp.abs(w), axis=1, keepdims=True)
 
     def step(_: Any, state: Any) -> Any:
-        w, ahead, count, least = state
-        v = prox_l1(ahead - rate * times(gram, ahead - w0), l1 * rate)
+        w, extrapolated, count, least = state
+        v = prox_l1(extrapolated - rate * times(gram, extrapolated - w0), l1 * rate)
         value = objective(v)
         best = jnp.where(value < least, v, w)
         following = (1 + jnp.sqrt(1 + 4 * count * count)) / 2
-        ahead = best + count / following * (v - best) + (count - 1) / following * (best - w)
-        return best, ahead, following, jnp.minimum(value, least)
+        extrapolated = best + count / following * (v - best) + (count - 1) / following * (best - w)
+        return best, extrapolated, following, jnp.minimum(value, least)
 
     state = (w, w, jnp.ones(()), objective(w))
     return lax.fori_loop(0, steps, step, state)[0]

@@ -84,9 +84,9 @@ def refit(gram: jax.Array, w: jax.Array, w0: jax.Array, alive: jax.Array, steps:
 
     def step(_: Any, state: Any) -> Any:
         w, left, way, norm = state
-        ahead = jnp.where(alive, times(gram, way), 0.0)
-        length = norm / jnp.maximum(jnp.sum(way * ahead, axis=1, keepdims=True), _TINY)
-        w, left = w + length * way, left - length * ahead
+        image = jnp.where(alive, times(gram, way), 0.0)
+        length = norm / jnp.maximum(jnp.sum(way * image, axis=1, keepdims=True), _TINY)
+        w, left = w + length * way, left - length * image
         after = jnp.sum(left * left, axis=1, keepdims=True)
         return w, left, left + after / jnp.maximum(norm, _TINY) * way, after
 

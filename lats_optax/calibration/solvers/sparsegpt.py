@@ -84,8 +84,8 @@ def _one(
         rows = lax.dynamic_slice_in_dim(w, start, width, 1)
         pivot = lax.dynamic_slice_in_dim(pivots, start, width, 1)
         added = lax.dynamic_slice_in_dim(padding, start, width, 1)
-        ahead = lax.dynamic_slice_in_dim(factor, start, width, 1)
-        inner = lax.dynamic_slice_in_dim(ahead, start, width, 2)
+        factor_rows = lax.dynamic_slice_in_dim(factor, start, width, 1)
+        inner = lax.dynamic_slice_in_dim(factor_rows, start, width, 2)
 
         def scores(rows: jax.Array, pivot: jax.Array) -> jax.Array:
             return jnp.square(rows / pivot)
@@ -118,7 +118,10 @@ def _one(
         )
         after = jnp.arange(size + more)[None, None, :] >= start + width
         change = jnp.einsum(
-            "gjk,gjn->gkn", jnp.where(after, ahead, 0.0), errors, precision=lax.Precision.HIGHEST
+            "gjk,gjn->gkn",
+            jnp.where(after, factor_rows, 0.0),
+            errors,
+            precision=lax.Precision.HIGHEST,
         )
         w = lax.dynamic_update_slice_in_dim(w - change, jnp.where(keep, rows, 0.0), start, 1)
         return w, None

@@ -1,4 +1,4 @@
-"""Functions whose operations are hard to count, or cannot be counted."""
+"""Functions whose MACs are hard to count, or cannot be counted."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ from jax import lax
 from jax.experimental import sparse
 from jax.experimental.custom_partitioning import custom_partitioning
 
-from lats_optax import OperationsReport, count_operations
+from lats_optax import MacsReport, count_macs
 from tests.misuse import Case, gives, raises, warns
 
 # 12 of its 48 entries are not zero, all of them in the left half.
@@ -46,7 +46,7 @@ def sum_and_product(w, x):
 
 
 def counts(dense, effective, other=0):
-    def check(report: OperationsReport):
+    def check(report: MacsReport):
         return (report.dense - report.other, report.effective - report.other, report.other) == (
             dense,
             effective,
@@ -68,12 +68,12 @@ def batched(w, x):
 CASES = [
     Case(
         "a product within custom_vmap",
-        lambda: count_operations(custom_vmap, W, X),
+        lambda: count_macs(custom_vmap, W, X),
         gives(counts(96, 24)),
     ),
     Case(
         "a product within sequential_vmap, batched",
-        lambda: count_operations(
+        lambda: count_macs(
             jax.vmap(jax.custom_batching.sequential_vmap(product), (None, 0)),
             W,
             jax.ShapeDtypeStruct((5, 2, 6), jnp.float32),
@@ -82,55 +82,53 @@ CASES = [
     ),
     Case(
         "a product within custom_partitioning",
-        lambda: count_operations(partitioned, W, X),
+        lambda: count_macs(partitioned, W, X),
         gives(counts(96, 24)),
     ),
     Case(
         "a product within a callback",
-        lambda: count_operations(on_the_host, W, X),
+        lambda: count_macs(on_the_host, W, X),
         warns("^fn: not counted are pure_callback,", counts(0, 0)),
     ),
     Case(
         "a factorization",
-        lambda: count_operations(lambda w, x: x @ jnp.linalg.qr(w)[0], W, X),
+        lambda: count_macs(lambda w, x: x @ jnp.linalg.qr(w)[0], W, X),
         warns("^fn: not counted are qr,", counts(72, 72)),
     ),
     Case(
         "a BCOO parameter",
-        lambda: count_operations(lambda w, x: x @ w, STORED, X),
+        lambda: count_macs(lambda w, x: x @ w, STORED, X),
         gives(counts(40, 24)),
     ),
     Case(
         "a BCOO parameter with a batch of its own",
-        lambda: count_operations(batched, BATCH, X),
+        lambda: count_macs(batched, BATCH, X),
         gives(counts(3 * 20 * 5, 3 * 12 * 5)),
     ),
     Case(
         "a BCSR parameter",
-        lambda: count_operations(
-            lambda w, x: w @ x.T, sparse.BCSR.from_bcoo(STORED.T.sort_indices()), X
-        ),
+        lambda: count_macs(lambda w, x: w @ x.T, sparse.BCSR.from_bcoo(STORED.T.sort_indices()), X),
         gives(lambda report: report.dense == 40),
     ),
     Case(
         "a product of two BCOO arrays",
-        lambda: count_operations(lambda w, x: (w @ w.T, x), STORED, X),
+        lambda: count_macs(lambda w, x: (w @ w.T, x), STORED, X),
         warns("^fn: not counted are bcoo_spdot_general,"),
     ),
     Case(
         "half of a split weight",
-        lambda: count_operations(lambda w, x: x @ jnp.split(w, 2, 1)[0], W, X),
+        lambda: count_macs(lambda w, x: x @ jnp.split(w, 2, 1)[0], W, X),
         gives(counts(48, 24)),
     ),
     Case(
         "a tiled weight",
-        lambda: count_operations(lambda w, x: x @ jnp.tile(w, (1, 3)), W, X),
+        lambda: count_macs(lambda w, x: x @ jnp.tile(w, (1, 3)), W, X),
         gives(counts(288, 72)),
     ),
     *(
         Case(
             f"a {what} weight",
-            lambda make=make: count_operations(lambda w, x: x @ make(w), W, X),
+            lambda make=make: count_macs(lambda w, x: x @ make(w), W, X),
             gives(counts(*expected)),
         )
         for what, make, expected in [
@@ -141,12 +139,12 @@ CASES = [
     ),
     Case(
         "a reduction of several arrays",
-        lambda: count_operations(sum_and_product, W, X),
+        lambda: count_macs(sum_and_product, W, X),
         gives(counts(96, 24)),
     ),
     Case(
         "no function",
-        lambda: count_operations(None),
+        lambda: count_macs(None),
         raises(TypeError, "^fn: None is not allowed; allowed are functions"),
     ),
 ]

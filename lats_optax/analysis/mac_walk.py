@@ -47,26 +47,26 @@ from lats_optax.compatibility import manual_axes
 
 @dataclass
 class Tally:
-    """Multiply-adds by the index of a parameter; None stands for those without one."""
+    """MACs by the index of a parameter; None stands for those without one."""
 
     dense: defaultdict[int | None, Fraction] = field(default_factory=lambda: defaultdict(Fraction))
     effective: defaultdict[int, Fraction] = field(default_factory=lambda: defaultdict(Fraction))
     unknown_loops: int = 0
     uncounted: set[str] = field(default_factory=set)
 
-    def add(self, operations: int, weight: Weight | None) -> None:
+    def add(self, macs: int, weight: Weight | None) -> None:
         if weight is None:
-            self.dense[None] += operations
+            self.dense[None] += macs
             return
         for parameter, share, density in weight.parts:
-            self.dense[parameter] += operations * share
-            self.effective[parameter] += operations * share * density
+            self.dense[parameter] += macs * share
+            self.effective[parameter] += macs * share * density
 
     def merge(self, other: "Tally") -> None:
-        for index, operations in other.dense.items():
-            self.dense[index] += operations
-        for number, operations in other.effective.items():
-            self.effective[number] += operations
+        for index, macs in other.dense.items():
+            self.dense[index] += macs
+        for number, macs in other.effective.items():
+            self.effective[number] += macs
         self.unknown_loops += other.unknown_loops
         self.uncounted |= other.uncounted
 
@@ -100,17 +100,17 @@ def _convolution(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -
     left, right, out = map(shape, [*eqn.invars, *eqn.outvars])
     numbers = eqn.params["dimension_numbers"]
     lhs, rhs, result = numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
-    operations = out[result[0]] * out[result[1]] * right[rhs[1]]
+    macs = out[result[0]] * out[result[1]] * right[rhs[1]]
     spatial = zip(lhs[2:], rhs[2:], result[2:], eqn.params["lhs_dilation"])
-    for axis, tap, position, dilation in spatial:
-        taps = out[position] * right[tap]
+    for axis, kernel_axis, position, dilation in spatial:
+        positions = out[position] * right[kernel_axis]
         # Between dilated inputs lie zeros, which are in no published count.
-        operations *= taps if dilation == 1 else min(taps, left[axis] * right[tap])
-    return _product(eqn, inputs, tally, times * operations)
+        macs *= positions if dilation == 1 else min(positions, left[axis] * right[kernel_axis])
+    return _product(eqn, inputs, tally, times * macs)
 
 
-def _product(eqn: JaxprEqn, inputs: list[Value], tally: Tally, operations: int) -> list[Value]:
-    tally.add(operations, largest(inputs))
+def _product(eqn: JaxprEqn, inputs: list[Value], tally: Tally, macs: int) -> list[Value]:
+    tally.add(macs, largest(inputs))
     return [combine(inputs)]
 
 

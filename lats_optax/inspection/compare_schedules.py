@@ -14,7 +14,7 @@ from lats_optax.checks.numbers import check_threshold
 from lats_optax.control.schedules import learning_rates
 from lats_optax.files.storage import URL
 from lats_optax.inspection import sources
-from lats_optax.inspection.sources import Run
+from lats_optax.inspection.sources import ScheduleRun
 from lats_optax.plots import style
 from lats_optax.plots.curves import draw_thresholds
 from lats_optax.training import optimizer
@@ -31,8 +31,8 @@ _TRAINING_IMAGES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """Look at threshold schedules: the L1 coefficient that each implies, as a table and a picture.
+class ScheduleRequest:
+    """Compare threshold schedules: the L1 coefficient that each implies, as a table and a plot.
 
     Each schedule is a name: lats; s-lats; epoch-lats; pgh:BETA; constant; linear; sine; cubic. Or
     lats:PROFILE, an L1 coefficient of one's own over x = t/T, where PROFILE is a number BETA for
@@ -42,7 +42,7 @@ class Request:
     """
 
     schedules: tyro.conf.Positional[tuple[str, ...]] = ()
-    """What is looked at, one or more; none: the preset's own, or lats."""
+    """Schedules to compare, one or more; none: the preset's own, or lats."""
     preset: str | None = None
     """Preset of lats-train whose learning rate, epochs and schedule are taken where not given."""
     final: float | None = None
@@ -56,8 +56,8 @@ class Request:
     0.1."""
     shape: Literal["cosine", "constant", "milestones"] = "cosine"
     """How the learning rate goes on from its peak: to zero, not at all, or down at milestones."""
-    decay: Literal["step", "epoch"] | None = None
-    """Whether the cosine moves at every step or once an epoch; None: as the preset's, or step."""
+    lr_update: Literal["step", "epoch"] | None = None
+    """When the cosine changes: at every `step`, or once an `epoch`; None: the preset's, or step."""
     warmup_epochs: int | None = None
     """Epochs over which the learning rate rises linearly to its peak; None: the preset's, or 0."""
     milestones: tuple[int, ...] = ()
@@ -65,8 +65,8 @@ class Request:
     factor: float = 0.1
     """With shape milestones: what it is multiplied by."""
     out: Path | URL | None = None
-    """The picture to write; one that is there is replaced. None: schedule.png in the work directory
-    of the first run that is looked at, or else here."""
+    """The plot to write; one that is there is replaced. None: schedule.png in the work directory
+    of the first run among them, or else here."""
 
     def __post_init__(self) -> None:
         if self.out is not None:
@@ -88,10 +88,16 @@ class Request:
             raise ValueError(f"milestones is {self.milestones}; allowed: epochs from 1.")
         if not 0 < self.factor <= 1:
             raise ValueError(f"factor is {self.factor}; allowed: 0 < factor <= 1.")
-        if self.shape != "cosine" and self.decay is not None:
-            raise ValueError(f"decay is {self.decay!r}; allowed: none with shape {self.shape}.")
+        if self.shape != "cosine" and self.lr_update is not None:
+            raise ValueError(
+                f"lr_update is {self.lr_update!r}; allowed: none with shape {self.shape}."
+            )
         if self.has_own_rate:
-            for field, otherwise in (("shape", "cosine"), ("decay", None), ("warmup_epochs", None)):
+            for field, otherwise in (
+                ("shape", "cosine"),
+                ("lr_update", None),
+                ("warmup_epochs", None),
+            ):
                 if (value := getattr(self, field)) != otherwise:
                     raise ValueError(
                         f"{field} is {value!r} and learning_rate is {self.learning_rate!r}; "
@@ -105,7 +111,7 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lineup:
+class ScheduleComparison:
     """Schedules that were asked for, found and evaluated.
 
     Attributes:
@@ -123,14 +129,14 @@ class Lineup:
     described: str
 
 
-def picture(request: Request) -> Path | URL:
-    """Where the picture goes."""
+def plot_path(request: ScheduleRequest) -> Path | URL:
+    """Where the plot goes."""
     places = (sources.workdir_of(source) for source in request.schedules)
     beside = next((place for place in places if place is not None), Path())
     return request.out or beside / "schedule.png"
 
 
-def build(request: Request) -> Lineup:
+def compare_schedules(request: ScheduleRequest) -> ScheduleComparison:
     """Finds and evaluates what was asked for; writes nothing.
 
     Args:
@@ -144,20 +150,21 @@ def build(request: Request) -> Lineup:
       ValueError: a schedule is not known, cannot be imported or read, or fails.
 
     Example:
-      >>> lineup = build(Request(("lats", "linear"), epochs=2, steps_per_epoch=50, final=0.1))
-      >>> {name: f"{curve.deviation:.1f}" for name, curve in lineup.curves.items()}
+      >>> request = ScheduleRequest(("lats", "linear"), epochs=2, steps_per_epoch=50, final=0.1)
+      >>> comparison = compare_schedules(request)
+      >>> {name: f"{curve.deviation:.1f}" for name, curve in comparison.curves.items()}
       {'lats': '0.0', 'linear': '2046.4'}
     """
     run = _run(request)
     learning_rates(run.learning_rate, run.steps)
     curves: dict[str, Curve] = {}
     for source in request.schedules or (_own_schedule(request, run.config),):
-        label, named = sources.labelled(source)
+        label, named = sources.labeled(source)
         if label in curves:
             raise ValueError(f"schedule {label!r} is there twice; LABEL={named} tells them apart")
         curves[label] = sources.find_curve(label, named, run)
     recorded = any(curve.own_rate for curve in curves.values())
-    return Lineup(
+    return ScheduleComparison(
         curves,
         run.learning_rate,
         run.steps,
@@ -166,34 +173,34 @@ def build(request: Request) -> Lineup:
     )
 
 
-def report_on(lineup: Lineup, out: Path | URL) -> str:
-    """Writes the picture.
+def write_report(comparison: ScheduleComparison, out: Path | URL) -> str:
+    """Writes the plot.
 
     Args:
-      lineup: of :func:`build`.
+      comparison: of :func:`compare_schedules`.
       out: where to.
 
     Returns:
-      The table, and where the picture is, as lines of plain text.
+      The table, and where the plot is, as lines of plain text.
     """
     draw_thresholds(
         out,
-        lineup.curves,
-        lineup.learning_rate,
-        lineup.steps,
-        steps_per_epoch=lineup.steps_per_epoch,
+        comparison.curves,
+        comparison.learning_rate,
+        comparison.steps,
+        steps_per_epoch=comparison.steps_per_epoch,
     )
-    curves = list(lineup.curves.values())
+    curves = list(comparison.curves.values())
     lines = [summary_table(curves), ""]
     if not all(curve.own_rate for curve in curves):
-        lines.append(f"learning rate  {lineup.described}")
-    return "\n".join([*lines, f"picture        {out}"])
+        lines.append(f"learning rate  {comparison.described}")
+    return "\n".join([*lines, f"plot           {out}"])
 
 
 # --- the run ------------------------------------------------------------------------------------
 
 
-def _run(request: Request) -> Run:
+def _run(request: ScheduleRequest) -> ScheduleRun:
     """The run that the schedules are for: the preset's, or a plain one, as far as not given."""
     config = TrainConfig(epochs=100, optimizer=OptimizerConfig(learning_rate=0.1))
     steps_per_epoch = 100
@@ -205,12 +212,12 @@ def _run(request: Request) -> Run:
         config.optimizer,
         learning_rate=_given(peak, config.optimizer.learning_rate),
         warmup_epochs=_given(request.warmup_epochs, config.optimizer.warmup_epochs),
-        decay=_given(request.decay, config.optimizer.decay),
+        lr_update=_given(request.lr_update, config.optimizer.lr_update),
     )
     epochs = _given(request.epochs, config.epochs)
     config = dataclasses.replace(config, epochs=epochs, optimizer=sgd)
     steps_per_epoch = _given(request.steps_per_epoch, steps_per_epoch)
-    return Run(
+    return ScheduleRun(
         config,
         steps_per_epoch,
         _learning_rate(request, config, steps_per_epoch),
@@ -222,7 +229,9 @@ def _given(value: Any, otherwise: Any) -> Any:
     return otherwise if value is None else value
 
 
-def _learning_rate(request: Request, config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
+def _learning_rate(
+    request: ScheduleRequest, config: TrainConfig, steps_per_epoch: int
+) -> optax.Schedule:
     if request.has_own_rate:
         assert request.learning_rate is not None
         return sources.find_function("learning_rate", request.learning_rate)
@@ -238,23 +247,23 @@ def _learning_rate(request: Request, config: TrainConfig, steps_per_epoch: int) 
     return schedule
 
 
-def _own_schedule(request: Request, config: TrainConfig) -> str:
-    """The schedule that is looked at if none is named: the preset's, or `lats`."""
+def _own_schedule(request: ScheduleRequest, config: TrainConfig) -> str:
+    """The default schedule: the preset's, or `lats`."""
     prune = config.prune
     if request.preset is None:
         return "lats"
     if not prune.has_threshold:
-        raise ValueError(f"preset {request.preset!r} is dense; name the schedules to look at.")
+        raise ValueError(f"preset {request.preset!r} is dense; name the schedules to compare.")
     return f"pgh:{prune.beta}" if prune.schedule == "pgh" else prune.schedule
 
 
-def _describe(request: Request, run: Run) -> str:
+def _describe(request: ScheduleRequest, run: ScheduleRun) -> str:
     sgd = run.config.optimizer
     length = f"{run.config.epochs} epochs of {run.steps_per_epoch:,} steps"
     if request.has_own_rate:
         return f"{request.learning_rate}; {length}"
     shape = {
-        "cosine": f"a cosine from {sgd.learning_rate:g} to 0, moved at every {sgd.decay}",
+        "cosine": f"a cosine from {sgd.learning_rate:g} to 0, moved at every {sgd.lr_update}",
         "constant": f"{sgd.learning_rate:g}",
         "milestones": f"{sgd.learning_rate:g}, times {request.factor:g} after each of the epochs "
         f"{', '.join(map(str, request.milestones))}",

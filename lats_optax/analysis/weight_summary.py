@@ -43,7 +43,7 @@ class Histogram(NamedTuple):
         return self.limit * np.linspace(-1, 1, BINS + 1)
 
 
-class LayerStatistics(NamedTuple):
+class WeightSummary(NamedTuple):
     """One layer that is pruned.
 
     Attributes:
@@ -88,7 +88,7 @@ def support_bits(params: Any, mask: MaskOrFunction) -> Support:
 
 def measure(
     params: Any, opt_state: Any, mask: MaskOrFunction, before: Support
-) -> tuple[dict[str, LayerStatistics], Support]:
+) -> tuple[dict[str, WeightSummary], Support]:
     """Counts what has become of the pruned weights since an earlier support.
 
     ``pruned = #{before ∧ w = 0}``, ``revived = #{¬before ∧ w ≠ 0}``, so that the zeros are those of
@@ -138,7 +138,7 @@ def measure(
     return layers, support
 
 
-def counts(layers: Mapping[str, LayerStatistics]) -> dict[str, Any]:
+def counts(layers: Mapping[str, WeightSummary]) -> dict[str, Any]:
     """The counts of all layers together and of each, in JSON types.
 
     Returns:
@@ -156,12 +156,12 @@ def _pruned(params: Any, mask: MaskOrFunction) -> dict[str, jax.Array]:
     return {path: leaf for (path, leaf), masked in zip(named, chosen) if masked}
 
 
-def _on_host(changes: Any, limit: Any, bins: Any, threshold: Any) -> LayerStatistics:
+def _on_host(changes: Any, limit: Any, bins: Any, threshold: Any) -> WeightSummary:
     zeros, pruned, revived = map(int, changes)
     of_weights, of_latent = bins
     # A weight that is zero has been counted too, right of the edge in the middle.
     of_living = of_weights - np.where(np.arange(BINS) == BINS // 2, zeros, 0)
-    return LayerStatistics(
+    return WeightSummary(
         zeros=zeros,
         pruned=pruned,
         revived=revived,

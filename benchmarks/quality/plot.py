@@ -1,6 +1,6 @@
-"""The picture of the quality benchmark: metric over density, a panel a task, a line a method.
+"""The plot of the quality benchmark: metric over density, a panel a task, a line a method.
 
-python -m benchmarks.quality.picture benchmarks/results/quality.jsonl quality.png
+python -m benchmarks.quality.plot benchmarks/results/quality.jsonl quality.png
 """
 
 import argparse
@@ -30,12 +30,12 @@ _SIDE_BY_SIDE = 1.012
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draws the picture."""
+    """Draws the plot."""
     parser = argparse.ArgumentParser(
-        "benchmarks.quality.picture", description=(__doc__ or "").splitlines()[0]
+        "benchmarks.quality.plot", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("results", type=Path, help="a file that benchmarks.quality wrote")
-    parser.add_argument("picture", type=Path, help="the PNG to write")
+    parser.add_argument("plot", type=Path, help="the PNG to write")
     options = parser.parse_args(arguments)
     if not options.results.exists():
         parser.error(f"there is no file {options.results}")
@@ -45,12 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if not tasks:
         parser.error(f"{options.results} has no run of the test split")
-    draw(tasks, options.picture)
+    draw(tasks, options.plot)
     return 0
 
 
 def draw(tasks: Sequence[Scores], path: Path) -> None:
-    """Writes the picture.
+    """Writes the plot.
 
     Args:
       tasks: a panel each, two in a row.

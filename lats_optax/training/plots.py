@@ -1,8 +1,8 @@
-"""The pictures that a finished run leaves in its work directory."""
+"""The plots that a finished run leaves in its work directory."""
 
 from pathlib import Path
 
-from lats_optax.analysis.runs import Run
+from lats_optax.analysis.runs import FinishedRun
 from lats_optax.files.storage import URL
 from lats_optax.plots.runs import draw_runs
 from lats_optax.plots.weights import draw_weights
@@ -10,7 +10,7 @@ from lats_optax.training import workdir
 from lats_optax.training.result import RunResult
 
 
-def write(result: RunResult) -> list[Path | URL]:
+def write_plots(result: RunResult) -> list[Path | URL]:
     """Draws a run: its curves, and where it was pruned its weights.
 
     Args:
@@ -31,6 +31,6 @@ def write(result: RunResult) -> list[Path | URL]:
     return [curves, weights]
 
 
-def as_run(name: str, result: RunResult) -> Run:
+def as_run(name: str, result: RunResult) -> FinishedRun:
     """What a report tells of a run, under a name."""
-    return Run(name, result.test_accuracy, result.seconds, result.sparsity, result.metrics)
+    return FinishedRun(name, result.test_accuracy, result.seconds, result.sparsity, result.metrics)

@@ -21,13 +21,13 @@ _IMAGES = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class CompactRequest:
     """Make a physically smaller model of one with dead channels; its outputs stay the same."""
 
     file: tyro.conf.Positional[Path | URL]
     """A model file of lats-train, or the work directory of a run."""
     out: Path | URL = Path("compact.safetensors")
-    """The model file to write; --initial of lats-train begins from it."""
+    """The model file to write; --init-from of lats-train begins from it."""
     overwrite: bool = False
     """Replace a file of that name."""
     multiple_of: int = 1
@@ -41,7 +41,7 @@ class Compaction:
     Attributes:
       report: what was cut, and why the rest stays.
       small: the smaller model, ready to be saved.
-      operations: multiply-adds for one image, before and after.
+      macs: MACs for one image, before and after.
       difference: the largest between their logits, as a fraction of the largest logit, on random
         images.
       before: the file that was read.
@@ -49,12 +49,12 @@ class Compaction:
 
     report: compaction.CompactReport
     small: SavedModel
-    operations: tuple[int, int]
+    macs: tuple[int, int]
     difference: float
     before: ModelFile
 
 
-def build(request: Request) -> Compaction:
+def compact_file(request: CompactRequest) -> Compaction:
     """Reads the file, makes the smaller model and compares the two; writes nothing.
 
     Args:
@@ -80,22 +80,22 @@ def build(request: Request) -> Compaction:
     images = np.random.default_rng(0).normal(size=(count, *saved.image_shape))
     logits = [_logits(which, jnp.asarray(images, jnp.float32)) for which in (saved, small)]
     difference = float(np.abs(logits[0] - logits[1]).max() / np.abs(logits[0]).max())
-    # Sixteen bits are rounded anew in every layer.
+    # Sixteen bits are rounded again in every layer.
     limit = 1e-3 if jnp.dtype(saved.model.dtype).itemsize >= 4 else 0.1
     if not difference <= limit:
         raise ValueError(
             f"{path}: the outputs of the smaller model differ by {difference:.1e} of the largest, "
             f"which rounding does not explain (allowed: {limit:g})"
         )
-    counts = (_operations(saved), _operations(small))
+    counts = (_macs(saved), _macs(small))
     return Compaction(report, small, counts, difference, ModelFile.written(path, saved.variables))
 
 
-def report_on(found: Compaction, out: Path | URL) -> str:
+def write_model(found: Compaction, out: Path | URL) -> str:
     """Writes the file of the smaller model.
 
     Args:
-      found: of `build`.
+      found: of `compact_file`.
       out: where to.
 
     Returns:
@@ -103,11 +103,11 @@ def report_on(found: Compaction, out: Path | URL) -> str:
     """
     out = as_path(out, "out")
     save_model(out, *found.small)
-    before, after = found.operations
+    before, after = found.macs
     lines = [
         str(found.report),
         "",
-        f"multiply-adds  {before:,} -> {after:,} for an image, {after / before:.1%}",
+        f"MACs           {before:,} -> {after:,} for an image, {after / before:.1%}",
         f"outputs        equal to {found.difference:.1e} of the largest, on random images",
         f"before         {found.before}",
         f"written        {ModelFile.written(out, found.small.variables)}",
@@ -119,9 +119,9 @@ def _logits(saved: SavedModel, images: jax.Array) -> np.ndarray:
     return np.asarray(jax.jit(_evaluation(saved.model))(saved.variables, images), np.float64)
 
 
-def _operations(saved: SavedModel) -> int:
+def _macs(saved: SavedModel) -> int:
     image = jax.eval_shape(lambda: jnp.zeros((1, *saved.image_shape)))
-    counted = lats_optax.count_operations(_evaluation(saved.model), saved.variables, image)
+    counted = lats_optax.count_macs(_evaluation(saved.model), saved.variables, image)
     return counted.dense
 
 

@@ -39,7 +39,7 @@ def test_a_smaller_file_with_the_same_outputs(saved, tmp_path, capsys):
     logits = [file.model.apply(file.variables, images, train=False) for file in (before, after)]
     np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-6)
     assert after.metadata == {"data": "digits"}
-    for words in ("block1/conv1", "14 → 8", "multiply-adds", str(out)):
+    for words in ("block1/conv1", "14 → 8", "MACs", str(out)):
         assert words in printed
     assert out.stat().st_size < (saved / "model.safetensors").stat().st_size
 

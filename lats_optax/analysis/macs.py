@@ -1,7 +1,7 @@
-"""Counting multiply-adds: what a function costs, parameter by parameter, dense and sparse.
+"""Counting multiply-accumulates (MACs): a function's cost by parameter, dense and sparse.
 
 Here belong the counts of a call and the table that prints them; what finds them is in
-`multiply_adds`.
+`mac_walk`.
 """
 
 import math
@@ -13,20 +13,20 @@ from typing import Any
 import jax
 
 from lats_optax import masks
-from lats_optax.analysis.multiply_adds import Tally, walk
+from lats_optax.analysis.mac_walk import Tally, walk
 from lats_optax.analysis.provenance import ACTIVATION, Value, Weight, has_values
 from lats_optax.analysis.tables import table
 
 
 @dataclass(frozen=True)
-class ParameterOperations:
-    """One parameter array: its path, shape and zeros, and the multiply-adds that it takes part in.
+class ParameterMacs:
+    """One parameter array: its path, shape and zeros, and the MACs that it takes part in.
 
     Attributes:
       path: such as ``Dense_0/kernel``.
       shape: of the array.
       zeros: how many of its entries are zero; None where only its shape was given.
-      dense: multiply-adds, zeros included.
+      dense: MACs, zeros included.
       effective: those with an entry that is not zero; None where ``zeros`` is.
     """
 
@@ -48,25 +48,25 @@ class ParameterOperations:
 
 
 @dataclass(frozen=True)
-class OperationsReport:
-    """The multiply-adds of one call; ``str()`` is the table.
+class MacsReport:
+    """The MACs of one call; ``str()`` is the table.
 
     Attributes:
       parameters: one entry for each parameter array, in the order of the tree.
-      other: multiply-adds of which neither operand is a parameter, such as attention scores.
+      other: MACs where neither operand is a parameter, such as attention scores.
       unknown_loops: how many ``while`` loops were counted as one iteration, because nothing says
         how many they take.
-      uncounted: primitives that may multiply arrays and cannot be looked into.
+      uncounted: primitives that may multiply arrays and cannot be traced.
     """
 
-    parameters: tuple[ParameterOperations, ...]
+    parameters: tuple[ParameterMacs, ...]
     other: int
     unknown_loops: int
     uncounted: tuple[str, ...]
 
     @property
     def dense(self) -> int:
-        """All multiply-adds, zeros included."""
+        """All MACs, zeros included."""
         return self.other + sum(parameter.dense for parameter in self.parameters)
 
     @property
@@ -80,7 +80,7 @@ class OperationsReport:
         return total
 
     def __str__(self) -> str:
-        """The table: the parameters that multiply anything, the total, and what deserves a look."""
+        """The table: the parameters that multiply anything, the total, and remarks."""
         rows = [
             (
                 parameter.path,
@@ -93,7 +93,7 @@ class OperationsReport:
         ]
         if self.other:
             rows.append(("no parameter", "", "", *_counts(self.other, self.other)))
-        total = ("multiply-adds", "", "", *_counts(self.dense, self.effective))
+        total = ("MACs", "", "", *_counts(self.dense, self.effective))
         head = ("parameter", "shape", "sparsity", "dense", "effective")
         lines = table(head, rows, [total], least=(0, 0, 8, 17, 17))
         if self.unknown_loops:
@@ -109,15 +109,15 @@ def _counts(dense: int, effective: int | None) -> tuple[str, str]:
     return f"{dense:,}", "" if effective is None else f"{effective:,}"
 
 
-def count_operations(fn: Callable[..., Any], *args: Any, params: int = 0) -> OperationsReport:
-    """Count the multiply-adds of a function, dense and with sparse parameters.
+def count_macs(fn: Callable[..., Any], *args: Any, params: int = 0) -> MacsReport:
+    """Count the multiply-accumulates (MACs) of a function, dense and with sparse parameters.
 
-    A product of arrays takes ``M N K`` multiply-adds; a convolution one for each output entry,
-    input channel of its group and tap of its kernel, taps on the padding included, as published
-    counts have it. A transposed convolution is counted without the zeros between its inputs. Every
-    entry of a parameter takes part in equally many, so a parameter of sparsity s has
-    ``(1 - s) * dense`` effective ones. Elementwise arithmetic, biases, normalisation and pooling
-    are not counted, nor are zeros among activations.
+    1 MAC is 2 FLOPs. A product of arrays takes ``M N K`` MACs. A convolution takes one for each
+    output entry, input channel of its group and position of its kernel. Positions on the padding
+    count, as they do in published counts. A transposed convolution is counted without the zeros
+    between its inputs. Every entry of a parameter takes part in equally many, so a parameter of
+    sparsity s has ``(1 - s) * dense`` effective ones. Elementwise arithmetic, biases,
+    normalization and pooling are not counted, nor are zeros among activations.
 
     Nothing is computed: the function is traced to a jaxpr, and through ``jit``, ``checkpoint``,
     custom derivatives, ``custom_vmap``, ``scan`` (times its length), ``cond`` (the dearest branch),
@@ -138,7 +138,7 @@ def count_operations(fn: Callable[..., Any], *args: Any, params: int = 0) -> Ope
         alone come the dense counts.
 
     Returns:
-      An :class:`OperationsReport`.
+      A :class:`MacsReport`.
 
     Raises:
       TypeError: ``fn`` is not callable.
@@ -151,12 +151,12 @@ def count_operations(fn: Callable[..., Any], *args: Any, params: int = 0) -> Ope
       >>> import jax, jax.numpy as jnp
       >>> params = {"kernel": jnp.array([[0.0, 2.0], [0.0, 1.0], [3.0, 0.0]]), "bias": jnp.ones(2)}
       >>> fn = lambda params, x: jax.nn.relu(x @ params["kernel"] + params["bias"])
-      >>> print(count_operations(fn, params, jax.ShapeDtypeStruct((1, 3), jnp.float32)))
-      parameter      shape  sparsity              dense          effective
-      --------------------------------------------------------------------
-      kernel           3×2    50.00%                  6                  3
-      --------------------------------------------------------------------
-      multiply-adds                                   6                  3
+      >>> print(count_macs(fn, params, jax.ShapeDtypeStruct((1, 3), jnp.float32)))
+      parameter  shape  sparsity              dense          effective
+      ----------------------------------------------------------------
+      kernel       3×2    50.00%                  6                  3
+      ----------------------------------------------------------------
+      MACs                                        6                  3
     """
     if not callable(fn):
         raise TypeError(f"fn: {fn!r} is not allowed; allowed are functions of the arguments")
@@ -194,10 +194,8 @@ def count_operations(fn: Callable[..., Any], *args: Any, params: int = 0) -> Ope
         shape, known = tuple(leaf.shape), has_values(leaf)
         zeros = int((1 - weight.parts[0].density) * math.prod(shape)) if known else None
         effective = round(tally.effective[index]) if known else None
-        parameters.append(
-            ParameterOperations(name, shape, zeros, round(tally.dense[index]), effective)
-        )
-    return OperationsReport(
+        parameters.append(ParameterMacs(name, shape, zeros, round(tally.dense[index]), effective))
+    return MacsReport(
         tuple(parameters),
         round(tally.dense[None]),
         tally.unknown_loops,

@@ -17,10 +17,10 @@ MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
 # Over all pixels of the train split: 0.28604 and 0.35302.
 FASHION_MNIST_MEAN, FASHION_MNIST_STD = (0.2860,), (0.3530,)
 
-_Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+_MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
 
 # (mean, standard deviation) of each channel on a scale from 0 to 1, by the data set's TFDS name.
-NORMALISATION: dict[str, _Statistics] = {
+NORMALIZATION: dict[str, _MeanStd] = {
     "imagenet2012": (IMAGENET_MEAN, IMAGENET_STD),
     # Subsets of ImageNet, for which no others are in use.
     "imagenet2012_subset": (IMAGENET_MEAN, IMAGENET_STD),
@@ -33,24 +33,24 @@ NORMALISATION: dict[str, _Statistics] = {
 }
 
 
-def channel_statistics(name: str, channels: int) -> _Statistics:
-    """Mean and standard deviation of a data set's channels, for ``Normalisation``.
+def channel_mean_std(name: str, channels: int) -> _MeanStd:
+    """Mean and standard deviation of a data set's channels, for ``Normalization``.
 
     Args:
       name: the data set's TFDS name; what follows a ``/`` or ``:`` (config, version) is ignored.
       channels: channels of its images.
 
     Returns:
-      ``NORMALISATION``'s entry. For a data set that has none: ImageNet's for three channels, which
+      ``NORMALIZATION``'s entry. For a data set that has none: ImageNet's for three channels, which
       are near those of any photographs, and else 0.5 for all, which maps [0, 1] to [−1, 1].
 
     Example:
-      >>> channel_statistics("cifar10:3.0.2", 3)[0]
+      >>> channel_mean_std("cifar10:3.0.2", 3)[0]
       (0.4914, 0.4822, 0.4465)
-      >>> channel_statistics("kmnist", 1)
+      >>> channel_mean_std("kmnist", 1)
       ((0.5,), (0.5,))
     """
-    known = NORMALISATION.get(name.partition("/")[0].partition(":")[0])
+    known = NORMALIZATION.get(name.partition("/")[0].partition(":")[0])
     if known is not None and len(known[0]) == channels:
         return known
     if channels == len(IMAGENET_MEAN):
@@ -59,7 +59,7 @@ def channel_statistics(name: str, channels: int) -> _Statistics:
 
 
 @dataclasses.dataclass(frozen=True)
-class Normalisation:
+class Normalization:
     """(image / 255 − mean) / std for each channel, computed in float32.
 
     Args:
@@ -71,8 +71,8 @@ class Normalisation:
       ValueError: an argument is out of its range.
 
     Example:
-      >>> normalise = Normalisation(mean=(0.5,), std=(0.25,))
-      >>> float(normalise(np.full((1, 1, 1), 255, np.uint8))[0, 0, 0])
+      >>> normalize = Normalization(mean=(0.5,), std=(0.25,))
+      >>> float(normalize(np.full((1, 1, 1), 255, np.uint8))[0, 0, 0])
       2.0
     """
 
@@ -99,7 +99,7 @@ class Normalisation:
             raise ValueError(f"dtype is {self.dtype!r}; allowed are 'float32' and 'bfloat16'")
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Normalises an image, or an array of them.
+        """Normalizes an image, or an array of them.
 
         Args:
           image: uint8 (…, height, width, channels).
@@ -120,13 +120,13 @@ class Normalisation:
         # innermost axis NumPy takes eight times as long, and a table of the 256 values three times.
         row = image.shape[-2] * channels
         scale, offset = _factors(self.mean, self.std, image.shape[-2])
-        normalised = image.reshape(-1, row) * scale
-        normalised += offset
+        normalized = image.reshape(-1, row) * scale
+        normalized += offset
         if self.dtype == "bfloat16":
             import ml_dtypes
 
-            normalised = normalised.astype(ml_dtypes.bfloat16)
-        return normalised.reshape(image.shape)
+            normalized = normalized.astype(ml_dtypes.bfloat16)
+        return normalized.reshape(image.shape)
 
 
 @functools.lru_cache(maxsize=16)

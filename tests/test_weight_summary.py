@@ -11,8 +11,8 @@ import pytest
 
 import lats_optax
 from lats_optax import prox
-from lats_optax.analysis import statistics
-from lats_optax.analysis.statistics import BINS
+from lats_optax.analysis import weight_summary
+from lats_optax.analysis.weight_summary import BINS
 from lats_optax.training import loop
 from lats_optax.training.config import PruneConfig
 from lats_optax.training.logging import read_metrics
@@ -20,7 +20,7 @@ from tests import tiny
 from tests.runs import assert_equal_runs, at_step, events
 
 # One program for the tests that need no other.
-WATCHED = {"prune": PruneConfig(target_sparsity=0.75), "average_decay": 0.9, "log_every": 1}
+WATCHED = {"prune": PruneConfig(target_sparsity=0.75), "ema_decay": 0.9, "log_every": 1}
 SIZES = {"Conv_0/kernel": 72, "Dense_0/kernel": 384}  # of tests.tiny
 
 
@@ -64,9 +64,9 @@ def test_counts_are_those_of_a_loop(dtype, thresholds):
     )
     threshold = jnp.float32(thresholds[0]) if len(thresholds) == 1 else jnp.array(thresholds)
     mask = lats_optax.prunable
-    bits = statistics.support_bits(old, mask)
+    bits = weight_summary.support_bits(old, mask)
     assert [b.nbytes for b in bits] == [6, 40]
-    layers, now = statistics.measure(new, latent_state(second, threshold), mask, bits)
+    layers, now = weight_summary.measure(new, latent_state(second, threshold), mask, bits)
 
     assert list(layers) == ["first", "second"]
     for name, layer in layers.items():
@@ -85,7 +85,7 @@ def test_counts_are_those_of_a_loop(dtype, thresholds):
             np.testing.assert_array_equal(histogram.counts, expected)
     for packed, name in zip(now, layers):
         np.testing.assert_array_equal(packed, np.packbits(new[name].ravel() != 0))
-    totals = statistics.counts(layers)
+    totals = weight_summary.counts(layers)
     assert totals["pruned"] == sum(layer.pruned for layer in layers.values())
     assert totals["layers"]["first"]["zeros"] == layers["first"].zeros
 
@@ -107,8 +107,8 @@ NAN, INF = float("nan"), float("inf")
 )
 def test_no_weight_is_lost(values, ends):
     params = {"kernel": np.array([values + (100 - len(values)) * [0.0]], np.float32)}
-    bits = statistics.support_bits(params, lats_optax.prunable)
-    layers, _ = statistics.measure(params, (), lats_optax.prunable, bits)
+    bits = weight_summary.support_bits(params, lats_optax.prunable)
+    layers, _ = weight_summary.measure(params, (), lats_optax.prunable, bits)
     layer = layers["kernel"]
     zeros = 100 - np.count_nonzero(params["kernel"])
     assert (layer.zeros, layer.pruned, layer.revived, layer.size) == (zeros, 0, 0, 100)
@@ -124,13 +124,13 @@ def test_groups_die_and_revive_whole():
     transform = lats_optax.soft_threshold(0.5, operator=columns, pruned_scale=1.0)
     mask = lats_optax.prunable
     params = {"kernel": jnp.ones((4, 6))}
-    state, bits = transform.init(params), statistics.support_bits(params, mask)
+    state, bits = transform.init(params), weight_summary.support_bits(params, mask)
     # Latent weights of 1.5; of the first three columns 0.25, which dies, and then 1.5 again.
     for push, (zeros, pruned, revived) in ((-1.25, (12, 12, 0)), (1.25, (0, 0, 12))):
         updates = {"kernel": push * jnp.ones((4, 6)) * (jnp.arange(6) < 3)}
         updates, state = transform.update(updates, state, params)
         params = optax.apply_updates(params, updates)
-        layers, bits = statistics.measure(params, state, mask, bits)
+        layers, bits = weight_summary.measure(params, state, mask, bits)
         layer = layers["kernel"]
         assert (layer.zeros, layer.pruned, layer.revived) == (zeros, pruned, revived)
         assert (layer.weights.counts.sum(), layer.latent.counts.sum()) == (24 - zeros, 24)
@@ -209,7 +209,7 @@ def test_a_resumed_run_compares_with_the_evaluation_before_it_stopped(tmp_path, 
     assert step == 9
     jax.tree.map(np.testing.assert_array_equal, saved, support)
     of_six, of_nine = (
-        jax.device_get(statistics.support_bits(p, lats_optax.prunable)) for p in (params, later)
+        jax.device_get(weight_summary.support_bits(p, lats_optax.prunable)) for p in (params, later)
     )
     jax.tree.map(np.testing.assert_array_equal, support, of_six)
     assert any((a != b).any() for a, b in zip(of_six, of_nine)), "nothing that could be mistaken"

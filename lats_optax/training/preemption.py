@@ -13,7 +13,7 @@ class PreemptedError(RuntimeError):
     """A run of several processes has ended early, after a checkpoint: one was sent SIGTERM."""
 
 
-class Interruption:
+class PreemptionHandler:
     """While it is entered, a first signal is noted, and a second one acts as it always does.
 
     A KeyboardInterrupt that leaves it says how to go on. Where SIGHUP is ignored, as under `nohup`,
@@ -29,7 +29,7 @@ class Interruption:
         self._enabled = enabled and threading.current_thread() is threading.main_thread()
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "Interruption":
+    def __enter__(self) -> "PreemptionHandler":
         if self._enabled:
             numbers = [signal.SIGINT, signal.SIGTERM]
             if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
