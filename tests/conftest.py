@@ -30,6 +30,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 
+# Layers above the optimizer core: examples in their docstrings compile whole models.
+_SLOW_EXAMPLES = tuple(
+    f"lats_optax/{name}/" for name in ("calibration", "compaction", "models", "training")
+)
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` is answered
 def pytest_collection_modifyitems(items):
     matrix.mark_slow(items)
+    for item in items:
+        if item.nodeid.startswith(_SLOW_EXAMPLES):
+            item.add_marker(pytest.mark.slow)

@@ -179,7 +179,6 @@ def test_sparse_weights_from_the_latent_ones_of_a_checkpoint(tmp_path):
 # The work directory
 
 
-@pytest.mark.slow
 def test_a_run_is_not_overwritten(tmp_path):
     config = tiny.config(tmp_path / "run", epochs=1)
     loop.train(config)

@@ -242,7 +242,6 @@ def test_weight_decay_on_latent_and_on_weights_differ_as_told():
 # When it stops
 
 
-@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     messages = []
     for log_every in (1, 50):
