@@ -308,7 +308,8 @@ def test_constants_before_a_padded_depthwise_convolution(bias, stays):
 # --- what is done with the model ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["digits-cnn", pytest.param("resnet20", marks=slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits-cnn", "resnet20"])
 def test_training_goes_on(name):
     model, arrays = zoo(name)
     everything(arrays, np.random.default_rng(5))

@@ -231,7 +231,8 @@ def test_wrong_arguments(build, message):
 # --- SEW ResNet ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", matrix.fast(["eval", "train"], ["eval"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["eval", "train"])
 def test_every_step_of_the_recorded_network(mode):
     """A spike that differed anywhere would move an output by far more than this."""
     run = recording("logits_sew_resnet18")

@@ -311,7 +311,8 @@ def test_a_run_that_died_goes_on_in_every_store(bucket, zoo, straight, monkeypat
     assert len(found) == 1
 
 
-@pytest.mark.parametrize("at", matrix.fast([1, 2], [2]))
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [1, 2])
 def test_a_checkpoint_that_is_half_there_is_none(place, zoo, straight, monkeypatch, at):
     """Killed before the first or the last upload of the second checkpoint."""
     sent, upload = [], URL.upload

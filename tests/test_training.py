@@ -363,7 +363,8 @@ def test_bfloat16_trains_with_float32_parameters(tmp_path):
 # Averaged weights
 
 
-@pytest.mark.parametrize("prune", matrix.fast([SPARSE, PruneConfig()], 1), ids=["sparse", "dense"])
+@pytest.mark.slow
+@pytest.mark.parametrize("prune", [SPARSE, PruneConfig()], ids=["sparse", "dense"])
 def test_averaged_weights_are_evaluated_and_kept_sparse(tmp_path, monkeypatch, prune):
     traces = tiny.count_calls(monkeypatch, experiments, "eval_step")
     config = tiny.config(tmp_path / "run", prune=prune, average_decay=0.8)
