@@ -227,6 +227,7 @@ def pruned(config, **prune):
     return dataclasses.replace(config, prune=PruneConfig(**prune))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prune", "same"),
     [

@@ -373,6 +373,7 @@ def test_wrong_gguf_files(tmp_path, values, tensors, message):
     assert message in message_of(gguf_files.load, path)
 
 
+@pytest.mark.slow
 def test_truncated_gguf_files(tmp_path):
     path = tmp_path / "tiny.gguf"
     tiny_llama.write_gguf(path, {**tiny_llama.metadata(GROUPED), **TOKENS}, gguf_tensors(GROUPED))

@@ -69,6 +69,7 @@ def test_fire(name, dtype):
 # --- neurons ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_recorded_neuron():
     run = recording("if_neuron")
     surrogate = Surrogate(str(run["surrogate"]), float(run["alpha"]))
@@ -296,12 +297,10 @@ def test_connections_are_the_logical_ones(connection):
     np.testing.assert_array_equal(y, CONNECTIONS[connection](x == 1, np.asarray(ending) == 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("connection", "spec"),
-    matrix.fast(
-        [("ADD", bottleneck(6, 2)), ("AND", basic(8, 2)), ("IAND", basic(8, 2))],
-        [("AND", basic(8, 2))],
-    ),
+    [("ADD", bottleneck(6, 2)), ("AND", basic(8, 2)), ("IAND", basic(8, 2))],
     ids=CONNECTIONS,
 )
 def test_gradients_reach_every_parameter_of_a_block(connection, spec):

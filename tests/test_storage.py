@@ -286,7 +286,8 @@ def test_a_run_in_a_store_is_one_on_a_disk(bucket, zoo, straight, tmp_path, caps
     assert (bucket / "tuned" / "initial.safetensors").is_file()
 
 
-@pytest.mark.parametrize("step", matrix.fast([3, 9, 14, 18], [14]))
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 9, 14, 18])
 def test_a_run_that_died_goes_on(place, zoo, straight, monkeypatch, step):
     with monkeypatch.context() as context:
         at_step(context, step, die)

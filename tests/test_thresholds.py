@@ -18,7 +18,6 @@ from lats_optax import (
     threshold_from_l1,
 )
 from lats_optax.compatibility import enable_x64
-from tests import matrix
 
 STEPS = 400
 
@@ -109,6 +108,7 @@ def test_prefix_sums_of_a_long_run():
         assert threshold(t) == pytest.approx(0.02 * math.fsum(scalar[:t]) / total, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_lats_does_not_depend_on_the_size_of_the_learning_rate():
     one = lats_threshold(optax.cosine_decay_schedule(1.0, 100), 100, 0.02)
     small = lats_threshold(optax.cosine_decay_schedule(1e-6, 100), 100, 0.02)
@@ -289,7 +289,8 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("name", matrix.fast(LONG, 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LONG)
 @pytest.mark.parametrize("initial", [0.0, 1.0])
 def test_round_trip_of_a_long_run(name, initial):
     """Late increments are 1e-16 of the threshold; float32 under jit resolves them all the same."""
@@ -353,6 +354,7 @@ def implied(threshold):
     return l1_from_threshold(threshold, RATE)(np.arange(MANY))
 
 
+@pytest.mark.slow
 def test_a_constant_threshold_has_no_penalty():
     assert not np.any(implied(0.02))
     assert not np.any(implied(optax.constant_schedule(0.02)))

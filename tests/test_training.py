@@ -222,6 +222,7 @@ def test_excluded_layers_stay_dense():
     assert params["head"].all()
 
 
+@pytest.mark.slow
 def test_weight_decay_on_latent_and_on_weights_differ_as_told():
     params = {"kernel": jnp.full((2, 2), 0.5)}
     zeros = jax.tree.map(jnp.zeros_like, params)

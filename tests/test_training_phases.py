@@ -21,7 +21,8 @@ from tests.runs import BEFORE, EARLY, assert_equal_runs, at_step, events, plain_
 STEPS = 6  # an epoch of tests.tiny
 
 
-@pytest.mark.parametrize("mode", matrix.fast(["early", "at-initialization"], ["early"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["early", "at-initialization"])
 def test_a_run_is_the_plain_loop(tmp_path, mode):
     early = mode == "early"
     prune = dataclasses.replace(EARLY, mode=mode)

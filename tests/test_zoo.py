@@ -205,7 +205,7 @@ def test_computes_in_bfloat16(name):
 
 
 @pytest.mark.cover
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", matrix.fast(SIZES, ["resnet20", "vgg16-bn"]))
 def test_statistics_are_averaged_over_the_named_axis(name):
     """The traced program holds one average a normalisation, and none where no axis is named."""
 
