@@ -74,6 +74,7 @@ def test_a_frozen_step_moves_the_bytes_of_sgd_and_one_multiply(small):
     assert counts["frozen support"] == pytest.approx(counts["sgd"] + 1, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "copies"),
     [

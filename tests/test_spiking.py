@@ -55,7 +55,7 @@ def test_surrogate_is_the_derivative_of_a_step(name, alpha):
 
 
 @pytest.mark.parametrize("name", STEPS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", matrix.fast([jnp.float32, jnp.bfloat16], [jnp.float32]))
 def test_fire(name, dtype):
     x = jnp.array([-jnp.inf, -1, -1e-30, -0.0, 0.0, 1e-30, 3, jnp.inf], dtype)
     spikes, derivative = jax.jvp(

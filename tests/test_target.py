@@ -157,7 +157,7 @@ RATES = {
 
 
 @pytest.mark.cover("learning rates")
-@pytest.mark.parametrize("rate", RATES.values(), ids=RATES)
+@pytest.mark.parametrize("rate", matrix.fast(RATES.values(), 1), ids=RATES)
 def test_where_the_quantile_stands_still_it_is_lats(rate):
     weights = jax.random.normal(jax.random.key(0), (10, 20))
     tx = soft(to_the_end(0.9, rate, 30))
@@ -549,7 +549,7 @@ def test_between_selections_the_held_target_drifts_and_ends_exact():
     assert all(abs(count - 900) < 40 for count in zeros[20:])
 
 
-@pytest.mark.parametrize("update_every", [1, 3])
+@pytest.mark.parametrize("update_every", matrix.fast([1, 3], [3]))
 def test_a_sparsity_curve_is_followed_at_every_selection(update_every):
     law = lats_optax.sparsity_curve(lambda x: x**0.5)
     target = lats_optax.target_sparsity(0.8, 0.1, 30, law=law, reach=1.0, update_every=update_every)

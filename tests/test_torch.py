@@ -270,7 +270,8 @@ def test_latent_weights_of_lats(name, options, pruned):
         assert_thresholded(sparse[path], weight, 0.5)
 
 
-@pytest.mark.parametrize("dtype", matrix.fast(DTYPES, DTYPES[1:3]), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_latent_weights_keep_their_dtype(dtype):
     model = create()
     latent = weights.variables_to_torch(normal(model, dtype), model)
