@@ -28,8 +28,21 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_CACHE)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+    # An entry that a killed process has half written is compiled again. Of this process pytest
+    # decides, by the same words in pyproject.toml.
+    half = "ignore:Error reading persistent compilation cache entry:UserWarning"
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), half]))
+
+
+# Layers above the optimizer core: examples in their docstrings compile whole models.
+_SLOW_EXAMPLES = tuple(
+    f"lats_optax/{name}/" for name in ("calibration", "compaction", "models", "training")
+)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` is answered
 def pytest_collection_modifyitems(items):
     matrix.mark_slow(items)
+    for item in items:
+        if item.nodeid.startswith(_SLOW_EXAMPLES):
+            item.add_marker(pytest.mark.slow)

@@ -267,7 +267,7 @@ digits-lats --prune.distribution uniform --prune.layer-sparsity nothing 0.5 => s
 """
 
 
-@pytest.mark.parametrize(("arguments", "allowed"), matrix.fast(cases(ZOO), 8))
+@pytest.mark.parametrize(("arguments", "allowed"), matrix.fast(cases(ZOO), 3))
 def test_a_name_that_nothing_has_is_one_line(tmp_path, monkeypatch, capsys, arguments, allowed):
     monkeypatch.chdir(tmp_path)
     assert allowed in assert_refused(capsys, shlex.split(arguments), tmp_path)

@@ -74,6 +74,7 @@ def test_a_frozen_step_moves_the_bytes_of_sgd_and_one_multiply(small):
     assert counts["frozen support"] == pytest.approx(counts["sgd"] + 1, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "copies"),
     [
@@ -227,6 +228,7 @@ def pruned(config, **prune):
     return dataclasses.replace(config, prune=PruneConfig(**prune))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prune", "same"),
     [

@@ -225,13 +225,8 @@ LAYOUTS = {
 }
 
 
-SLOW = ("every large axis", "data parallel")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "layout", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LAYOUTS]
-)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_eight_devices_find_the_masks_of_one(layout):
     specs, batch, axes, kind = LAYOUTS[layout]
     mesh = jax.make_mesh(axes, ("d", "m"), axis_types=(kind, kind))

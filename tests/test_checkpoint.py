@@ -106,6 +106,7 @@ def test_a_run_may_be_resumed_when_it_is_over(tmp_path):
     assert_equal_runs(first, second)
 
 
+@pytest.mark.slow
 def test_a_run_may_be_resumed_before_it_began(tmp_path):
     config = tiny.config(tmp_path / "run", epochs=1, resume=True)
     assert loop.train(config).metrics[-1]["step"] == 6
@@ -179,7 +180,6 @@ def test_sparse_weights_from_the_latent_ones_of_a_checkpoint(tmp_path):
 # The work directory
 
 
-@pytest.mark.slow
 def test_a_run_is_not_overwritten(tmp_path):
     config = tiny.config(tmp_path / "run", epochs=1)
     loop.train(config)
@@ -189,6 +189,7 @@ def test_a_run_is_not_overwritten(tmp_path):
     assert (config.workdir / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_is_not_begun_twice(tmp_path):
     experiment = tiny.build(tiny.config(tmp_path / "run", epochs=1))
     loop.fit(experiment)

@@ -187,6 +187,7 @@ def test_a_state_that_is_none_of_the_run_is_damaged(run):
         assert_is(restore(run, check), 6)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_kept_and_makes_room(run):
     newest = run / "checkpoints" / "12"
     for count in ("", "-2"):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from lats_optax import cli
-from tests import matrix, tiny
+from tests import tiny
 
 TINY = ["--data.batch-size", "8", "--epochs", "1", "--eval-every", "1"]
 
@@ -98,7 +98,8 @@ def test_help_names_every_preset_and_field(capsys):
         assert field in out
 
 
-@pytest.mark.parametrize("encoding", matrix.fast(["utf-8", "latin-1"], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
 def test_the_command_exits_with_a_line_and_its_code(encoding):
     # tyro draws its boxes differently where standard output is not UTF-8.
     command = [

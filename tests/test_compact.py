@@ -179,6 +179,7 @@ def test_outputs_are_the_same(name, way):
         jax.tree.map(np.testing.assert_array_equal, again.variables, small.variables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits-cnn", pytest.param("resnet20", marks=slow)])
 def test_in_float64_they_differ_by_its_rounding(name):
     with jax.enable_x64(True):
@@ -308,7 +309,8 @@ def test_constants_before_a_padded_depthwise_convolution(bias, stays):
 # --- what is done with the model ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["digits-cnn", pytest.param("resnet20", marks=slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits-cnn", "resnet20"])
 def test_training_goes_on(name):
     model, arrays = zoo(name)
     everything(arrays, np.random.default_rng(5))
@@ -528,9 +530,7 @@ def sequence(name, zeros=0.5):
     return model, nested(arrays), sample
 
 
-@pytest.mark.parametrize(
-    "name", matrix.fast(SEQUENCES, ["no padding", "one dimension", "steps", "dense"])
-)
+@pytest.mark.parametrize("name", matrix.fast(SEQUENCES, ["steps", "dense"]))
 def test_outputs_of_a_sequence_are_the_same(name):
     model, variables, sample = sequence(name)
     small = compaction.compact(model, variables, sample=sample)

@@ -57,6 +57,7 @@ def same(a, b):
     return all(np.array_equal(x[key], y[key]) for x, y in zip(a, b, strict=True) for key in x)
 
 
+@pytest.mark.slow
 def test_description(digits):
     assert digits.name == "digits"
     assert digits.image_shape == IMAGE_SHAPE == (8, 8, 1)
@@ -93,6 +94,7 @@ def test_eval_sees_every_test_example_once(digits, index_of, batch_size, shard_c
     assert len(seen) == len(set(seen)) == 360
 
 
+@pytest.mark.slow
 def test_the_split_is_fixed_disjoint_and_stratified(digits, index_of):
     target = load_digits().target
     split = {
@@ -111,6 +113,7 @@ def test_the_split_is_fixed_disjoint_and_stratified(digits, index_of):
         assert abs(np.sum(target[split["test"]] == digit) - total * 360 / 1797) < 1
 
 
+@pytest.mark.slow
 def test_training_images_are_normalized(digits):
     batches = list(digits.eval_batches(479, "train"))
     images = np.concatenate([batch["image"] for batch in batches])
@@ -141,6 +144,7 @@ def test_a_global_batch_does_not_depend_on_the_number_of_shards(digits):
         np.testing.assert_array_equal(together.reshape(batch["image"].shape), batch["image"])
 
 
+@pytest.mark.slow
 def test_labels_belong_to_the_training_images(plain, index_of):
     target = load_digits().target
     for batch in take(plain.train_batches(64), 25):

@@ -423,6 +423,7 @@ def test_arguments_that_do_not_suit_a_data_set(imagenet, cifar, name, arguments,
         data.load(name, path, **arguments)
 
 
+@pytest.mark.slow
 def test_nothing_to_evaluate_on_is_an_error(broken, tmp_path):
     shard = broken / "imagenet2012/5.1.0/imagenet2012-validation.array_record-00000-of-00001"
     shutil.copytree(broken, tmp_path / "data")

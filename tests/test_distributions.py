@@ -69,6 +69,7 @@ def test_distributions_are_rigl_and_exact_in_total(network, kind, sparsity):
         assert abs(kept - max(density * sizes[name], 1)) <= 1 + taken + 1e-6, name
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
 @hypothesis.given(
     layers=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=6),
@@ -167,7 +168,7 @@ TARGETS = {
 
 @pytest.mark.cover
 @pytest.mark.parametrize("inner", matrix.fast([False, True], [False]), ids=["chained", "inner"])
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", matrix.fast(TARGETS, ["per_layer", "er"]))
 def test_each_layer_ends_on_its_target(name, inner):
     target, expected = TARGETS[name]
     threshold, sgd = target_sparsity(target, cosine, STEPS), optax.sgd(cosine, momentum=0.5)
@@ -201,6 +202,7 @@ def test_layers_are_pruned_as_if_they_were_alone():
         assert versions.tree.get(state, "threshold")[index] == versions.tree.get(own, "threshold")
 
 
+@pytest.mark.slow
 def test_kth_smallest_of_each_is_a_sort_of_each():
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=s).astype(np.float32) for s in [(7,), (3, 5), (0,), (2, 2, 2)]]

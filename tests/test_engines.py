@@ -160,7 +160,8 @@ class Separable(nn.Module):
         return nn.Dense(8)(x.mean((1, 2)))
 
 
-@pytest.mark.parametrize("fsdp", matrix.fast([2, 8], [2]))
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [2, 8])
 def test_weights_are_gathered_and_activations_stay(fsdp):
     config, model, shape = tiny.config(Path("unused")), Separable(), (8, 8, 4)
     phase, engine = make_optimizer(config, 10).phases[0], JitEngine(fsdp=fsdp)

@@ -67,6 +67,7 @@ def test_wrong_options_are_answered_in_one_line(name, args, said, capsys, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_lasso_path(capsys, tmp_path):
     plot = tmp_path / "path.png"
     paths = lasso_path.main(["--plot", str(plot)])

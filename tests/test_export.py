@@ -63,6 +63,7 @@ def test_what_is_saved_comes_back_bit_for_bit(path, model, shape, dtype):
     assert (saved.image_shape, saved.metadata) == (shape, {"data": "noise"})
 
 
+@pytest.mark.slow
 def test_a_loaded_model_runs(path):
     variables = weights(SMALL, (8, 8, 1))
     save_model(path, SMALL, variables, (8, 8, 1))

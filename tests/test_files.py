@@ -118,6 +118,7 @@ def test_what_arrays_may_be(path):
         assert found[key].dtype.name == value.dtype.name
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_positions_of_any_kind(data, tmp_path_factory):

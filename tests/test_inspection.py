@@ -290,6 +290,7 @@ def test_the_table_says_where_l1_is_undefined(here):
     assert lines[-2:] == [f"lats: {zero}", f"linear: {zero} and the threshold moves all the same"]
 
 
+@pytest.mark.slow
 def test_picture_shows_each_schedule(tmp_path, monkeypatch):
     figures = catch_figures(monkeypatch)
     rate = optax.cosine_decay_schedule(0.1, STEPS)

@@ -11,28 +11,16 @@ import pytest
 
 from lats_optax.training import loop, manifest
 from lats_optax.training.checkpoint import load_state
-from lats_optax.training.config import PruneConfig
 from lats_optax.training.logging import read_metrics
 from tests import tiny
-
-PROGRAM = """
-import sys
-from pathlib import Path
-import pytest
-from tests import test_kills
-with pytest.MonkeyPatch.context() as patch:
-    test_kills.tiny.install(patch)
-    test_kills.loop.train(test_kills.config(Path(sys.argv[1]), int(sys.argv[2]), resume=True))
-"""
-
-
-def config(workdir, epochs, **changes):
-    sparse = PruneConfig(target_sparsity=0.75)
-    return tiny.config(workdir, epochs=epochs, prune=sparse, log_every=1, **changes)
+from tests.resumed_run import config
 
 
 def start(workdir, epochs):
-    command = [sys.executable, "-W", "error", "-c", PROGRAM, str(workdir), str(epochs)]
+    # What is killed may leave half an entry in the compilation cache.
+    half = "ignore:Error reading persistent compilation cache entry:UserWarning"
+    command = [sys.executable, "-W", "error", "-W", half]
+    command += ["-m", "tests.resumed_run", str(workdir), str(epochs)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -14,7 +14,7 @@ import safetensors.numpy
 from lats_optax.models import Llama
 from lats_optax.torch import gguf as gguf_files
 from lats_optax.torch import hugging_face, tokenizer
-from tests import tiny_llama
+from tests import matrix, tiny_llama
 
 each_config = pytest.mark.parametrize("name", tiny_llama.CONFIGS)
 GROUPED = tiny_llama.CONFIGS["grouped"]
@@ -295,7 +295,9 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "kind"), KINDS, ids=[f"{n}-{k.name}" for n, k in KINDS])
+@pytest.mark.parametrize(
+    ("name", "kind"), matrix.fast(KINDS, 1), ids=[f"{n}-{k.name}" for n, k in KINDS]
+)
 def test_logits_are_those_of_the_file(tmp_path, name, kind):
     """The file's rows, their neighbors turned as llama.cpp does, against the parameters."""
     config = tiny_llama.CONFIGS[name]
@@ -373,6 +375,7 @@ def test_wrong_gguf_files(tmp_path, values, tensors, message):
     assert message in message_of(gguf_files.load, path)
 
 
+@pytest.mark.slow
 def test_truncated_gguf_files(tmp_path):
     path = tmp_path / "tiny.gguf"
     tiny_llama.write_gguf(path, {**tiny_llama.metadata(GROUPED), **TOKENS}, gguf_tensors(GROUPED))

@@ -452,6 +452,7 @@ def test_a_sparse_model_against_its_kernels_one_by_one():
     assert at["classifier/kernel"] == 640
 
 
+@pytest.mark.slow
 def test_a_recurrent_layer_whose_kernels_are_concatenated():
     nn = pytest.importorskip("flax.linen")
 
@@ -487,6 +488,7 @@ def test_attention_in_nnx():
 # --- the report -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_table():
     params = {
         "a": {"kernel": jnp.zeros((100, 300)).at[0].set(1.0), "bias": jnp.ones(300)},

@@ -91,6 +91,7 @@ def test_computes_in_dtype(images, variables, dtype):
     assert {leaf.dtype for leaf in inner.values()} == {jnp.dtype(dtype)}
 
 
+@pytest.mark.slow
 def test_bfloat16_agrees_with_float32(images, variables):
     full, half = (
         evaluate(create(dtype=dtype), variables, images) for dtype in (jnp.float32, jnp.bfloat16)
@@ -116,6 +117,7 @@ def test_batch_statistics_agree_with_numpy(images, variables):
     np.testing.assert_allclose(running["var"], 0.9 + 0.1 * variance, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_evaluation_uses_the_running_statistics_one_image_at_a_time(images, variables):
     in_training, updated = train_step(create(), variables, images)
     trained = {"params": variables["params"]} | updated

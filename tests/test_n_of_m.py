@@ -132,6 +132,7 @@ def test_of_those_that_tie_the_first_are_left():
     assert (report.groups, report.zero_groups) == (12, 12)
 
 
+@pytest.mark.slow
 def test_narrow_types_are_compared_as_they_are():
     for dtype in (jnp.bfloat16, jnp.float16):
         w = jnp.asarray(weights()["dense/kernel"], dtype)
@@ -211,6 +212,7 @@ def test_ista_with_it_moves_what_is_small():
         np.testing.assert_allclose(moved[path], by_loop(params[path], 0.4, axis, 2, 4), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "most"), [(jnp.float32, 0.57), (jnp.bfloat16, 0.62)])
 def test_a_file_has_the_places_in_two_bits_a_survivor(tmp_path, dtype, most):
     kernel = jax.random.normal(jax.random.key(0), (512, 256))

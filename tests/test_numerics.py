@@ -53,6 +53,7 @@ def test_a_skipped_step_does_not_lose_the_target(tmp_path, value):
     assert int(result.state.step) == 18
 
 
+@pytest.mark.slow
 def test_nothing_but_skipped_steps_is_an_error(tmp_path):
     dataset = tiny.make_dataset()
     for example in dataset.sources["train"]:
@@ -70,7 +71,8 @@ def test_skipping_costs_nothing_where_all_is_finite(tmp_path):
     )
 
 
-@pytest.mark.parametrize("engine", matrix.fast(["pmap", "jit"], ["pmap"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["pmap", "jit"])
 def test_the_same_seed_gives_the_same_run_twice(tmp_path, engine):
     fsdp = 2 if engine == "jit" else 1
     runs = [run(tmp_path / name, parallel=ParallelConfig(engine, fsdp)) for name in ("one", "two")]

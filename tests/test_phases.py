@@ -89,6 +89,7 @@ def test_two_transforms_do_what_freeze_after_does_in_one(wrapper, threshold):
         np.testing.assert_allclose(leaf, flat(expected)[name], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_survivors_train_on_without_shrinkage_by_plain_sgd():
     """The oracle: loops over NumPy float64, from the formulas."""
     rate, momentum, final = 0.125, 0.5, 0.3
@@ -142,6 +143,7 @@ def test_another_transform_is_refused(search, frozen, message):
         freeze(state, frozen(), params)
 
 
+@pytest.mark.slow
 def test_a_state_of_other_parameters_is_refused():
     params = dense_start()
     state = chained(lambda inner: soft_threshold(0.3, inner=inner)).init(params)
@@ -197,6 +199,7 @@ def test_training_from_scratch_keeps_the_support():
     np.testing.assert_array_equal(trained["kernel"] != 0, found["kernel"])
 
 
+@pytest.mark.slow
 def test_layers_left_out_by_expression_stay_whole():
     params = initial() | {"head": jnp.zeros((2, 2))}
     mask = lats_optax.select(exclude="head")

@@ -161,7 +161,8 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", matrix.fast(NETWORKS, ["fashion-mnist-vit-target"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
 def test_the_step_of_a_preset_needs_no_data(name):
     """Shapes alone: state and metrics of the real step, at the real size."""
     classes, size, parameters, pruned = NETWORKS[name]

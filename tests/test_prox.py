@@ -678,6 +678,7 @@ class Bare:
         return Garrote().preimage(w, d)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", [Garrote(), Bare()], ids=["derived", "bare"])
 def test_an_operator_of_ones_own_prunes_to_a_named_sparsity(operator):
     params = {"kernel": jnp.asarray(np.random.default_rng(9).normal(size=(10, 10)), jnp.float32)}

@@ -113,6 +113,7 @@ def test_perplexity_is_that_of_the_formulas(model, tensors):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_windows_are_of_different_topics(model):
     source = llm.load(model)
     windows = llm.read_windows(source.tokens, 64, 50, 10**6)

@@ -487,6 +487,7 @@ def test_training_with_and_without_pruning():
     assert 0.5 < sparse.value < full.value
 
 
+@pytest.mark.slow
 def test_batch_statistics_are_those_of_the_final_weights():
     # A model whose statistic is the mean of its batch times its weight, as normalization keeps it.
     data = jnp.arange(8.0)

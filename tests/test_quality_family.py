@@ -56,6 +56,7 @@ def test_gradual_magnitude_follows_the_cubic_curve_and_moves_nothing_that_is_pru
             np.testing.assert_array_equal(alive, record[29][0] != 0)
 
 
+@pytest.mark.slow
 def test_dpf_keeps_what_survives_and_moves_what_is_pruned():
     record = run(family.ste_magnitude)
     revived = 0

@@ -108,7 +108,7 @@ def zeros(params):
 
 @pytest.mark.cover
 @pytest.mark.parametrize("optimizer", matrix.fast(["sgd", "adamw"], ["sgd"]))
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", matrix.fast(METHODS, ["acdc", "one_shot"]))
 def test_a_run_ends_at_the_exact_number_of_zeros(method, optimizer):
     params, state = run_of(method, optimizer)[-1]
     assert all(np.all(np.isfinite(w)) for w in params.values())
@@ -146,6 +146,7 @@ def test_what_a_run_cannot_have_is_refused(make, message):
         make(SGD, SETTING)
 
 
+@pytest.mark.slow
 def test_the_smallest_of_each_are_exact_where_scores_tie():
     scores = [
         jnp.array([[2.0, 1.0, 1.0], [1.0, jnp.inf, -0.5]]),
@@ -399,12 +400,14 @@ def test_str_against_numpy(decoupled):
     assert 10 < zeros(after) < 112
 
 
+@pytest.mark.slow
 def test_more_decay_of_str_is_more_zeros():
     counts = [zeros(run_by_step(str_.make(SGD, SETTING, decay=0.0))[-1][0])]
     counts.append(zeros(run_of("str", "sgd")[-1][0]))
     assert counts[0] < counts[1]
 
 
+@pytest.mark.slow
 def test_the_first_weights_of_str_are_the_given_ones():
     params, state = run_of("str", "sgd")[0]
     for theta, s, w in zip(state.latent, state.thresholds, layers(params).values()):

@@ -36,7 +36,8 @@ def statistics_of(params, seed):
     return {"BatchNorm_0": {"mean": mean, "var": var}}
 
 
-@pytest.mark.parametrize("devices", [8, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [8, 1])
 def test_statistics_are_those_of_the_weights(tmp_path, devices):
     config = tiny.config(
         tmp_path / "run", prune=CHANNELS, bn_recalibration_batches=BATCHES, ema_decay=0.9

@@ -47,8 +47,9 @@ def trained(name, dtype, latent_dtype):
     return params, state[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "latent_dtype"), [("bfloat16", None), ("bfloat16", "float32")])
-@pytest.mark.parametrize("name", matrix.fast(OPERATORS, ["l0"]))
+@pytest.mark.parametrize("name", OPERATORS)
 def test_weights_and_threshold_are_those_of_the_stored_latent_weights(name, dtype, latent_dtype):
     params, state = trained(name, dtype, latent_dtype)
     for key, w in params.items():

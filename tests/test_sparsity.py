@@ -121,6 +121,7 @@ def test_a_mask_of_another_structure():
         sparsity(model(), {"conv": True})
 
 
+@pytest.mark.slow
 def test_parameters_on_several_devices():
     mesh = versions.auto_mesh((8,), ("d",))
     kernel = jnp.arange(64.0).reshape(8, 8) % 3

@@ -55,7 +55,7 @@ def test_surrogate_is_the_derivative_of_a_step(name, alpha):
 
 
 @pytest.mark.parametrize("name", STEPS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", matrix.fast([jnp.float32, jnp.bfloat16], [jnp.float32]))
 def test_fire(name, dtype):
     x = jnp.array([-jnp.inf, -1, -1e-30, -0.0, 0.0, 1e-30, 3, jnp.inf], dtype)
     spikes, derivative = jax.jvp(
@@ -69,6 +69,7 @@ def test_fire(name, dtype):
 # --- neurons ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_recorded_neuron():
     run = recording("if_neuron")
     surrogate = Surrogate(str(run["surrogate"]), float(run["alpha"]))
@@ -234,7 +235,8 @@ def test_wrong_arguments(build, message):
 # --- SEW ResNet ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", matrix.fast(["eval", "train"], ["eval"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["eval", "train"])
 def test_every_step_of_the_recorded_network(mode):
     """A spike that differed anywhere would move an output by far more than this."""
     run = recording("logits_sew_resnet18")
@@ -298,12 +300,10 @@ def test_connections_are_the_logical_ones(connection):
     np.testing.assert_array_equal(y, CONNECTIONS[connection](x == 1, np.asarray(ending) == 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("connection", "spec"),
-    matrix.fast(
-        [("ADD", bottleneck(6, 2)), ("AND", basic(8, 2)), ("IAND", basic(8, 2))],
-        [("AND", basic(8, 2))],
-    ),
+    [("ADD", bottleneck(6, 2)), ("AND", basic(8, 2)), ("IAND", basic(8, 2))],
     ids=CONNECTIONS,
 )
 def test_gradients_reach_every_parameter_of_a_block(connection, spec):

@@ -137,6 +137,7 @@ def test_an_average_does_not_change_the_run_and_costs_nothing_when_off():
     jax.tree.map(np.testing.assert_array_equal, plain[-1].params, kept[-1].params)
 
 
+@pytest.mark.slow
 def test_averaged_takes_the_averages_and_the_zeros_of_the_weights():
     states, _ = run(tiny.Model(), average=True, ema_decay=0.25)
     sparse = jax.device_get(averaged(states[-1], lats_optax.prunable))

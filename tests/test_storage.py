@@ -286,7 +286,8 @@ def test_a_run_in_a_store_is_one_on_a_disk(bucket, zoo, straight, tmp_path, caps
     assert (bucket / "tuned" / "initial.safetensors").is_file()
 
 
-@pytest.mark.parametrize("step", matrix.fast([3, 9, 14, 18], [14]))
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 9, 14, 18])
 def test_a_run_that_died_goes_on(place, zoo, straight, monkeypatch, step):
     with monkeypatch.context() as context:
         at_step(context, step, die)
@@ -311,7 +312,8 @@ def test_a_run_that_died_goes_on_in_every_store(bucket, zoo, straight, monkeypat
     assert len(found) == 1
 
 
-@pytest.mark.parametrize("at", matrix.fast([1, 2], [2]))
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [1, 2])
 def test_a_checkpoint_that_is_half_there_is_none(place, zoo, straight, monkeypatch, at):
     """Killed before the first or the last upload of the second checkpoint."""
     sent, upload = [], URL.upload

@@ -154,6 +154,7 @@ def test_where_each_weight_lies():
         np.testing.assert_array_equal(tensors[f"model.3.4.{name}"], norm[leaf])
 
 
+@pytest.mark.slow
 def test_layouts_of_a_resnet_differ_in_the_classifier_alone():
     model = create("resnet18", classifier_bias=True)
     variables = normal(model)
@@ -164,6 +165,7 @@ def test_layouts_of_a_resnet_differ_in_the_classifier_alone():
     assert_same_bits(lats | {"fc.weight": lats["fc.weight"][:, :, 0, 0]}, torchvision)
 
 
+@pytest.mark.slow
 def test_trained_time_constants_of_spiking_neurons():
     model = create("sew-resnet18", neuron=PLIF)
     variables = normal(model)
@@ -203,6 +205,7 @@ def test_results_share_no_memory_with_what_was_given():
     assert_same_bits(flat(back), flat(variables))
 
 
+@pytest.mark.slow
 def test_other_numbers_of_channels():
     model = create()
     variables = normal(model, channels=1)
@@ -267,7 +270,8 @@ def test_latent_weights_of_lats(name, options, pruned):
         assert_thresholded(sparse[path], weight, 0.5)
 
 
-@pytest.mark.parametrize("dtype", matrix.fast(DTYPES, DTYPES[1:3]), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_latent_weights_keep_their_dtype(dtype):
     model = create()
     latent = weights.variables_to_torch(normal(model, dtype), model)
@@ -277,6 +281,7 @@ def test_latent_weights_keep_their_dtype(dtype):
     assert_thresholded(kernel, latent["layer2.0.conv1.weight"], 0.3)
 
 
+@pytest.mark.slow
 def test_a_threshold_of_zero_leaves_the_values():
     model = create()
     latent = weights.variables_to_torch(normal(model), model)
@@ -400,6 +405,7 @@ def test_every_array_that_does_not_fit_is_named_on_the_way_out():
     ]
 
 
+@pytest.mark.slow
 def test_torchvisions_vgg_is_refused_with_what_to_do():
     model = create("vgg16-bn", classifier_bias=True)
     tensors = weights.variables_to_torch(normal(model), model)

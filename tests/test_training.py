@@ -223,6 +223,7 @@ def test_excluded_layers_stay_dense():
     assert params["head"].all()
 
 
+@pytest.mark.slow
 def test_weight_decay_on_latent_and_on_weights_differ_as_told():
     params = {"kernel": jnp.full((2, 2), 0.5)}
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -243,7 +244,6 @@ def test_weight_decay_on_latent_and_on_weights_differ_as_told():
 # When it stops
 
 
-@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     messages = []
     for log_every in (1, 50):
@@ -366,7 +366,8 @@ def test_bfloat16_trains_with_float32_parameters(tmp_path):
 # Averaged weights
 
 
-@pytest.mark.parametrize("prune", matrix.fast([SPARSE, PruneConfig()], 1), ids=["sparse", "dense"])
+@pytest.mark.slow
+@pytest.mark.parametrize("prune", [SPARSE, PruneConfig()], ids=["sparse", "dense"])
 def test_averaged_weights_are_evaluated_and_kept_sparse(tmp_path, monkeypatch, prune):
     traces = tiny.count_calls(monkeypatch, experiments, "eval_step")
     config = tiny.config(tmp_path / "run", prune=prune, ema_decay=0.8)

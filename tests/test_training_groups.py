@@ -22,21 +22,17 @@ BLOCKS = PruneConfig(0.5, granularity="blocks", block=(4, 3))
 PATTERN = PruneConfig(0.5, granularity="n-of-m", pattern=(2, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prune", "groups"),
     [
         (dataclasses.replace(OUTPUTS, include=("^Conv_0",)), "output_channels"),
-        pytest.param(
-            dataclasses.replace(BLOCKS, mode="early", search_epochs=1),
-            "blocks",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
+        (dataclasses.replace(BLOCKS, mode="early", search_epochs=1), "blocks"),
+        (
             PruneConfig(
                 0.5, granularity="input-channels", mode="at-initialization", search_epochs=1
             ),
             "input_channels",
-            marks=pytest.mark.slow,
         ),
     ],
     ids=["output-channels", "early-blocks", "at-initialization-input-channels"],

@@ -21,7 +21,8 @@ from tests.runs import BEFORE, EARLY, assert_equal_runs, at_step, events, plain_
 STEPS = 6  # an epoch of tests.tiny
 
 
-@pytest.mark.parametrize("mode", matrix.fast(["early", "at-initialization"], ["early"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["early", "at-initialization"])
 def test_a_run_is_the_plain_loop(tmp_path, mode):
     early = mode == "early"
     prune = dataclasses.replace(EARLY, mode=mode)
@@ -84,12 +85,9 @@ def test_two_programs_and_a_threshold_while_there_is_one(tmp_path, monkeypatch):
     assert {r["sparsity"] for r in train if r["step"] >= 6} == {result.sparsity.sparsity}
 
 
-@pytest.mark.parametrize(
-    "prune", matrix.fast([EARLY, BEFORE], 1), ids=["early", "at-initialization"]
-)
-@pytest.mark.parametrize(
-    "step", matrix.fast([4, 6, 9], [6]), ids=["searching", "at-the-end", "frozen"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("prune", [EARLY, BEFORE], ids=["early", "at-initialization"])
+@pytest.mark.parametrize("step", [4, 6, 9], ids=["searching", "at-the-end", "frozen"])
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, monkeypatch, prune, step):
     # Of the two programs only that after the search takes nine steps.
     watched = {"prune": prune, "ema_decay": 0.9, "log_every": 1}

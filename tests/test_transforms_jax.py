@@ -77,6 +77,7 @@ def test_trees_of_any_structure(build):
     assert jax.tree.structure(lats_optax.support(params)) == jax.tree.structure(params)
 
 
+@pytest.mark.slow
 def test_a_bare_array():
     tx = optax.chain(optax.sgd(0.1), soft_threshold(target_sparsity(0.5, 0.1, 1)))
     kernel = dense_start()["dense"]["kernel"]
@@ -247,6 +248,7 @@ def test_vmap_over_copies(case):
         assert_close(pick((params, state)), (one, one_state), 1e-5)
 
 
+@pytest.mark.slow
 def test_vmap_over_thresholds():
     params = dense_start()
 
@@ -368,6 +370,7 @@ def test_types_are_kept(threshold, latent_dtype, dtype):
             assert not after.threshold.weak_type
 
 
+@pytest.mark.slow
 def test_inner_sees_latent_weights_of_their_own_type():
     params = {"bias": jnp.ones(3, jnp.bfloat16), "kernel": jnp.ones((2, 3), jnp.bfloat16)}
     tx = soft_threshold(0.1, inner=optax.adamw(0.1), latent_dtype=jnp.float32)

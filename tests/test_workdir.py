@@ -18,7 +18,7 @@ from lats_optax import cli
 from lats_optax.training import lock, loop, plots, workdir
 from lats_optax.training.checkpoint import load_state
 from lats_optax.training.parallel import PmapEngine, PrimaryError
-from tests import matrix, tiny
+from tests import tiny
 
 ARGUMENTS = ["digits", "--data.batch-size", "8", "--checkpoint-every", "1", "--epochs"]
 
@@ -170,7 +170,8 @@ def fill(directory):
             file.write(bytes(1000))
 
 
-@pytest.mark.parametrize("every", matrix.fast(["1", "50"], ["50"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("every", ["1", "50"])
 def test_a_full_disk_at_a_log_is_one_line(tmp_path, command, monkeypatch, every):
     small = tmp_path / "small"
     with mounted(small, "size=300k"):

@@ -117,9 +117,10 @@ def written_out_resnet20(params, stats, x):
     return x.mean((1, 2)) @ params["classifier"]["kernel"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "written_out"),
-    matrix.fast([("vgg16-bn", written_out_vgg), ("resnet20", written_out_resnet20)], 1),
+    [("vgg16-bn", written_out_vgg), ("resnet20", written_out_resnet20)],
 )
 def test_logits_are_those_of_the_network_written_out(name, written_out):
     model = models.create(name, num_classes=10, dtype=jnp.float64)
@@ -143,7 +144,7 @@ def test_logits_are_those_of_the_network_written_out(name, written_out):
 # --- how many parameters ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "classes", "options", "count"), COUNTS)
+@pytest.mark.parametrize(("name", "classes", "options", "count"), matrix.fast(COUNTS, 3))
 def test_count_of_parameters(name, classes, options, count):
     _, variables = shapes(models.create(name, num_classes=classes, **options), 32)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == count
@@ -205,7 +206,7 @@ def test_computes_in_bfloat16(name):
 
 
 @pytest.mark.cover
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", matrix.fast(SIZES, ["resnet20", "vgg16-bn"]))
 def test_statistics_are_averaged_over_the_named_axis(name):
     """The traced program holds one average a normalization, and none where no axis is named."""
 
@@ -350,9 +351,10 @@ DRAWN = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "path", "variance", "uniform"),
-    matrix.fast(DRAWN, [row for row in DRAWN if row[0] == "sew-resnet18"]),
+    DRAWN,
 )
 def test_initial_weights(name, path, variance, uniform):
     weights = drawn(name, path)
