@@ -462,8 +462,8 @@ def test_a_shortcut_is_not_the_identity_because_channels_happen_to_be_equal():
         (
             "resnet20",
             {"features": {f"stage2_block{block}/conv2": 9 for block in (1, 2, 3)}},
-            "channel_index of stage2_block1 is None; allowed: 9 of them, for 16 channels do not fit "
-            "into 9",
+            "channel_index of stage2_block1 is None; allowed: 9 of them, for 16 channels do not "
+            "fit into 9",
         ),
     ],
 )
