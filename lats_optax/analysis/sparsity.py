@@ -42,7 +42,7 @@ class LayerSparsity:
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """The sparsity of a model. Plain names speak of the prunable weights, ``total_`` of all.
+    """The sparsity of a model: plain names count prunable weights, ``total_`` all parameters.
 
     Attributes:
       layers: one entry for each parameter array, in the order of the tree.

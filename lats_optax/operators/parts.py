@@ -39,7 +39,7 @@ class Divides(Protocol):
         """
 
     def at(self, count: Any, /) -> "Divides":
-        """As `Operator.at`."""
+        """The operator of a step: see `Operator.at`."""
 
 
 TreeOperator = Operator | Divides
