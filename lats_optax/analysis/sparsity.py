@@ -101,7 +101,7 @@ class SparsityReport:
 
     @property
     def wholly_zero(self) -> tuple[str, ...]:
-        """Paths of the prunable layers of which nothing is left."""
+        """Paths of the prunable layers without a nonzero weight."""
         return tuple(
             layer.path
             for layer in self.layers

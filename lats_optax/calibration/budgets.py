@@ -111,7 +111,7 @@ class Pattern:
             raise ValueError(f"pattern: {self.n} of {self.m} is not allowed; allowed is n <= m")
 
     def always(self, zeros: Any) -> "Pattern":
-        """Itself, whatever the number of zeros."""
+        """Itself, for any number of zeros."""
         del zeros
         return self
 

@@ -198,7 +198,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 class _DamagedError(Exception):
-    """What is wrong with a file, of which the caller knows the name."""
+    """A damaged file; the caller adds its name."""
 
 
 # --- the file -----------------------------------------------------------------------------------
@@ -443,7 +443,7 @@ def _from_gaps(name: str, gaps: np.ndarray, size: int) -> np.ndarray:
     ends = np.cumsum(advance)
     end = int(ends[-1]) if ends.size else 0
     if not end <= size < end + 255:
-        raise _DamagedError(f"{name} has {size} entries, of which its gaps reach {end}")
+        raise _DamagedError(f"{name} has {size} entries, and its gaps reach {end}")
     return ends[gaps != 255] - 1
 
 
