@@ -319,7 +319,7 @@ def _print_run(result: RunResult) -> None:
 
 
 def _warn_of(program: str, result: RunResult, name: str = "") -> None:
-    """The last lines: what looks wrong in a run."""
+    """Prints the problems of a run as warnings."""
     sys.stdout.flush()
     for problem in result.problems if result.is_primary else ():
         print(f"{program}: warning: {name}{problem}", file=sys.stderr)

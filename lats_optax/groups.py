@@ -130,7 +130,7 @@ def output_channels(*, shrinkage: Elementwise = prox_l1, stacked_axes: int = 0) 
         survive nearly as they are.
       stacked_axes: how many leading axes of a leaf stack layers, as those of ``flax.linen.scan``
         and of vmapped experts do. A group lies within one layer. Without it a stack of dense layers
-        is taken for a 1-D convolution, of which ``init`` warns where biases or scales show it.
+        is taken for a 1-D convolution; ``init`` warns where biases or scales show it.
 
     Returns:
       An operator for ``soft_threshold``, for leaves of 2 dimensions or more, and so many more as

@@ -131,7 +131,7 @@ def _words(name: str) -> list[str]:
 
 
 def _role(words: list[str], roles: dict[str, str]) -> str | None:
-    """The first role of which an expression matches any of the words."""
+    """The first role with an expression that matches any of the words."""
     return next(
         (
             role
@@ -153,7 +153,7 @@ def select(
     Args:
       include: leaves to prune: those that match any of these expressions. Default: the leaves
         that :func:`prunable` selects. Expressions given here select exactly what they match,
-        whatever its number of dimensions.
+        with any number of dimensions.
       exclude: leaves to leave out of these.
 
     Returns:
@@ -219,8 +219,8 @@ def support(params: Any, mask: MaskOrFunction = prunable) -> Any:
 def apply_support(params: Any, support: Any) -> Any:
     """Zero what a support excludes: ``support * w``.
 
-    What it keeps is not touched; what it excludes is +0.0 in the leaf's own type, whatever stood
-    there. An average of sparse parameters (EMA) is dense, because each entry was alive at one step
+    What it keeps is not touched; what it excludes is +0.0 in the leaf's own type, even
+    NaN. An average of sparse parameters (EMA) is dense, because each entry was alive at one step
     or another. Applied to it, the support of the last parameters gives it exactly their zeros.
 
     Args:

@@ -478,7 +478,7 @@ def test_a_file_that_does_not_say_its_model_has_no_macs(files, monkeypatch, caps
     catch_figures(monkeypatch)
     assert cli.inspect(["model", file]) == 0
     out = capsys.readouterr().out
-    assert "not counted: the file does not say of which model it is" in out
+    assert "not counted: the file does not name its model" in out
     assert "MACs" not in out.splitlines()[0]
     assert "effective" not in out
 

@@ -195,7 +195,7 @@ def test_support_follows_a_layer_through_masks():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_restrict_keeps_what_is_alive_and_zeros_the_rest(dtype, compiled):
+def test_apply_support_keeps_what_is_alive_and_zeros_the_rest(dtype, compiled):
     params = {"kernel": jnp.array([[3, -4, 5, -6]], dtype), "bias": jnp.array([7, 0], dtype)}
     alive = {"kernel": jnp.array([[True, False, False, True]]), "bias": True}
     kept = (jax.jit(apply_support) if compiled else apply_support)(params, alive)
@@ -204,7 +204,7 @@ def test_restrict_keeps_what_is_alive_and_zeros_the_rest(dtype, compiled):
     assert kept["bias"].tolist() == [7, 0]
 
 
-def test_restrict_gives_positive_zeros_whatever_stood_there():
+def test_apply_support_gives_positive_zeros_whatever_stood_there():
     excluded = jnp.array([-1.0, -0.0, jnp.nan, jnp.inf, -jnp.inf, 1e-45])
     kept = np.asarray(apply_support(excluded, jnp.zeros(6, bool)))
     assert (kept == 0).all()
@@ -213,7 +213,7 @@ def test_restrict_gives_positive_zeros_whatever_stood_there():
     assert np.isnan(apply_support(excluded, jnp.ones(6, bool))[2])
 
 
-def test_restrict_takes_prefixes_and_names_what_does_not_fit():
+def test_apply_support_takes_prefixes_and_names_what_does_not_fit():
     params = {"a": {"b": jnp.ones(2), "c": jnp.ones(3)}, "d": jnp.ones(2)}
     kept = apply_support(params, {"a": False, "d": jnp.array([True, False])})
     assert jax.tree.map(lambda leaf: leaf.tolist(), kept) == {

@@ -443,7 +443,7 @@ def test_wrong_layouts_and_models():
     model = create("mobilenet-v1", width=0.25)
     with pytest.raises(ValueError, match="layout of MobileNetV1 is 'torchvision'; allowed: 'lats'"):
         weights.variables_to_torch(normal(model), model, layout="torchvision")
-    message = "model is DigitsCNN, of which there is no PyTorch form; allowed: ResNet, MobileNetV1"
+    message = "model is DigitsCNN, which has no PyTorch form; allowed: ResNet, MobileNetV1"
     with pytest.raises(ValueError, match=message):
         weights.variables_from_torch({}, create("digits-cnn"))
     with pytest.raises(ValueError, match="channels is 0; allowed: 1 or more"):

@@ -97,13 +97,13 @@ def _panel(axes: "Axes", task: Scores, methods: Sequence[str], handles: dict[str
         x = [100 * (1 - target) * side for target, _ in found]
         y = [scale * own.mean for _, own in found]
         widths = [scale * (0 if own.seeds < 2 else own.half_width) for _, own in found]
-        look = _look(methods.index(method))
+        style = _style(methods.index(method))
         if method == OURS:
             low, high = ([m + sign * w for m, w in zip(y, widths)] for sign in (-1, 1))
-            axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
-            (line,) = axes.plot(x, y, **look, linewidth=3, markersize=7, zorder=5)
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            (line,) = axes.plot(x, y, **style, linewidth=3, markersize=7, zorder=5)
         else:
-            bars = axes.errorbar(x, y, widths, **look, markersize=5, linewidth=1.4, elinewidth=1)
+            bars = axes.errorbar(x, y, widths, **style, markersize=5, linewidth=1.4, elinewidth=1)
             line = bars.lines[0]
         handles.setdefault(method, line)
     unit = "test accuracy, %" if task.metric == "accuracy" else "bits per character"
@@ -117,7 +117,7 @@ def _panel(axes: "Axes", task: Scores, methods: Sequence[str], handles: dict[str
     _limit(axes, task, scale)
 
 
-def _look(index: int) -> dict[str, Any]:
+def _style(index: int) -> dict[str, Any]:
     """Color, line and marker: black for the first, our default, and for no other."""
     if index == 0:
         return {**line_style(0), "marker": "o"}

@@ -39,7 +39,7 @@ class Found:
 
     Attributes:
       measure: from a view as matrices and activations [batch, samples, inputs] to a pytree of
-        arrays, of which those of equal products are added.
+        arrays; those of equal products are added.
       moments: what it gave, by product; the key of a product is its parameter and its view.
       views: the matrices of each product.
       uses: the places in the program that have it.

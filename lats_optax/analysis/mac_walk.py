@@ -185,7 +185,7 @@ def _sparse_dot(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) ->
 
 
 def _other(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
-    """Calls of other jaxprs, and primitives of which nothing in particular is known."""
+    """Calls of other jaxprs, and primitives without a rule of their own."""
     if (inner := callee(eqn)) is not None:
         return walk(inner, inputs, tally, times)
     if may_multiply(eqn):
@@ -194,7 +194,7 @@ def _other(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list
 
 
 def may_multiply(eqn: JaxprEqn) -> bool:
-    """Whether a primitive may multiply arrays and cannot be looked into."""
+    """Whether a primitive may multiply arrays and cannot be traced."""
     rule = _RULES.get(eqn.primitive.name)
     if rule is None:
         return eqn.primitive.name not in _NO_PRODUCT and any(map(shape, eqn.invars))
@@ -214,7 +214,7 @@ def _unchanged(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> 
 
 
 def _rearranged(eqn: JaxprEqn, inputs: list[Value], tally: Tally, times: int) -> list[Value]:
-    """One array of which every entry is used, and equally often."""
+    """One array whose entries are all used, and equally often."""
     del tally, times
     (value, *_) = inputs
     if not isinstance(value, Weight) or value.nonzero is None:

@@ -139,7 +139,7 @@ def inspect_model(params: Any, macs: MacsReport | None = None) -> ModelReport:
       wholly zero: 1 of 3 output channels, 1 of 2 input channels
     """
     with warnings.catch_warnings():
-        # Of parameters of which none is prunable the table says so.
+        # The table says it where no parameter is prunable.
         warnings.simplefilter("ignore")
         measured = sparsity(params).layers
     if not measured:

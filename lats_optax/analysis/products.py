@@ -23,7 +23,7 @@ Matched = list[tuple[View, jax.Array]] | str
 
 
 def _dot(eqn: JaxprEqn, place: int, source: Source, other: jax.Array) -> Matched:
-    """A product of arrays, of which number ``place`` is made of parameters."""
+    """A product of arrays whose operand number ``place`` is made of parameters."""
     contracted, batch = eqn.params["dimension_numbers"]
     inputs, samples = contracted[place], contracted[1 - place]
     own, its = batch[place], batch[1 - place]

@@ -61,7 +61,7 @@ class Weight:
         return Weight(self.entries, parts)
 
     def with_zeros(self, nonzero: Any) -> "Weight":
-        """Entries of the weight, and perhaps of constants, of which these are not zero."""
+        """Entries of the weight, and perhaps of constants, with these nonzeros."""
         nonzero = np.asarray(nonzero)
         part = self.parts[0]._replace(share=Fraction(1), density=fraction(nonzero))
         return Weight(self.entries, (part,), lambda: nonzero)

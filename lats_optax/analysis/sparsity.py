@@ -42,7 +42,7 @@ class LayerSparsity:
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """The sparsity of a model. Plain names speak of the prunable weights, ``total_`` of all.
+    """The sparsity of a model: plain names count prunable weights, ``total_`` all parameters.
 
     Attributes:
       layers: one entry for each parameter array, in the order of the tree.
@@ -101,7 +101,7 @@ class SparsityReport:
 
     @property
     def wholly_zero(self) -> tuple[str, ...]:
-        """Paths of the prunable layers of which nothing is left."""
+        """Paths of the prunable layers without a nonzero weight."""
         return tuple(
             layer.path
             for layer in self.layers

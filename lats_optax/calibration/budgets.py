@@ -63,16 +63,13 @@ class PerLayer:
     zeros: Any
 
     def bound(self, scores: jax.Array, zeros: Any = None) -> jax.Array:
-        """As :class:`Budget` says."""
         return _kth(scores.reshape(-1), self.zeros if zeros is None else zeros)
 
     def keep(self, scores: jax.Array, zeros: Any = None) -> jax.Array:
-        """As :class:`Budget` says."""
         zeros = self.zeros if zeros is None else zeros
         return ~_smallest(scores.reshape(-1), zeros).reshape(scores.shape)
 
     def divided(self, stops: np.ndarray) -> jax.Array:
-        """As :class:`Budget` says."""
         return _divided(self.zeros, stops, int(stops[-1]))
 
 
@@ -83,12 +80,10 @@ class PerOutput:
     zeros: Any
 
     def bound(self, scores: jax.Array, zeros: Any = None) -> jax.Array:
-        """As :class:`Budget` says."""
         each = jax.vmap(jax.vmap(_kth, (1, 0)))
         return each(scores, self._spread(scores, zeros))[:, None]
 
     def keep(self, scores: jax.Array, zeros: Any = None) -> jax.Array:
-        """As :class:`Budget` says."""
         each = jax.vmap(jax.vmap(_smallest, (1, 0), 1))
         return ~each(scores, self._spread(scores, zeros))
 
@@ -96,7 +91,6 @@ class PerOutput:
         return jnp.broadcast_to(self.zeros if zeros is None else zeros, scores[:, 0].shape)
 
     def divided(self, stops: np.ndarray) -> jax.Array:
-        """As :class:`Budget` says."""
         return _divided(self.zeros, stops, int(stops[-1]))
 
 
@@ -117,7 +111,7 @@ class Pattern:
             raise ValueError(f"pattern: {self.n} of {self.m} is not allowed; allowed is n <= m")
 
     def always(self, zeros: Any) -> "Pattern":
-        """Itself, whatever the number of zeros."""
+        """Itself, for any number of zeros."""
         del zeros
         return self
 
@@ -127,12 +121,10 @@ class Pattern:
         return self.m - self.n
 
     def bound(self, scores: jax.Array, zeros: Any = None) -> jax.Array:
-        """As :class:`Budget` says."""
         sets = self._sets(jnp.where(self.keep(scores, zeros), 0.0, scores))
         return jnp.repeat(jnp.max(sets, axis=2), self.m, axis=1)
 
     def keep(self, scores: jax.Array, zeros: Any = None) -> jax.Array:
-        """As :class:`Budget` says."""
         sets = self._sets(scores)
         position = jnp.arange(self.m)[:, None]
         # m is small: how many of its m weights come before each one, without a sort.
@@ -147,7 +139,6 @@ class Pattern:
         return scores.reshape(groups, inputs // self.m, self.m, outputs)
 
     def divided(self, stops: np.ndarray) -> jax.Array:
-        """As :class:`Budget` says."""
         return jnp.full(len(stops), self.zeros)
 
 

@@ -185,7 +185,6 @@ class Function(Node):
     channelwise: Callable[[Mask, Mask], bool] | None = None
 
     def constants(self, inputs: Sequence[Vector], arrays: Arrays) -> Vector:
-        """As the function says."""
         return self.function(inputs[0])
 
     def reads(self, live: Mask, arrays: Arrays, channels: int) -> Mask:
@@ -208,7 +207,6 @@ class Elementwise(Node):
     adds: bool = True
 
     def constants(self, inputs: Sequence[Vector], arrays: Arrays) -> Vector:
-        """As combining says."""
         return self.combine(*inputs)
 
 

@@ -20,7 +20,7 @@ class Law:
 
     Attributes:
       increments: from the learning rates of the K steps, float64 [K], to non-negative numbers in
-        the proportions of which the threshold rises, float64 [K]; None: the threshold is the
+        the proportions in which the threshold rises, float64 [K]; None: the threshold is the
         quantile at ``fraction`` of the target.
       fraction: from x = t / K in (0, 1] to the part of the target that the quantile is taken at.
     """

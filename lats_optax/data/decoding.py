@@ -1,4 +1,4 @@
-"""Encoded images to pixels: Pillow for whatever there is, OpenCV for the JPEG files of training.
+"""Encoded images to pixels: Pillow for all formats, OpenCV for the JPEG files of training.
 
 With OpenCV, JPEG files are decoded to the same pixels as Pillow's, but resized in another way: a
 blur of three taps that adds the variance of Pillow's antialiasing, then bilinear interpolation. On
@@ -32,7 +32,7 @@ class CorruptImageError(ValueError):
 
 
 def decode(encoded: bytes, channels: int = 3) -> np.ndarray:
-    """The pixels of an encoded image, in whatever format, as Pillow converts them.
+    """The pixels of an encoded image, in any format, as Pillow converts them.
 
     An orientation in EXIF data is not applied, as in torchvision's loader.
 
@@ -64,7 +64,7 @@ def decode(encoded: bytes, channels: int = 3) -> np.ndarray:
 
 @contextlib.contextmanager
 def opened(encoded: bytes) -> Iterator["Image"]:
-    """The image with its header read; whatever goes wrong inside says what the bytes are."""
+    """The image with its header read; errors inside name the kind of bytes."""
     from PIL import Image, UnidentifiedImageError
 
     try:

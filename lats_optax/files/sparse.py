@@ -62,7 +62,7 @@ Tensors = dict[str, np.ndarray]
 def save_sparse(
     path: str | os.PathLike[str], params: Any, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a pytree of arrays to a safetensors file in which zeros take next to no room.
+    """Write a pytree of arrays to a safetensors file that stores only nonzeros.
 
     At 95 % sparsity a float32 array takes 6.3 % of its bytes, at 99 % 1.3 %. What is not sparse is
     stored as it is, and readable by everything that reads safetensors.
@@ -174,7 +174,7 @@ def load_sparse(path: str | os.PathLike[str], *, max_bytes: int | None = None) -
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The metadata that :func:`save_sparse` was given, once the checksum of the file is right.
+    """Read the metadata of a :func:`save_sparse` file and verify its checksum.
 
     Args:
       path: of the file.
@@ -198,7 +198,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 class _DamagedError(Exception):
-    """What is wrong with a file, of which the caller knows the name."""
+    """A damaged file; the caller adds its name."""
 
 
 # --- the file -----------------------------------------------------------------------------------
@@ -443,7 +443,7 @@ def _from_gaps(name: str, gaps: np.ndarray, size: int) -> np.ndarray:
     ends = np.cumsum(advance)
     end = int(ends[-1]) if ends.size else 0
     if not end <= size < end + 255:
-        raise _DamagedError(f"{name} has {size} entries, of which its gaps reach {end}")
+        raise _DamagedError(f"{name} has {size} entries, and its gaps reach {end}")
     return ends[gaps != 255] - 1
 
 

@@ -39,7 +39,7 @@ class URL(PurePosixPath):
     """The name of an object in a store, or of all objects below it.
 
     Every method that asks the store raises a `FileNotFoundError` where there is no such object, and
-    a `StoreError` for whatever else goes wrong.
+    a `StoreError` for all other failures.
 
     >>> URL("memory://bucket/run") / "notes.txt"
     URL('memory://bucket/run/notes.txt')

@@ -90,7 +90,7 @@ def inspect_file(request: ModelRequest) -> Inspected:
     if not jax.tree.leaves(found.params):
         raise ValueError(f"{path} holds no parameters")
     macs = None
-    call = "not counted: the file does not say of which model it is; --model and --image-shape do"
+    call = "not counted: the file does not name its model; --model and --image-shape do"
     if found.model is not None:
         macs = _count(found)
         dense, effective = macs.dense, macs.effective or 0
@@ -141,7 +141,7 @@ def _share(part: int, whole: int) -> str:
 
 
 class _Found(NamedTuple):
-    """What a file holds: all its arrays, and of which model and for which images they are."""
+    """The contents of a file: its arrays, its model and the shape of its images."""
 
     tree: Any
     params: Any
@@ -187,7 +187,7 @@ def _count(found: _Found) -> MacsReport:
 
 @contextlib.contextmanager
 def _explained(image_shape: tuple[int, ...]) -> Iterator[None]:
-    """Whatever a layer says of images that it cannot take becomes a line."""
+    """Turns a layer's error about images into one line."""
     try:
         yield
     except Exception as error:

@@ -240,7 +240,7 @@ def _imported(what: str, reference: str) -> Callable[[Any], Any]:
     sys.path.insert(0, os.getcwd())
     try:
         found = importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # whatever the user's module does
+    except (Exception, SystemExit) as error:  # the user's module may raise anything
         raise ValueError(
             f"{what} {reference!r}: cannot import {module}: {_brief(error)}"
         ) from error
@@ -259,7 +259,7 @@ def _imported(what: str, reference: str) -> Callable[[Any], Any]:
 
 
 def _guarded(reference: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The user's function; whatever goes wrong in it is a ValueError that names it."""
+    """The user's function; its errors become a ValueError that names it."""
 
     def call(count: Any) -> Any:
         try:

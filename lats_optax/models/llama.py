@@ -12,7 +12,7 @@ layer by layer and hold one layer at a time::
     logits = model.apply({"params": params}, hidden, method="head")   # (batch, length, vocab_size)
 
 Kernels are those of plain `flax.linen.Dense`, (inputs, outputs), in attention too: the axis that is
-contracted is axis 0 of every one, whatever its role, so that a Gram matrix of a layer's inputs, a
+contracted is axis 0 of every one, in any role, so that a Gram matrix of a layer's inputs, a
 pattern along them and an importance score need no case of their own. Heads are contiguous ranges of
 the outputs of ``q_proj``, ``k_proj`` and ``v_proj``, and of the inputs of ``o_proj``.
 """

@@ -119,7 +119,7 @@ class SEWResNet(ResidualNetwork, kw_only=True):
         ``"cifar"``, a 3×3 convolution that strides neither, so that 32×32 images end on 4×4 maps.
       classifier_bias: the published code's classifier adds one.
 
-    The others are those of `Network`; whatever ``dtype`` is, potentials are float32.
+    The others are those of `Network`; potentials are float32 under any ``dtype``.
 
     Raises:
       ValueError: an attribute is not one of these, or images are not (batch, height ≥ 32,

@@ -89,7 +89,7 @@ def check_not_negative(name: str, value: Any) -> None:
 
 
 def by_the_compiler(function: Callable[..., Any], *arrays: jax.Array, out: Any = None) -> Any:
-    """A function of arrays, of which the compiler decides how it is divided over devices.
+    """A function of arrays that the compiler divides over devices.
 
     The types of explicit sharding do not divide windows, and axes that are made of one another.
 

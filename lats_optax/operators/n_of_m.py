@@ -84,7 +84,7 @@ class NOfM:
         return dataclasses.replace(self, shrinkage=self.shrinkage.at(count))
 
     def parts(self, shapes: Mapping[str, Shape]) -> tuple[Part, ...]:
-        """Each leaf by itself, along the axis of its inputs, of which m - n of m can be zero."""
+        """Each leaf by itself, along the axis of its inputs: m - n of every m can be zero."""
         along = {axis: dataclasses.replace(self, axis=axis) for axis in {self.axis, -2, -3}}
         return tuple(
             Part.leaf(

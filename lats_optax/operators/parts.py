@@ -39,7 +39,7 @@ class Divides(Protocol):
         """
 
     def at(self, count: Any, /) -> "Divides":
-        """As `Operator.at`."""
+        """The operator of a step: see `Operator.at`."""
 
 
 TreeOperator = Operator | Divides
@@ -85,7 +85,7 @@ class Part(NamedTuple):
 
     @property
     def largest_group(self) -> int:
-        """The most weights of which one cannot become zero alone."""
+        """The size of the largest set of weights that become zero together."""
         return int(self.operator.group_sizes(self.shape).max(initial=1))
 
     def gather(self, leaves: Mapping[str, Any]) -> jax.Array:

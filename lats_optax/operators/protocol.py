@@ -232,7 +232,7 @@ class GroupOperator(abc.ABC):
 
 @dataclass(frozen=True)
 class Values:
-    """A plain function of which only values are known, as an :class:`Operator`."""
+    """A plain function as an :class:`Operator`."""
 
     function: Callable[[Any, Any], Any]
 

@@ -33,8 +33,8 @@ def draw_thresholds(
     """Draws threshold schedules side by side, as a PNG of 2100 × 1350 pixels.
 
     Over the steps: the learning rate η, the thresholds d and their implied L1 coefficients
-    ``mu_t = (d_{t+1} - d_t) / eta_t``; and d over the sum of η so far, of which μ is the slope:
-    LATS is a straight line there, whatever the learning rate.
+    ``mu_t = (d_{t+1} - d_t) / eta_t``; and d over the sum of η so far, with slope μ:
+    LATS is a straight line there under any learning rate.
 
     Args:
       path: file to write or replace; it appears only when it is complete.

@@ -20,7 +20,7 @@ def draw_model(path: str | os.PathLike[str], report: ModelReport, title: str = "
     """Draws what is left of a model as a PNG, 2400 pixels wide and as high as its layers need.
 
     Layer by layer: the sparsity; the MACs, dense and effective, or where these are not
-    known the weights; the channels of which nothing is left; and the magnitudes of the weights that
+    known the weights; the channels without a nonzero weight; and the magnitudes of the weights that
     are not zero. Below, the histogram of these, of all prunable layers.
 
     Args:

@@ -84,7 +84,7 @@ def line_style(index: int) -> dict[str, Any]:
 
 
 def shortened(name: str, length: int = 48) -> str:
-    """A name of which there is room for the end alone, such as a long path.
+    """The end of a name that is too long, such as a path.
 
     >>> shortened("runs/digits-lats/model.safetensors", 20)
     '…s/model.safetensors'

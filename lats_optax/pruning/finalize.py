@@ -17,7 +17,7 @@ from lats_optax.pruning.states import Latent, latents
 def finalize(
     params: Any, opt_state: Any, *, average: Any = None, operator: TreeOperator | Any = None
 ) -> Any:
-    """The sparse weights that a training state stands for, after a check that ``params`` are its.
+    """Check a training state and return its exact sparse weights.
 
     ``w = P_d(theta)`` where a weight is pruned, and what ``params`` has elsewhere. With
     ``average``: the averaged weights, with the support of w applied.

@@ -17,7 +17,7 @@ from lats_optax.transforms import KeepSupportState, ProximalStepState, SoftThres
 
 
 def freeze(state: Any, frozen: optax.GradientTransformation, params: Any) -> Any:
-    """Go on from a search with its support frozen: early pruning at the price of the optimizer.
+    """Continue from a search with its support frozen (early pruning).
 
     ``soft_threshold(..., freeze_after=k)`` does the same in one transform, which moves latent
     weights to the end. Here ``keep_support`` takes the place of ``soft_threshold`` after k steps: a

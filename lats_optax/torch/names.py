@@ -148,6 +148,6 @@ def form_of(model: nn.Module) -> Form:
     if type(model) not in _FORMS:
         known = ", ".join(form.__name__ for form in _FORMS)
         raise ValueError(
-            f"model is {type(model).__name__}, of which there is no PyTorch form; allowed: {known}."
+            f"model is {type(model).__name__}, which has no PyTorch form; allowed: {known}."
         )
     return _FORMS[type(model)]

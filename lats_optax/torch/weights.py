@@ -77,7 +77,7 @@ def variables_from_torch(
         known; the model has no PyTorch form.
 
     Warns:
-      UserWarning: the threshold is a number, and the checkpoint says of which epoch it is, which
+      UserWarning: the threshold is a number, and the checkpoint names its epoch, which
         ``epoch`` does not confirm.
 
     Example:
@@ -337,7 +337,7 @@ def _strength(
         if at is None:
             raise ValueError(
                 "epoch is None; allowed: an integer of 0 or more, since the state dict does not "
-                "say of which epoch it is."
+                "name its epoch."
             )
         # A schedule holds its last value, and so would answer for a longer run than its own.
         steps = getattr(threshold, "steps", math.inf)

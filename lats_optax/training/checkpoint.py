@@ -4,7 +4,7 @@ A checkpoint is a directory, `checkpoints/STEP`: in `arrays`, written by Orbax, 
 and the support that the log compares the next one with; in `MANIFEST`, written last, the config,
 where the data iterator is, and what there has to be: size and SHA-256 of each file, dtype, shape
 and CRC-32 of each array. Process 0 writes it, as a directory that appears whole (`directories`).
-It is never changed again, so whatever differs from the manifest is damage; every process checks all
+It is never changed again, so any difference from the manifest is damage; every process checks all
 of it before it goes on from it, and that sparse weights are those of their latent ones. From a
 damaged checkpoint all processes go back to the one before, with a warning. The damaged one is kept
 as `checkpoints/STEP.damaged`, and the run may write its step again. Where none is whole, the run

@@ -38,7 +38,7 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "workdir", as_path(self.workdir, "workdir"))
-        self.runs()  # whatever is wrong with the fields is found by the runs' own checks
+        self.runs()  # the runs' own checks find wrong fields
 
     def runs(self) -> dict[str, TrainConfig]:
         """The two runs, `dense` and `sparse`: the preset `digits` without and with a target."""

@@ -5,7 +5,7 @@ Two engines with one interface, `Engine`:
 - `PmapEngine`: `jax.pmap`. The state is the same on every device and has no device axis; a batch
   has one: (local devices, examples a device, ...). A step sees a device's own part of the batch.
 - `JitEngine`: `jax.jit` over a mesh of two axes. Both divide the batch; the second divides every
-  large array of the state too (FSDP), of which a step gathers the weights alone. A step sees the
+  large array of the state too (FSDP); a step gathers only the weights. A step sees the
   whole batch, and the compiler finds out who has what.
 """
 

@@ -18,7 +18,7 @@ class Preset(NamedTuple):
     """A run with a name.
 
     Attributes:
-      summary: what it does, what it takes and gives; a line of `lats-train --help`.
+      summary: what it does, its time and accuracy; a line of `lats-train --help`.
       notes: where its settings are from, and what differs there; more of its own `--help`.
       config: the run.
     """

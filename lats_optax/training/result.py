@@ -38,7 +38,7 @@ class RunResult:
         False.
       model_averaged: that of the averaged weights; None where there are none.
       target_line: whether the target sparsity was met; None in a run without one.
-      problems: what looks wrong in the run, a sentence each; `lats-train` prints them as warnings.
+      problems: problems of the run, a sentence each; `lats-train` prints them as warnings.
     """
 
     config: TrainConfig

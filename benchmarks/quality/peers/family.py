@@ -88,7 +88,7 @@ def lats(
 
     Args:
       optimizer: the base optimizer.
-      setting: its target is what the search aims at.
+      setting: its target is the goal of the search.
       knob: the final threshold.
     """
     threshold = lats_optax.lats_threshold(setting.learning_rate, setting.steps, knob)

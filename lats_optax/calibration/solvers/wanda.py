@@ -14,7 +14,7 @@ def wanda(w: jax.Array, gram: jax.Array, budget: Budget) -> jax.Array:
 
     Args:
       w: float32 [groups, inputs, outputs].
-      gram: float32 [groups, blocks, size, size], of which the diagonal is used.
+      gram: float32 [groups, blocks, size, size]; only the diagonal is used.
       budget: which weights compete, and how many become zero.
 
     Returns:
