@@ -95,22 +95,22 @@ SLOW = {
     "trainer: the same, resumed as the warning says, without training again",
     "trainer: x64 is kept by the compiled steps of a preset: loss, learning rate and threshold",
 }
-CASES = {
-    f"{module.name}: {case.what}": case
+CASES = [
+    (f"{module.name}: {case.what}", case)
     for module in pkgutil.iter_modules(misuse.__path__)
     for case in importlib.import_module(f"tests.misuse.{module.name}").CASES
-}
+]
 
 
 def test_slow_rows_are_rows():
-    assert not SLOW - CASES.keys()
+    assert not SLOW - {name for name, _ in CASES}
 
 
 @pytest.mark.parametrize(
     "case",
     [
         pytest.param(case, id=name, marks=pytest.mark.slow if name in SLOW else ())
-        for name, case in CASES.items()
+        for name, case in CASES
     ],
 )
 def test_case(case):
