@@ -268,7 +268,7 @@ def test_a_shape_that_no_image_has_is_refused(path):
         (lambda v: {**v, "params": {**v["params"], "x": ()}}, ["other containers"]),
         (
             lambda v: {"params": v["params"], "batch_stats": v["params"]},
-            ["/norm1/scale is none of"],
+            ["/norm1/scale is unknown"],
         ),
     ],
 )
