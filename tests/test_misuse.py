@@ -68,7 +68,7 @@ SLOW = {
     "numerics: weights that are the same on all devices of an unchecked shard_map",
     "numerics: weights that differ between the devices of an unchecked shard_map",
     "numerics: weights too small for float16 beside latent weights in float32",
-    "operations: a BCSR parameter",
+    "macs: a BCSR parameter",
     "stacked: a convolution taken for a stack of layers",
     "stacked: channels across attention within a scan, under lats_optax.groups.input_channels()",
     "stacked: channels across attention within a scan, under lats_optax.groups.output_channels()",
