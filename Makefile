@@ -93,6 +93,9 @@ bench-quality-full: install  ## the same with all tasks, methods and seeds, lear
 	$(BIN)/python -m benchmarks.quality --jobs 2
 	$(BIN)/python -m benchmarks.quality.table benchmarks/results/quality.jsonl
 	$(BIN)/python -m benchmarks.quality.plot benchmarks/results/quality.jsonl benchmarks/results/quality.png
+	$(BIN)/python -m benchmarks.quality.patterns --tune --jobs 2
+	$(BIN)/python -m benchmarks.quality.patterns --jobs 2
+	$(BIN)/python -m benchmarks.quality.table benchmarks/results/patterns.jsonl
 
 clean:  ## remove the environment and everything that was made (not runs/)
 	rm -rf .venv .venv-oldest .venv-newest build dist docs/_build *.egg-info .jax_cache .pytest_cache .ruff_cache .mypy_cache .hypothesis

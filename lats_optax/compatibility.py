@@ -118,6 +118,11 @@ def jaxprs_in_params(params: Mapping[str, Any]) -> list[jax.extend.core.Jaxpr]:
     return found
 
 
+def get(tree: Any, key: str) -> Any:
+    """`optax.tree.get`: optax 0.2.5."""
+    return (optax.tree.get if hasattr(optax, "tree") else optax.tree_utils.tree_get)(tree, key)
+
+
 def get_all_with_path(tree: Any, key: str) -> list[tuple[Any, Any]]:
     """`optax.tree.get_all_with_path`: optax 0.2.5."""
     if hasattr(optax, "tree"):

@@ -159,7 +159,7 @@ def test_every_preset_is_on_the_page_of_the_trainer():
 
 @pytest.mark.usefixtures("extensions")
 def test_the_measured_page_has_what_the_benchmark_prints():
-    (text,) = printed(DOCS / "measured.md")
+    text, _ = printed(DOCS / "measured.md")
     assert {"### lenet", "### resnet", "### char", "### spiking"} <= set(text.splitlines())
     (one,) = printed(DOCS / "method.md")
     assert one.strip() in text

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from lats_optax import masks
+from lats_optax.compatibility import get
 from lats_optax.masks import MaskOrFunction
 
 BINS = 64
@@ -107,7 +107,7 @@ def measure(
     Returns:
       The layers by path, on the host, and the support now.
 
-    >>> import lats_optax
+    >>> import lats_optax, optax
     >>> tx = optax.chain(optax.sgd(1.0), lats_optax.soft_threshold(0.5))
     >>> params = {"kernel": jnp.array([[0.2, 0.5, 2.0]])}
     >>> state, before = tx.init(params), support_bits(params, masks.prunable)
@@ -120,8 +120,8 @@ def measure(
     (1, 3)
     """
     weights = _pruned(params, mask)
-    latent = optax.tree.get(opt_state, "latent")
-    threshold = optax.tree.get(opt_state, "threshold")
+    latent = get(opt_state, "latent")
+    threshold = get(opt_state, "threshold")
     latents = [None] * len(weights) if latent is None else jax.tree.leaves(latent)
     counted, support = [], []
     for w, theta, bits in zip(weights.values(), latents, before, strict=True):
