@@ -192,6 +192,12 @@ def test_tuning_does_not_touch_the_test_split(go, capsys):
     rates = {line["method"]: line["learning_rate"] for line in lines if line["role"] == "rate"}
     assert rates == {"dense": 0.05, "lats_optax": 0.05}
     assert "at the end of the grid" in capsys.readouterr().out
+    _, lines, _ = go("--tune", "--tuning-seeds", "2")
+    runs = [
+        (line["method"], line["learning_rate"], line["seed"]) for line in lines if "seed" in line
+    ]
+    assert len(runs) == len(set(runs)) == 2 * len({run[:2] for run in runs})
+    assert {seed for *_, seed in runs} == {1000, 1001}
 
     _, lines, path = go("--seeds", "1", "--sparsities", "0.9")
     tested = [line for line in lines if line.get("split") == "test"]

@@ -1,6 +1,6 @@
 """N:M sparsity compared: 2:4 and 1:4, the same program as `benchmarks.quality` with other methods.
 
-    python -m benchmarks.quality.patterns --tune --jobs 2
+    python -m benchmarks.quality.patterns --tune --tuning-seeds 3 --jobs 2
     python -m benchmarks.quality.patterns --jobs 2
     python -m benchmarks.quality.table benchmarks/results/patterns.jsonl
 
