@@ -64,14 +64,14 @@ def test_one_shot_is_dense_to_the_middle_and_then_keeps_its_support():
 
 
 def test_sr_ste_is_the_rule_of_its_paper():
+    def largest(theta):
+        groups = np.abs(theta).reshape(2, 4, 5)
+        return (np.argsort(np.argsort(groups, axis=1), axis=1) >= 2).reshape(8, 5)
+
     w = theta = np.asarray(start()["kernel"], np.float64)
     for params, _, minimum in steps_of("sr-ste", 0.5, decay=DECAY):
-        groups = np.abs(theta).reshape(2, 4, 5)
-        mask = (np.argsort(np.argsort(groups, axis=1), axis=1) >= 2).reshape(8, 5)
-        theta = theta - RATE * (w - minimum + DECAY * np.where(mask, 0, theta))
-        groups = np.abs(theta).reshape(2, 4, 5)
-        mask = (np.argsort(np.argsort(groups, axis=1), axis=1) >= 2).reshape(8, 5)
-        w = np.where(mask, theta, 0)
+        theta = theta - RATE * (w - minimum + DECAY * np.where(largest(theta), 0, theta))
+        w = np.where(largest(theta), theta, 0)
         np.testing.assert_allclose(params["kernel"], w, atol=1e-5)
 
 

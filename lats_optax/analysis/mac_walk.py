@@ -353,7 +353,7 @@ _NO_PRODUCT = {
     *(p.name for m in (primitives, jax.lax) for p in vars(m).values() if isinstance(p, Primitive)),
     *("accum_grad_in_ref", "addupdate", "debug_callback", "debug_print", "empty_ref", "free_ref"),
     *("freeze", "from_edtype", "new_ref", "random_unwrap", "random_wrap", "to_edtype"),
-    *("all_gather_invariant", "all_gather_reduced", "pbroadcast", "pgather", "preduced"),
+    *("all_gather_invariant", "all_gather_reduced", "pgather", "preduced"),
     *("psum_invariant", "reduce_scatter", "unreduced_psum", "unreduced_reduce_scatter"),
     *("bcoo_extract", "bcoo_fromdense", "bcoo_sort_indices", "bcoo_sum_duplicates"),
     *("bcoo_todense", "bcoo_transpose", "bcsr_extract", "bcsr_fromdense", "bcsr_todense"),

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from lats_optax.checks.arrays import Shape, misfits
+from lats_optax.checks.arrays import FLOATS, Shape, misfits
 from lats_optax.checks.numbers import check_threshold
 from lats_optax.checks.options import check, check_choice
 from lats_optax.compatibility import enable_x64
@@ -27,7 +27,6 @@ from lats_optax.torch import state_dicts
 from lats_optax.torch.names import Form, form_of
 from lats_optax.torch.state_dicts import to_numpy
 
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
 # What training scripts wrap a state dict in: the published LATS and STR code, and torchvision's.
 _WRAPPERS = ("state_dict", "model")
 _EPOCH = "epoch"  # how many epochs a checkpoint of those two was trained for
@@ -301,7 +300,7 @@ def _check_fit(
     what: str, given: Mapping[str, Any], wanted: Mapping[str, set[Shape]], model: nn.Module
 ) -> None:
     """Raises ValueError, naming each array that is too many, too few or not as it should be."""
-    problems = misfits(given, wanted, _DTYPES)
+    problems = misfits(given, wanted, FLOATS)
     if not problems:
         return
     form = form_of(model)

@@ -26,7 +26,7 @@ def gradual_magnitude(
     What is pruned keeps its value and does not move. Source: Zhu and Gupta, "To prune, or not to
     prune" (2017), arXiv 1710.01878; that the rise ends at 75 % of the run leaves time to fine-tune.
     """
-    return _chained(
+    return chained(
         optimizer,
         setting,
         _curve(setting, reach=0.75),
@@ -45,7 +45,7 @@ def ste_magnitude(
     pruning with feedback" (ICLR 2020), arXiv 2006.07253.
     """
     threshold = _curve(setting, reach=0.75)
-    return _chained(
+    return chained(
         optimizer, setting, threshold, operator=prox.prox_power(math.inf), pruned_scale=1.0
     )
 
@@ -57,7 +57,7 @@ def st3(optimizer: optax.GradientTransformation, setting: Setting) -> optax.Grad
     soft-thresholding all you need for sparse training?" (WACV 2023), arXiv 2212.01076.
     """
     threshold = _curve(setting, reach=0.5, start=0.05)
-    return _chained(optimizer, setting, threshold, operator=RescaledSoft(), pruned_scale=1.0)
+    return chained(optimizer, setting, threshold, operator=RescaledSoft(), pruned_scale=1.0)
 
 
 def feather(
@@ -69,7 +69,7 @@ def feather(
     al., "Feather: An elegant solution to effective DNN sparsification" (BMVC 2023), arXiv
     2310.02448.
     """
-    return _chained(
+    return chained(
         optimizer,
         setting,
         _curve(setting, reach=0.5),
@@ -92,7 +92,7 @@ def lats(
       knob: the final threshold.
     """
     threshold = lats_optax.lats_threshold(setting.learning_rate, setting.steps, knob)
-    return _chained(optimizer, setting, threshold, operator=prox.prox_l1)
+    return chained(optimizer, setting, threshold, operator=prox.prox_l1)
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,8 @@ def _curve(setting: Setting, *, reach: float, start: float = 0.0) -> lats_optax.
     )
 
 
-def _chained(
+def chained(
     optimizer: optax.GradientTransformation, setting: Setting, threshold: Any, **how: Any
 ) -> optax.GradientTransformation:
+    """Soft threshold pruning behind an optimizer; the rest is for `lats_optax.soft_threshold`."""
     return optax.chain(optimizer, lats_optax.soft_threshold(threshold, mask=setting.mask, **how))

@@ -12,6 +12,7 @@ import optax
 
 import lats_optax
 from benchmarks.quality.peers.base import Schedule, Setting
+from benchmarks.quality.peers.family import chained
 from lats_optax import groups, prox
 
 PATTERNS = {0.5: (2, 4), 0.75: (1, 4)}
@@ -40,14 +41,14 @@ def one_shot(
     within the steps and the learning-rate schedule of one run.
     """
     half = max(setting.steps // 2, 1)
-    prune = lats_optax.soft_threshold(
+    return chained(
+        optimizer,
+        setting,
         _all_from(half),
         operator=_hard(setting),
-        mask=setting.mask,
         pruned_scale=0.0,
         freeze_after=half,
     )
-    return optax.chain(optimizer, prune)
 
 
 def sr_ste(
@@ -67,9 +68,11 @@ def sr_ste(
     operator = _hard(setting)
 
     def decayed(gradients: Any, latent: Any) -> Any:
-        pruned = jax.tree.map(lambda w: w == 0, operator(latent, _ALL))
         return jax.tree.map(
-            lambda g, dead, theta: g + decay * jnp.where(dead, theta, 0), gradients, pruned, latent
+            lambda g, w, theta: g + decay * jnp.where(w == 0, theta, 0),
+            gradients,
+            operator(latent, _ALL),
+            latent,
         )
 
     regularize = optax.masked(optax.stateless(decayed), setting.mask)
@@ -99,5 +102,4 @@ def _targeted(
     optimizer: optax.GradientTransformation, setting: Setting, operator: Any
 ) -> optax.GradientTransformation:
     threshold = lats_optax.target_sparsity(setting.target, setting.learning_rate, setting.steps)
-    prune = lats_optax.soft_threshold(threshold, operator=operator, mask=setting.mask)
-    return optax.chain(optimizer, prune)
+    return chained(optimizer, setting, threshold, operator=operator)
