@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from lats_optax import masks
+from lats_optax.array_types import Float, Integer
 from lats_optax.checks.numbers import is_number
 from lats_optax.masks import MaskOrFunction
 
@@ -158,7 +159,9 @@ def _distribution(
     return distribute
 
 
-def _kept(sparsity: float, sizes: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _kept(
+    sparsity: float, sizes: Integer[np.ndarray, " layers"], weights: Float[np.ndarray, " layers"]
+) -> Integer[np.ndarray, " layers"]:
     """How many weights each layer keeps, its density in proportion to `weights` where below 1."""
     total = int(sizes.sum())
     budget = total - round(sparsity * total)
@@ -179,7 +182,12 @@ def _kept(sparsity: float, sizes: np.ndarray, weights: np.ndarray) -> np.ndarray
         dense |= over
 
 
-def _rounded_to(total: int, shares: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+def _rounded_to(
+    total: int,
+    shares: Float[np.ndarray, " layers"],
+    low: Integer[np.ndarray, " layers"],
+    high: Integer[np.ndarray, " layers"],
+) -> Integer[np.ndarray, " layers"]:
     """Whole numbers next to the shares, within bounds, that sum to `total` (largest remainder)."""
     counts = np.clip(np.floor(shares).astype(np.int64), low, high)
     while missing := total - int(counts.sum()):

@@ -12,11 +12,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lats_optax.array_types import Array, Integer, Num, Shaped
 from lats_optax.checks.numbers import check_steps
 from lats_optax.operators import leaves
 from lats_optax.operators.n_of_m import n_of_m
@@ -69,7 +69,7 @@ class Tiles(GroupOperator):
         stacked = (f"stacked_axes={self.stacked_axes}",) if self.stacked_axes else ()
         return f"{self.name}({', '.join((*sides, *more, *stacked))})"
 
-    def sums(self, x: jax.Array) -> jax.Array:
+    def sums(self, x: Num[Array, "..."]) -> Num[Array, "..."]:
         """The sum over each tile, computed by a window where tiles have sides."""
         self._check(x.shape)
         whole = tuple(range(self.stacked_axes, x.ndim - 2)) if self.all_positions else ()
@@ -82,14 +82,14 @@ class Tiles(GroupOperator):
         # last two axes, and would pad sides of 4 to ones of 128.
         ragged = [(0, -size % side) for size, side in zip(totals.shape, window)]
 
-        def over_windows(totals: jax.Array) -> jax.Array:
+        def over_windows(totals: Array) -> Array:
             zero = np.zeros((), totals.dtype)
             return lax.reduce_window(totals, zero, lax.add, window, window, ragged)
 
-        sums: jax.Array = leaves.by_the_compiler(over_windows, totals)
+        sums: Array = leaves.by_the_compiler(over_windows, totals)
         return sums
 
-    def group_sizes(self, shape: tuple[int, ...]) -> np.ndarray:
+    def group_sizes(self, shape: tuple[int, ...]) -> Integer[np.ndarray, "..."]:
         """Tiles at the end of an axis may be smaller."""
         self._check(shape)
         positions = math.prod(shape[self.stacked_axes : -2]) if self.all_positions else 1
@@ -97,7 +97,9 @@ class Tiles(GroupOperator):
         sizes = positions * np.outer(inputs, outputs).astype(np.int32)
         return sizes.reshape((1,) * (len(shape) - 2) + sizes.shape)
 
-    def expand(self, each: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    def expand(
+        self, each: Shaped[Array, "*groups"], shape: tuple[int, ...]
+    ) -> Shaped[Array, "..."]:
         """Each value repeated over its tile."""
         for axis, side in ((len(shape) - 2, self.rows), (len(shape) - 1, self.columns)):
             if side is not None and side > 1:

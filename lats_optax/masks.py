@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from lats_optax import compatibility
+from lats_optax.array_types import Array
 
 Mask = Any  # a pytree of bools that matches the parameters (or is a prefix of them)
 MaskOrFunction = Mask | Callable[[Any], Mask]
@@ -267,7 +268,7 @@ def expand_support(support: Any, params: Any) -> Any:
       {'kernel': Array(True, dtype=bool)}
     """
 
-    def copy(path: str, kept: Any, leaf: jax.Array) -> jax.Array:
+    def copy(path: str, kept: Any, leaf: Array) -> Array:
         allowed = f"allowed is bool{list(jnp.shape(leaf))} or a bool scalar"
         try:
             kept = jnp.array(kept)

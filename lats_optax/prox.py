@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lats_optax.array_types import Array, Float, Integer, Num, Scalar, Shaped
 from lats_optax.checks.numbers import check_above, check_threshold
 from lats_optax.operators.leaves import positive_zero
 from lats_optax.operators.power import PowerThreshold, Rescaled, prox_annealed
@@ -66,13 +67,15 @@ class SoftThreshold(Elementwise):
     Source: Parikh and Boyd, "Proximal Algorithms" (2014), section 6.5.2.
     """
 
-    def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
+    def shrink(
+        self, x: Float[Array, "*shape"], d: Float[Array, "*#shape"]
+    ) -> Float[Array, "*shape"]:
         """``sign(x) max(|x| - d, 0)``."""
         # A comparison, not max(): NaN fails it and passes on. Two selections are cheaper than
         # sign().
         return jnp.where(jnp.abs(x) - d <= 0, 0.0, jnp.where(x > 0, x - d, x + d))
 
-    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
+    def preimage(self, w: Float[Array, "*shape"], d: Scalar) -> Float[Array, "*shape"]:
         """``w + d sign(w)``."""
         return w + d * jnp.sign(w)
 
@@ -93,15 +96,17 @@ class NonNegative(Elementwise):
     Source: Parikh and Boyd, "Proximal Algorithms" (2014), section 6.5.2.
     """
 
-    def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
+    def shrink(
+        self, x: Float[Array, "*shape"], d: Float[Array, "*#shape"]
+    ) -> Float[Array, "*shape"]:
         """``max(x - d, 0)``."""
         return jnp.where(x - d <= 0, 0.0, x - d)
 
-    def least(self, x: jax.Array) -> jax.Array:
+    def least(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """``max(x, 0)``: a negative number goes to zero at once."""
         return jnp.maximum(x, 0)
 
-    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
+    def preimage(self, w: Float[Array, "*shape"], d: Scalar) -> Float[Array, "*shape"]:
         """``w + d`` where w is positive."""
         return w + jnp.where(w > 0, d, jnp.zeros_like(d))
 
@@ -119,20 +124,22 @@ class ElasticNet(Elementwise):
       Array([9.], dtype=float32)
     """
 
-    l2: float = 1.0
+    l2: Scalar = 1.0
 
     def __post_init__(self) -> None:
         """Refuse what is not a finite number >= 0, unless it is on a device."""
         if not isinstance(self.l2, jax.Array):
             check_threshold("l2", self.l2)
 
-    def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
+    def shrink(
+        self, x: Float[Array, "*shape"], d: Float[Array, "*#shape"]
+    ) -> Float[Array, "*shape"]:
         """``S_d(x) / (1 + d l2)``."""
         shrunk = prox_l1.shrink(x, d)
         # An infinite d times an l2 of zero has no value; a zero needs no division.
         return jnp.where(shrunk == 0, 0.0, positive_zero(shrunk / (1 + d * self.l2)))
 
-    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
+    def preimage(self, w: Float[Array, "*shape"], d: Scalar) -> Float[Array, "*shape"]:
         """``w (1 + d l2) + d sign(w)``."""
         return w * (1 + d * self.l2) + d * jnp.sign(w)
 
@@ -155,18 +162,20 @@ class HardThreshold(Elementwise):
     Source: Blumensath and Davies, "Iterative thresholding for sparse approximations" (2008).
     """
 
-    def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
+    def shrink(
+        self, x: Float[Array, "*shape"], d: Float[Array, "*#shape"]
+    ) -> Float[Array, "*shape"]:
         """``x`` where ``x^2 / 2 > d``, else 0."""
         kept = jnp.where(jnp.isnan(d), d, x)
         return jnp.where(self.least(x) <= d, 0.0, kept)
 
-    def least(self, x: jax.Array) -> jax.Array:
+    def least(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """``x^2 / 2``."""
         # A square that underflows is still that of a weight which a strength of zero leaves alone.
         tiny = jnp.finfo(x.dtype).tiny  # type: ignore[no-untyped-call]
         return jnp.where(x == 0, 0.0, jnp.maximum(jnp.square(x) / 2, tiny))
 
-    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
+    def preimage(self, w: Float[Array, "*shape"], d: Scalar) -> Float[Array, "*shape"]:
         """The weights themselves."""
         del d
         return jnp.array(w)
@@ -178,14 +187,16 @@ class FirmThreshold(Elementwise):
 
     gamma: float
 
-    def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
+    def shrink(
+        self, x: Float[Array, "*shape"], d: Float[Array, "*#shape"]
+    ) -> Float[Array, "*shape"]:
         """0 up to d, the identity from ``gamma d`` on, linear in between."""
         steep = prox_l1.shrink(x, d) * (self.gamma / (self.gamma - 1))
         # NaN, as of inf - inf, passes on; a zero is taken from here, because it has no sign.
         inside = (jnp.abs(x) < self.gamma * d) | (steep == 0) | jnp.isnan(steep)
         return jnp.where(inside, steep, x)
 
-    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
+    def preimage(self, w: Float[Array, "*shape"], d: Scalar) -> Float[Array, "*shape"]:
         """The one point in between that the operator sends to w, or w itself."""
         between = w * ((self.gamma - 1) / self.gamma) + d * jnp.sign(w)
         return jnp.where(jnp.abs(w) < self.gamma * d, between, w)
@@ -197,7 +208,9 @@ class ScadThreshold(Elementwise):
 
     a: float
 
-    def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
+    def shrink(
+        self, x: Float[Array, "*shape"], d: Float[Array, "*#shape"]
+    ) -> Float[Array, "*shape"]:
         """Soft up to ``2 d``, the identity from ``a d`` on, linear in between."""
         size = jnp.abs(x)
         between = ((self.a - 1) * x - jnp.sign(x) * (self.a * d)) / (self.a - 2)
@@ -205,7 +218,7 @@ class ScadThreshold(Elementwise):
         soft = prox_l1.shrink(x, d)
         return jnp.where((size <= 2 * d) | jnp.isnan(soft), soft, outer)
 
-    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
+    def preimage(self, w: Float[Array, "*shape"], d: Scalar) -> Float[Array, "*shape"]:
         """The point that the operator sends to w."""
         size = jnp.abs(w)
         between = ((self.a - 2) * w + jnp.sign(w) * (self.a * d)) / (self.a - 1)
@@ -230,16 +243,18 @@ class Axes(GroupOperator):
     shrinkage: Elementwise = SoftThreshold()
     axes: int | Sequence[int] | None = None
 
-    def sums(self, x: jax.Array) -> jax.Array:
+    def sums(self, x: Num[Array, "..."]) -> Num[Array, "..."]:
         """The sum over the axes, which are kept."""
         return jnp.sum(x, axis=self._within(x.ndim), keepdims=True)
 
-    def group_sizes(self, shape: tuple[int, ...]) -> np.ndarray:
+    def group_sizes(self, shape: tuple[int, ...]) -> Integer[np.ndarray, "..."]:
         """One size for all groups."""
         size = math.prod(shape[axis] for axis in self._within(len(shape)))
         return np.full((1,) * len(shape), size, np.int32)
 
-    def expand(self, each: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    def expand(
+        self, each: Shaped[Array, "*groups"], shape: tuple[int, ...]
+    ) -> Shaped[Array, "..."]:
         """The axes are kept, so the values broadcast as they are."""
         del shape
         return each
@@ -261,7 +276,7 @@ prox_non_negative_l1 = NonNegative()
 prox_l0 = HardThreshold()
 
 
-def prox_elastic_net(x: Any, strength: Any = 1.0, *, l2: float = 1.0) -> Any:
+def prox_elastic_net(x: Any, strength: Any = 1.0, *, l2: Scalar = 1.0) -> Any:
     """The proximal operator of the elastic net.
 
     ``argmin_z 1/2 (z - x)^2 + d (|z| + l2/2 z^2) = S_d(x) / (1 + d l2)``

@@ -10,20 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
+from lats_optax.array_types import AnyArray, Array, Count, Float, Integer, Real
 from lats_optax.operators.protocol import Operator
 from lats_optax.prox import prox_l1
 
 _DIGIT_BITS = 4
 
+Ranks = Sequence[Count] | Integer[AnyArray, " lists"]
+"""A rank for each list of arrays."""
+
 
 def kth_smallest(
-    arrays: Sequence[jax.Array],
-    rank: Any,
+    arrays: Sequence[Real[AnyArray, "..."]],
+    rank: Count,
     operator: Operator = prox_l1,
     *,
-    dtype: Any = jnp.float32,
-) -> jax.Array:
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, ""]:
     """The ``rank``-th smallest magnitude over several arrays, exactly, in a few reads of them.
 
     A radix selection: non-negative floats are ordered as their bit patterns are, so the answer is
@@ -55,12 +60,12 @@ def kth_smallest(
 
 
 def kth_smallest_of_each(
-    lists: Sequence[Sequence[jax.Array]],
-    ranks: Any,
+    lists: Sequence[Sequence[Real[AnyArray, "..."]]],
+    ranks: Ranks,
     operator: Operator = prox_l1,
     *,
-    dtype: Any = jnp.float32,
-) -> jax.Array:
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, " lists"]:
     """The ``ranks[i]``-th smallest magnitude over the arrays of each list, in one loop over all.
 
     Args:
@@ -84,7 +89,7 @@ def kth_smallest_of_each(
     return select(rows, ranks, dtype=dtype)
 
 
-def select(rows: "Rows", ranks: Any, *, dtype: Any) -> jax.Array:
+def select(rows: "Rows", ranks: Ranks, *, dtype: DTypeLike) -> Float[Array, " lists"]:
     """As :func:`kth_smallest_of_each`, of arrays that have an operator each."""
     _check_ranks(rows, ranks)
     pattern = _pattern_of(dtype)
@@ -93,7 +98,7 @@ def select(rows: "Rows", ranks: Any, *, dtype: Any) -> jax.Array:
     digits = jnp.arange(1, 2**_DIGIT_BITS, dtype=pattern)
     wanted = jnp.asarray(ranks, jnp.uint32)[:, None]
 
-    def one_digit(index: int | jax.Array, found: jax.Array) -> jax.Array:
+    def one_digit(index: Count, found: Integer[Array, " lists"]) -> Integer[Array, " lists"]:
         # The last digit has fewer bits left; its surplus candidates lie above the answer.
         shift = jnp.maximum(bits - _DIGIT_BITS * (index + 1), 0).astype(pattern)
         # Without the barrier XLA hoists the magnitudes out of the loop, as a copy of all weights.
@@ -111,7 +116,7 @@ def select(rows: "Rows", ranks: Any, *, dtype: Any) -> jax.Array:
     return lax.bitcast_convert_type(found, dtype)
 
 
-def below_the_largest(rows: "Rows", found: jax.Array) -> jax.Array:
+def below_the_largest(rows: "Rows", found: Float[Array, " lists"]) -> Float[Array, " lists"]:
     """The quantiles as thresholds that leave something: finite, and below the largest magnitude.
 
     Args:
@@ -133,7 +138,7 @@ def below_the_largest(rows: "Rows", found: jax.Array) -> jax.Array:
     infinity = lax.bitcast_convert_type(jnp.asarray(jnp.inf, dtype), patterns.dtype)
     zero = np.zeros((), patterns.dtype)
 
-    def one(row: "Sequence[Measured]", q: jax.Array) -> jax.Array:
+    def one(row: "Sequence[Measured]", q: Integer[Array, ""]) -> Integer[Array, ""]:
         largest, lower = jnp.asarray(zero), jnp.asarray(zero)
         for array, magnitude, _ in row:
             each = _patterns(magnitude(array), dtype)
@@ -150,7 +155,7 @@ def below_the_largest(rows: "Rows", found: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(kept, dtype)
 
 
-def _check_ranks(rows: "Rows", ranks: Any) -> None:
+def _check_ranks(rows: "Rows", ranks: Ranks) -> None:
     for index, row in enumerate(rows):
         size = sum(each.weights for each in row)
         if size >= 2**32:
@@ -163,12 +168,12 @@ def _check_ranks(rows: "Rows", ranks: Any) -> None:
 class Measured(NamedTuple):
     """An array, the map from it to magnitudes, and the number of weights behind each of them."""
 
-    array: jax.Array
-    magnitude: Callable[[jax.Array], jax.Array]
-    sizes: np.ndarray
+    array: Real[AnyArray, "..."]
+    magnitude: Callable[[AnyArray], Array]
+    sizes: Integer[np.ndarray, "..."]
 
     @classmethod
-    def of(cls, array: jax.Array, operator: Operator) -> "Measured":
+    def of(cls, array: Real[AnyArray, "..."], operator: Operator) -> "Measured":
         """An array under an operator."""
         sizes = operator.group_sizes(array.shape)
         if np.any(sizes != 1):
@@ -185,7 +190,9 @@ class Measured(NamedTuple):
 Rows = Sequence[Sequence[Measured]]
 
 
-def _count_below(measured: Sequence[Measured], pivots: jax.Array, dtype: Any) -> jax.Array:
+def _count_below(
+    measured: Sequence[Measured], pivots: Integer[Array, " pivots"], dtype: DTypeLike
+) -> Integer[Array, " pivots"]:
     """For each pivot the number of bit patterns below it, in one pass over the arrays."""
     total = jnp.zeros(pivots.shape, jnp.uint32)
     for array, magnitude, sizes in measured:
@@ -205,13 +212,13 @@ def _count_below(measured: Sequence[Measured], pivots: jax.Array, dtype: Any) ->
     return total
 
 
-def _patterns(magnitudes: jax.Array, dtype: Any) -> jax.Array:
+def _patterns(magnitudes: Float[Array, "*groups"], dtype: DTypeLike) -> Integer[Array, "*groups"]:
     """Integers in the order of the magnitudes."""
     # abs: the order of bit patterns holds for a clear sign bit, and a magnitude may be -0.0.
     return lax.bitcast_convert_type(jnp.abs(magnitudes.astype(dtype)), _pattern_of(dtype))
 
 
-def _pattern_of(dtype: Any) -> np.dtype[Any]:
+def _pattern_of(dtype: DTypeLike) -> np.dtype[Any]:
     return np.dtype(f"int{jnp.dtype(dtype).itemsize * 8}")
 
 

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lats_optax import masks
+from lats_optax.array_types import Array, Bool, Float, Integer
 from lats_optax.checks.numbers import check_fraction, check_steps, is_number
 from lats_optax.control.laws import Law, constant_l1
 from lats_optax.control.schedules import ScalarOrSchedule, is_schedule, learning_rates
@@ -60,11 +61,11 @@ class TargetSparsityState(NamedTuple):
       zeros: how many weights are zero at the target, uint32: of all together, or of each layer.
     """
 
-    quantile: jax.Array
-    first: jax.Array
-    speed: jax.Array
-    steps: jax.Array
-    zeros: jax.Array
+    quantile: Float[Array, "*layers"]
+    first: Float[Array, "*layers"]
+    speed: Float[Array, "*layers"]
+    steps: Integer[Array, ""]
+    zeros: Integer[Array, "*layers"]
 
 
 def target_sparsity(
@@ -169,7 +170,7 @@ class TargetSparsity:
 
     target: Any
     law: Law
-    rates: np.ndarray
+    rates: Float[np.ndarray, " steps"]
     horizon: int
     update_every: int
     freeze_after: int | None = None
@@ -212,7 +213,7 @@ class TargetSparsity:
 
     def init(
         self, latent: Any, operator: TreeOperator | None = None
-    ) -> tuple[jax.Array, TargetSparsityState]:
+    ) -> tuple[Float[Array, "*layers"], TargetSparsityState]:
         """A threshold of zero, after a look at the tree of targets."""
         if operator is None:  # as optax.chain would call it
             raise TypeError(
@@ -228,12 +229,12 @@ class TargetSparsity:
 
     def update(
         self,
-        count: jax.Array,
-        threshold: jax.Array,
+        count: Integer[Array, ""],
+        threshold: Float[Array, "*layers"],
         state: TargetSparsityState,
         latent: Any,
         operator: TreeOperator,
-    ) -> tuple[jax.Array, TargetSparsityState]:
+    ) -> tuple[Float[Array, "*layers"], TargetSparsityState]:
         """Select the quantile where it is due (1), and control the threshold by it."""
         weights = by_path(latent)
         if not sum(leaf.size for leaf in weights.values()):
@@ -259,16 +260,16 @@ class Plan(NamedTuple):
       keep: 1 - (what was spent since the last selection) / window, [n].
     """
 
-    due: np.ndarray
-    fraction: np.ndarray
-    gain: np.ndarray
-    spent: np.ndarray
-    remaining: np.ndarray
-    weight: np.ndarray
-    keep: np.ndarray
+    due: Integer[np.ndarray, " n"]
+    fraction: Float[np.ndarray, " _"]
+    gain: Float[np.ndarray, " K"]
+    spent: Float[np.ndarray, " n"]
+    remaining: Float[np.ndarray, " n"]
+    weight: Float[np.ndarray, " n"]
+    keep: Float[np.ndarray, " n"]
 
     @classmethod
-    def of(cls, law: Law, rates: np.ndarray, due: np.ndarray) -> "Plan":
+    def of(cls, law: Law, rates: Float[np.ndarray, " K"], due: Integer[np.ndarray, " n"]) -> "Plan":
         """The tables of a law.
 
         Args:
@@ -305,7 +306,7 @@ class Plan(NamedTuple):
         """The number of steps of the whole run."""
         return int(self.due[-1]) + 1
 
-    def selection(self, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def selection(self, count: Integer[Array, ""]) -> tuple[Integer[Array, ""], Bool[Array, ""]]:
         """The number of the latest selection at a step, and whether it is due at this step.
 
         After the last step every step is due, so that who trains on stays at the target.
@@ -317,11 +318,11 @@ class Plan(NamedTuple):
 
 def control(
     plan: Plan,
-    count: jax.Array,
-    threshold: jax.Array,
+    count: Integer[Array, ""],
+    threshold: Float[Array, "*layers"],
     state: TargetSparsityState,
-    quantile: jax.Array,
-) -> tuple[jax.Array, TargetSparsityState]:
+    quantile: Float[Array, "*layers"],
+) -> tuple[Float[Array, "*layers"], TargetSparsityState]:
     """The threshold after a step, by equations (2) to (6): a pure function, without weights.
 
     Args:
@@ -348,7 +349,7 @@ def control(
       2.5
     """
 
-    def at(table: np.ndarray, entry: jax.Array) -> jax.Array:
+    def at(table: Float[np.ndarray, " _"], entry: Integer[Array, ""]) -> Float[Array, ""]:
         return jnp.asarray(table, threshold.dtype)[entry]
 
     index, due = plan.selection(count)
@@ -387,16 +388,16 @@ def default_update_every(steps: int) -> int:
 class _Targets(NamedTuple):
     """Sparsities, numbers of weights, and how many can be zero: of all together, or of each."""
 
-    sparsity: np.ndarray
-    sizes: np.ndarray
-    most: np.ndarray
+    sparsity: Float[np.ndarray, "*layers"]
+    sizes: Integer[np.ndarray, "*layers"]
+    most: Integer[np.ndarray, "*layers"]
 
-    def named(self, fraction: np.ndarray) -> np.ndarray:
+    def named(self, fraction: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n *layers"]:
         """The number of weights that parts of the target name, float64 [n] or [n, layers]."""
         shape = (-1, *(1,) * np.ndim(self.sizes))
         return np.rint(np.reshape(fraction, shape) * self.sparsity * self.sizes)
 
-    def ranks(self, fraction: np.ndarray) -> np.ndarray:
+    def ranks(self, fraction: Float[np.ndarray, " n"]) -> Integer[np.ndarray, " n *layers"]:
         """The number of weights that are zero at parts of the target, uint32 [n] or [n, layers].
 
         At least one weight, or one group, survives: a target below 1 never means none at all.
@@ -449,7 +450,7 @@ def _targets(target: Any, latent: Any, operator: TreeOperator) -> _Targets:
     return _bounded(np.array(checked), [[part] for part in parts])
 
 
-def _bounded(sparsity: np.ndarray, lists: list[list[Part]]) -> _Targets:
+def _bounded(sparsity: Float[np.ndarray, "*layers"], lists: list[list[Part]]) -> _Targets:
     """Targets of lists of parts, each of which can be met: one weight, or group, survives."""
     shape = np.shape(sparsity)
     sizes = np.array([sum(part.size for part in parts) for parts in lists], np.int64)
@@ -468,7 +469,7 @@ def _bounded(sparsity: np.ndarray, lists: list[list[Part]]) -> _Targets:
     return _Targets(sparsity, sizes.reshape(shape), most.reshape(shape))
 
 
-def _increments(law: Law, rates: np.ndarray) -> np.ndarray:
+def _increments(law: Law, rates: Float[np.ndarray, " K"]) -> Float[np.ndarray, " K"]:
     """The proportions in which the threshold rises, float64 [K], that sum to 1."""
     assert law.increments is not None
     increments = np.asarray(law.increments(rates), np.float64)

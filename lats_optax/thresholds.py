@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lats_optax.array_types import Float, Integer
 from lats_optax.checks.numbers import check_above, check_steps, check_threshold
 from lats_optax.control.schedules import (
     ScalarOrSchedule,
@@ -259,7 +260,7 @@ def l1_from_threshold(
     if not callable(learning_rate):
         check_threshold("learning_rate", learning_rate)
 
-    def on_host(counts: np.ndarray) -> np.ndarray:
+    def on_host(counts: Integer[np.ndarray, "*counts"]) -> Float[np.ndarray, "*counts"]:
         rise = _rise(threshold, counts)
         rate = evaluate("learning_rate", learning_rate, counts)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -292,16 +293,18 @@ def _fractions(steps: Any) -> np.ndarray:
     return np.arange(steps + 1) / steps
 
 
-def _closed_form(final: float, shape: np.ndarray) -> ThresholdSchedule:
+def _closed_form(final: float, shape: Float[np.ndarray, " n"]) -> ThresholdSchedule:
     # The shapes rise from 0 to 1 up to rounding, which must not make a threshold negative.
     return ThresholdSchedule(check_threshold("final", final) * np.maximum(shape, 0.0))
 
 
-def _prefix_sums(values: np.ndarray) -> np.ndarray:
+def _prefix_sums(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n+1"]:
     return np.concatenate([[0.0], np.cumsum(values)])
 
 
-def _rise(threshold: ScalarOrSchedule, counts: np.ndarray) -> np.ndarray:
+def _rise(
+    threshold: ScalarOrSchedule, counts: Integer[np.ndarray, "*counts"]
+) -> Float[np.ndarray, "*counts"]:
     if isinstance(threshold, ThresholdSchedule):
         # Before the first step, as after the last, the threshold stands still.
         return np.where(counts < 0, 0.0, look_up(np.append(threshold.increments, 0.0), counts))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from lats_optax import masks
+from lats_optax.array_types import Array, Float, Integer
 from lats_optax.checks.arguments import (
     check_beside,
     check_float_type,
@@ -44,8 +45,8 @@ class SoftThresholdState(NamedTuple):
       inner_state: the state of ``inner``, else ``()``.
     """
 
-    count: jax.Array  # type: ignore[assignment]  # tuple.count
-    threshold: jax.Array
+    count: Integer[Array, ""]  # type: ignore[assignment]  # tuple.count
+    threshold: Float[Array, "*layers"]
     latent: Any
     control: Any
     inner_state: Any
@@ -54,7 +55,7 @@ class SoftThresholdState(NamedTuple):
 class ProximalStepState(NamedTuple):
     """The number of steps taken, an int32 scalar."""
 
-    count: jax.Array  # type: ignore[assignment]  # tuple.count
+    count: Integer[Array, ""]  # type: ignore[assignment]  # tuple.count
 
 
 class KeepSupportState(NamedTuple):
@@ -372,13 +373,13 @@ def keep_support(support: Any) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _pruned(operator: TreeOperator, latent: Any, threshold: jax.Array) -> Any:
+def _pruned(operator: TreeOperator, latent: Any, threshold: Float[Array, "*layers"]) -> Any:
     """``P_d(theta)``, a tree like the latent weights."""
     thresholds = expand_threshold(threshold, latent)
     return map_parts(lambda part, theta, d: part(theta, d), operator, latent, thresholds)
 
 
-def _moved(update: Any, w: Any) -> jax.Array:
+def _moved(update: Any, w: Any) -> Float[Array, "..."]:
     """``w + update``, in the dtype of w."""
     w = jnp.asarray(w)
     return w + jnp.asarray(update).astype(w.dtype)

@@ -31,9 +31,14 @@ ALLOWED = {
     "commands": {"cli"},
     "examples": {"api", "core", "plots", "models", "torch", "calibration"},
 }
-# What needs jax, numpy and optax alone; what a file of it may import besides, within its functions.
+# What needs jax, numpy and optax alone; what a file of it may import besides, within its functions
+# or where it is installed.
 LIGHT = {"api", "core", "files", "analysis"}
-BESIDES = {"files/sparse.py": {"safetensors"}, "files/storage.py": {"fsspec"}}
+BESIDES = {
+    "array_types.py": {"jaxtyping"},
+    "files/sparse.py": {"safetensors"},
+    "files/storage.py": {"fsspec"},
+}
 OPTIONAL = (
     *("chex", "equinox", "flax", "fsspec", "gguf", "grain", "matplotlib", "orbax", "PIL"),
     *("safetensors", "sklearn", "tensorboardX", "tensorflow", "tensorflow_datasets"),

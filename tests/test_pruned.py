@@ -67,7 +67,7 @@ def test_an_array_of_one_dimension_is_one_output():
     ids=["inf", "nothing alive", "all alive", "straight-through"],
 )
 def test_where_updates_are_left_as_they_are(rule, w):
-    np.testing.assert_array_equal(rule(U, w), U)
+    np.testing.assert_array_equal(rule(jnp.asarray(U), jnp.asarray(w)), U)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,13 @@ The closed loop, which follows the latent weights to a named sparsity, is in `ta
 import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from lats_optax.array_types import Array, Count, Float, Integer
 from lats_optax.checks.numbers import check_threshold
 from lats_optax.control.schedules import ScalarOrSchedule, is_distribution
 from lats_optax.latent.pruned import STRAIGHT_THROUGH, PrunedUpdate
@@ -23,6 +24,7 @@ _LATE = 2**30
 _FALL = 0.1
 
 
+@runtime_checkable
 class Controller(Protocol):
     """A rule for the threshold: a pure function of the step count and the latent weights.
 
@@ -46,17 +48,17 @@ class Controller(Protocol):
           ValueError: it does not go with one of the two.
         """
 
-    def init(self, latent: Any, operator: TreeOperator) -> tuple[jax.Array, Any]:
+    def init(self, latent: Any, operator: TreeOperator) -> tuple[Float[Array, "*layers"], Any]:
         """The threshold before the first step, and the state of the controller."""
 
     def update(
         self,
-        count: jax.Array,
-        threshold: jax.Array,
+        count: Integer[Array, ""],
+        threshold: Float[Array, "*layers"],
         state: Any,
         latent: Any,
         operator: TreeOperator,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[Float[Array, "*layers"], Any]:
         """The threshold after ``count + 1`` steps, and the new state.
 
         Args:
@@ -78,7 +80,7 @@ class OpenLoop:
       constant: the threshold, where it is the same at all steps; None: it is not.
     """
 
-    schedule: Callable[[Any], jax.Array]
+    schedule: Callable[[Count], Float[Array, ""]]
     steps: int | None = None
     constant: Any = None
     default_operator: TreeOperator = prox_l1
@@ -96,7 +98,7 @@ class OpenLoop:
             _warn_of_a_fall(self.schedule, _LATE if freeze_after is None else freeze_after)
         return self
 
-    def init(self, latent: Any, operator: TreeOperator) -> tuple[jax.Array, Any]:
+    def init(self, latent: Any, operator: TreeOperator) -> tuple[Float[Array, "*layers"], Any]:
         """The schedule at 0, after a look at what a threshold of that size leaves alive."""
         first = self.schedule(0)
         _warn_of_nothing_left(self.constant, latent, operator)
@@ -104,12 +106,12 @@ class OpenLoop:
 
     def update(
         self,
-        count: jax.Array,
-        threshold: jax.Array,
+        count: Integer[Array, ""],
+        threshold: Float[Array, "*layers"],
         state: Any,
         latent: Any,
         operator: TreeOperator,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[Float[Array, "*layers"], Any]:
         """The schedule at ``count + 1``."""
         del threshold, latent, operator
         return self.schedule(optax.safe_increment(count)), state
@@ -121,7 +123,7 @@ def as_controller(threshold: ScalarOrSchedule | Controller) -> Controller:
     Raises:
       ValueError: a threshold that is negative or not finite (a schedule is asked for count 0).
     """
-    if _is_controller(threshold):
+    if isinstance(threshold, Controller):
         return threshold
     if callable(threshold) and is_distribution(threshold):
         raise ValueError(
@@ -133,7 +135,7 @@ def as_controller(threshold: ScalarOrSchedule | Controller) -> Controller:
     return OpenLoop(schedule, getattr(threshold, "steps", None), constant)
 
 
-def as_schedule(name: str, value: Any) -> Callable[[Any], jax.Array]:
+def as_schedule(name: str, value: Any) -> Callable[[Count], Float[Array, ""]]:
     """A number or a schedule as ``count -> float array``, checked as far as it is known."""
     first = value(0) if callable(value) else value
     if not isinstance(first, jax.core.Tracer):
@@ -145,7 +147,7 @@ def as_schedule(name: str, value: Any) -> Callable[[Any], jax.Array]:
     return lambda count: jnp.asarray(value, jnp.result_type(float))
 
 
-def _warn_of_a_fall(schedule: Callable[[Any], jax.Array], late: int) -> None:
+def _warn_of_a_fall(schedule: Callable[[Count], Float[Array, ""]], late: int) -> None:
     """Warns of a schedule that is far lower late in a run than at its start."""
     try:
         first, last = schedule(0), schedule(late)
@@ -185,7 +187,3 @@ def _warn_of_nothing_left(constant: Any, latent: Any, operator: TreeOperator) ->
             "target_sparsity(0.95, learning_rate, steps)",
             stacklevel=4,
         )
-
-
-def _is_controller(threshold: Any) -> TypeGuard[Controller]:
-    return hasattr(threshold, "prepared")

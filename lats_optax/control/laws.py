@@ -7,11 +7,14 @@ has on the way. Laws that name a final threshold, and no sparsity, are in `thres
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
-Curve = Callable[[Any], Any]
+from lats_optax.array_types import Array, Float
+
+Numbers = TypeVar("Numbers", float, Array, np.ndarray)
+Curve = Callable[[Float[np.ndarray, " n"]], Float[np.ndarray, " n"]]
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,11 @@ class Law:
       fraction: from x = t / K in (0, 1] to the part of the target that the quantile is taken at.
     """
 
-    increments: Callable[[np.ndarray], np.ndarray] | None
+    increments: Callable[[Float[np.ndarray, " K"]], Float[np.ndarray, " K"]] | None
     fraction: Curve
 
 
-def cubic(x: Any) -> Any:
+def cubic(x: Numbers) -> Numbers:
     """The cubic curve ``1 - (1 - x)^3``: steep at first, flat at the end.
 
     Args:
@@ -80,7 +83,7 @@ def threshold_curve(curve: Curve = cubic) -> Law:
       array([0.875, 0.125])
     """
 
-    def increments(rates: np.ndarray) -> np.ndarray:
+    def increments(rates: Float[np.ndarray, " K"]) -> Float[np.ndarray, " K"]:
         steps = len(rates)
         return np.diff(_evaluated("curve", curve, np.arange(steps + 1) / steps))
 
@@ -111,7 +114,7 @@ def sparsity_curve(curve: Curve = cubic) -> Law:
     "Feather" (BMVC 2023).
     """
 
-    def fraction(x: np.ndarray) -> np.ndarray:
+    def fraction(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         values = _evaluated("curve", curve, x)
         inside = (values >= 0) & (values <= 1)
         if not inside.all():
@@ -127,7 +130,7 @@ def sparsity_curve(curve: Curve = cubic) -> Law:
     return Law(None, fraction)
 
 
-def _evaluated(name: str, curve: Curve, x: np.ndarray) -> np.ndarray:
+def _evaluated(name: str, curve: Curve, x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """A curve at points, float64, and finite."""
     values = np.broadcast_to(np.asarray(curve(x), np.float64), x.shape)
     if not np.all(np.isfinite(values)):

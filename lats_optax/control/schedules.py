@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lats_optax.array_types import AnyArray, Float, Integer
 from lats_optax.checks.numbers import check_steps, is_number
 from lats_optax.compatibility import enable_x64
 
@@ -30,7 +31,9 @@ class ThresholdSchedule:
         long run an increment is smaller than what float64 resolves next to its prefix sum.
     """
 
-    def __init__(self, table: np.ndarray, increments: np.ndarray | None = None) -> None:
+    def __init__(
+        self, table: Float[np.ndarray, " n"], increments: Float[np.ndarray, " n"] | None = None
+    ) -> None:
         """Keep the table; each law of `thresholds.py` makes a different one."""
         self.table = table
         self.increments = np.diff(table) if increments is None else increments
@@ -40,8 +43,10 @@ class ThresholdSchedule:
         """Number of optimizer steps T over which the threshold moves."""
         return len(self.table) - 1
 
-    def __call__(self, count: Any) -> Any:
-        """The threshold after ``count`` optimizer steps."""
+    def __call__(
+        self, count: int | Integer[AnyArray, "*counts"]
+    ) -> float | Float[AnyArray, "*counts"]:
+        """The threshold after ``count`` optimizer steps: float64 on the host."""
         return look_up(self.table, count)
 
     def init(self, params: Any) -> NoReturn:
@@ -57,7 +62,7 @@ class ThresholdSchedule:
         return f"ThresholdSchedule(steps={self.steps}, {self.table[0]:g} … {self.table[-1]:g})"
 
 
-def look_up(table: np.ndarray, count: Any) -> Any:
+def look_up(table: Float[np.ndarray, " n"], count: int | Integer[AnyArray, "*counts"]) -> Any:
     """The entry at a count, the last one beyond: on the host, or on the device of the count."""
     last = len(table) - 1
     if isinstance(count, jax.Array):
@@ -67,7 +72,7 @@ def look_up(table: np.ndarray, count: Any) -> Any:
     return table[np.clip(count, 0, last)]
 
 
-def learning_rates(learning_rate: ScalarOrSchedule, steps: int) -> np.ndarray:
+def learning_rates(learning_rate: ScalarOrSchedule, steps: int) -> Float[np.ndarray, " steps"]:
     """The learning rates eta_0 … eta_{steps-1}, float64, checked: finite, >= 0, not all zero."""
     steps = check_tabulated(steps)
     rates = check_each("learning_rate", tabulate("learning_rate", learning_rate, steps))
@@ -79,12 +84,14 @@ def learning_rates(learning_rate: ScalarOrSchedule, steps: int) -> np.ndarray:
     return rates
 
 
-def tabulate(name: str, schedule: ScalarOrSchedule, steps: int) -> np.ndarray:
+def tabulate(name: str, schedule: ScalarOrSchedule, steps: int) -> Float[np.ndarray, " steps"]:
     """A schedule at the counts 0 … steps-1, float64, shape (steps,)."""
     return evaluate(name, schedule, np.arange(steps))
 
 
-def evaluate(name: str, schedule: ScalarOrSchedule, counts: np.ndarray) -> np.ndarray:
+def evaluate(
+    name: str, schedule: ScalarOrSchedule, counts: Integer[np.ndarray, "*counts"]
+) -> Float[np.ndarray, "*counts"]:
     """A number or schedule at host counts, in float64, even while a program is being traced.
 
     Raises:
@@ -98,7 +105,7 @@ def evaluate(name: str, schedule: ScalarOrSchedule, counts: np.ndarray) -> np.nd
             )
         return np.full(counts.shape, float(schedule))
     if isinstance(schedule, ThresholdSchedule):
-        return schedule(counts)
+        return look_up(schedule.table, counts)
     with jax.ensure_compile_time_eval(), enable_x64(True), _on_host():
         try:
             values = np.asarray(jax.vmap(schedule)(counts.reshape(-1)), np.float64)
@@ -150,7 +157,7 @@ def check_tabulated(steps: Any, name: str = "steps") -> int:
     return check_steps(steps, name, MOST_TABULATED)
 
 
-def check_sum(what: str, values: np.ndarray) -> None:
+def check_sum(what: str, values: Float[np.ndarray, " n"]) -> None:
     """Refuses values whose sum is not finite."""
     with np.errstate(over="ignore"):
         total = values.sum()
@@ -160,7 +167,9 @@ def check_sum(what: str, values: np.ndarray) -> None:
         )
 
 
-def check_each(name: str, values: np.ndarray, prefix: str = "") -> np.ndarray:
+def check_each(
+    name: str, values: Float[np.ndarray, " n"], prefix: str = ""
+) -> Float[np.ndarray, " n"]:
     """Values that are finite and >= 0, or a ValueError that names the first step where not."""
     wrong = ~(np.isfinite(values) & (values >= 0))
     if wrong.any():

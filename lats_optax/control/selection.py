@@ -15,16 +15,21 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from lats_optax.array_types import Array, Bool, Float, Integer
 from lats_optax.compatibility import varying_axes
 from lats_optax.operators.parts import TreeOperator, parts_of
 from lats_optax.quantile import Measured, Rows, below_the_largest, select
 
-Weights = Mapping[str, jax.Array]
+Weights = Mapping[str, Float[Array, "..."]]
 
 
 def quantiles(
-    due: jax.Array, previous: jax.Array, weights: Weights, ranks: jax.Array, operator: TreeOperator
-) -> jax.Array:
+    due: Bool[Array, ""],
+    previous: Float[Array, " rows"],
+    weights: Weights,
+    ranks: Integer[Array, " rows"],
+    operator: TreeOperator,
+) -> Float[Array, " rows"]:
     """The ``ranks[i]``-th smallest magnitude, where it is due: of all weights, or of each leaf.
 
     Where a quantile is not finite, or no magnitude is larger, it is the largest finite magnitude
@@ -70,16 +75,24 @@ class _Identity:
 # Without jit here, a call outside of one would trace and compile the loop at every step.
 @functools.partial(jax.jit, static_argnums=4, inline=True)
 def _jitted(
-    due: jax.Array, previous: jax.Array, weights: Weights, ranks: jax.Array, static: _Identity
-) -> jax.Array:
+    due: Bool[Array, ""],
+    previous: Float[Array, " rows"],
+    weights: Weights,
+    ranks: Integer[Array, " rows"],
+    static: _Identity,
+) -> Float[Array, " rows"]:
     return _selected(static.operator, due, previous, weights, ranks)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _selected(
-    operator: TreeOperator, due: jax.Array, previous: jax.Array, weights: Weights, ranks: jax.Array
-) -> jax.Array:
-    def compute(weights: Weights, ranks: jax.Array) -> jax.Array:
+    operator: TreeOperator,
+    due: Bool[Array, ""],
+    previous: Float[Array, " rows"],
+    weights: Weights,
+    ranks: Integer[Array, " rows"],
+) -> Float[Array, " rows"]:
+    def compute(weights: Weights, ranks: Array) -> Array:
         rows = _rows(operator, weights, len(previous))
         return below_the_largest(rows, select(rows, ranks, dtype=previous.dtype))
 
@@ -95,13 +108,15 @@ def _rows(operator: TreeOperator, weights: Weights, number: int) -> Rows:
 
 
 @_selected.defjvp
-def _derivative(operator: TreeOperator, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _derivative(
+    operator: TreeOperator, primals: Any, tangents: Any
+) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
     # The selection compares bit patterns: without this rule its derivative would be zero.
     due, _, weights, _ = primals
     _, previous, slopes, _ = tangents
     found = _selected(operator, *primals)
 
-    def magnitudes(weights: Weights) -> list[list[jax.Array]]:
+    def magnitudes(weights: Weights) -> list[list[Array]]:
         rows = _rows(operator, weights, len(found))
         return [[each.magnitude(each.array).astype(found.dtype) for each in row] for row in rows]
 
@@ -110,7 +125,7 @@ def _derivative(operator: TreeOperator, primals: Any, tangents: Any) -> tuple[ja
     return found, jnp.where(due, jnp.stack(each), previous)
 
 
-def _slope(pairs: list[tuple[jax.Array, jax.Array]], found: jax.Array) -> jax.Array:
+def _slope(pairs: list[tuple[Array, Array]], found: Float[Array, ""]) -> Float[Array, ""]:
     """The derivative of a quantile, from magnitudes and their derivatives."""
     # The nearest, and not those that are equal: another program may round a magnitude otherwise.
     distances = [jnp.abs(magnitude - found) for magnitude, _ in pairs]
@@ -121,8 +136,11 @@ def _slope(pairs: list[tuple[jax.Array, jax.Array]], found: jax.Array) -> jax.Ar
 
 
 def _when(
-    due: jax.Array, compute: Callable[..., jax.Array], operands: Any, otherwise: jax.Array
-) -> jax.Array:
+    due: Bool[Array, ""],
+    compute: Callable[..., Array],
+    operands: Any,
+    otherwise: Float[Array, "..."],
+) -> Float[Array, "..."]:
     """``compute(*operands)`` where it is due, in a conditional that stays one under `vmap`.
 
     `vmap` makes of a conditional with a predicate of its own for each copy a computation of both
@@ -130,13 +148,13 @@ def _when(
     """
 
     @custom_vmap
-    def conditional(due: jax.Array, operands: Any, otherwise: jax.Array) -> jax.Array:
+    def conditional(due: Array, operands: Any, otherwise: Array) -> Array:
         return lax.cond(due, lambda: compute(*operands), lambda: otherwise)
 
     @conditional.def_vmap
     def batched(
-        size: int, is_batched: Any, due: jax.Array, operands: Any, otherwise: jax.Array
-    ) -> tuple[jax.Array, bool]:
+        size: int, is_batched: Any, due: Array, operands: Any, otherwise: Array
+    ) -> tuple[Array, bool]:
         axes = jax.tree.map(lambda each: 0 if each else None, is_batched[1])
         computes = jax.vmap(compute, in_axes=axes, axis_size=size)
         if not is_batched[2]:

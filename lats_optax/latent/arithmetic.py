@@ -8,14 +8,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
+from lats_optax.array_types import Array, Bool, Float
 from lats_optax.compatibility import with_dtype
 from lats_optax.operators.leaves import compute_dtype
 from lats_optax.operators.protocol import Operator
 
 
-def first_latent(w: Any, d: jax.Array, operator: Operator, dtype: Any) -> Any:
+def first_latent(w: Any, d: Float[Array, ""], operator: Operator, dtype: Any) -> Any:
     """The latent weights that a leaf begins with, or their shape where the leaf is one.
 
     Args:
@@ -26,7 +29,7 @@ def first_latent(w: Any, d: jax.Array, operator: Operator, dtype: Any) -> Any:
     """
     dtype = w.dtype if dtype is None else dtype
 
-    def preimage(w: jax.Array, d: jax.Array) -> jax.Array:
+    def preimage(w: Float[Array, "*shape"], d: Float[Array, ""]) -> Float[Array, "*shape"]:
         wide = w.astype(compute_dtype(dtype))
         return operator.preimage(wide, d.astype(wide.dtype)).astype(dtype)
 
@@ -35,7 +38,11 @@ def first_latent(w: Any, d: jax.Array, operator: Operator, dtype: Any) -> Any:
     return with_dtype(w, jnp.dtype(dtype))
 
 
-def move(theta: jax.Array, update: Any, frozen: jax.Array | None) -> jax.Array:
+def move(
+    theta: Float[Array, "*shape"],
+    update: Any,
+    frozen: Bool[Array, ""] | None,
+) -> Float[Array, "*shape"]:
     """The latent weights after an update.
 
     Args:
@@ -52,7 +59,9 @@ def move(theta: jax.Array, update: Any, frozen: jax.Array | None) -> jax.Array:
     return jnp.where(frozen, jnp.where(theta == 0, 0.0, alive), moved)
 
 
-def difference(target: jax.Array, w: jax.Array, update: Any) -> jax.Array:
+def difference(
+    target: Float[Array, "*shape"], w: Float[Array, "*shape"], update: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
     """The update w' - w, such that w + (w' - w) is zero where w' is."""
     dtype = wider(update, w)
     wide = compute_dtype(dtype)
@@ -60,7 +69,9 @@ def difference(target: jax.Array, w: jax.Array, update: Any) -> jax.Array:
     return _round_to(target - w.astype(wide), dtype)
 
 
-def living_difference(target: jax.Array, w: jax.Array, update: Any) -> jax.Array:
+def living_difference(
+    target: Float[Array, "*shape"], w: Float[Array, "*shape"], update: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
     """The update w' - w, such that w + (w' - w) is zero where w' is and nowhere else.
 
     Where w' is lost beside w, the rounded difference is -w and would prune a weight that is alive
@@ -72,12 +83,12 @@ def living_difference(target: jax.Array, w: jax.Array, update: Any) -> jax.Array
     return jnp.where(lost, rounded * (1 - float(_finfo(rounded.dtype).eps)), rounded)
 
 
-def wider(update: Any, w: jax.Array) -> Any:
+def wider(update: Float[Array, "*shape"], w: Float[Array, "*shape"]) -> np.dtype[Any]:
     """The float type of the update, unless it is too narrow for w + (0 - w) to be zero."""
     return update.dtype if update.dtype.itemsize > w.dtype.itemsize else w.dtype
 
 
-def _round_to(x: jax.Array, dtype: Any) -> jax.Array:
+def _round_to(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
     """A float32 or float64 array in the given dtype, as every reader of it sees it.
 
     XLA may leave out a rounding to sixteen bits where arithmetic in float32 follows. What is
@@ -91,7 +102,7 @@ def _round_to(x: jax.Array, dtype: Any) -> jax.Array:
     return x.astype(dtype)
 
 
-def _alive(x: jax.Array, dtype: Any) -> jax.Array:
+def _alive(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
     """As :func:`_round_to`, but what is not zero stays so: float16 would lose small weights."""
     rounded = _round_to(x, dtype)
     if rounded.dtype == x.dtype:
@@ -100,5 +111,5 @@ def _alive(x: jax.Array, dtype: Any) -> jax.Array:
     return jnp.where((rounded == 0) & (x != 0), least, rounded)
 
 
-def _finfo(dtype: Any) -> Any:
+def _finfo(dtype: DTypeLike) -> Any:
     return jnp.finfo(dtype)  # type: ignore[no-untyped-call]

@@ -5,20 +5,24 @@ zero in the model moves in the latent weights, and so whether it comes back.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
+from lats_optax.array_types import Array, Float, Scalar
 from lats_optax.checks.numbers import check_above, is_number
 from lats_optax.operators.leaves import compute_dtype
 from lats_optax.operators.stacked import check_stacked_axes
 
 
+@runtime_checkable
 class PrunedUpdate(Protocol):
     """A rule for the updates of pruned weights: a pure function of one array's updates."""
 
-    def __call__(self, update: jax.Array, w: jax.Array, /) -> jax.Array:
+    def __call__(
+        self, update: Float[Array, "*shape"], w: Float[Array, "*shape"], /
+    ) -> Float[Array, "*shape"]:
         """The updates that the latent weights get.
 
         Args:
@@ -38,9 +42,11 @@ class Scaled:
       factor: 1 is straight-through, 0 leaves pruned weights where they are; perhaps traced.
     """
 
-    factor: Any
+    factor: Scalar
 
-    def __call__(self, update: jax.Array, w: jax.Array) -> jax.Array:
+    def __call__(
+        self, update: Float[Array, "*shape"], w: Float[Array, "*shape"]
+    ) -> Float[Array, "*shape"]:
         """``factor * update`` where w is 0."""
         if isinstance(self.factor, float) and self.factor == 1:
             return update
@@ -59,7 +65,9 @@ class Bounded:
     axis: int
     stacked_axes: int = 0
 
-    def __call__(self, update: jax.Array, w: jax.Array) -> jax.Array:
+    def __call__(
+        self, update: Float[Array, "*shape"], w: Float[Array, "*shape"]
+    ) -> Float[Array, "*shape"]:
         """``min(1, most ||w|| / ||u||) u`` where w is 0, with the norms of an output."""
         wide = compute_dtype(update.dtype)
         layers = self.stacked_axes

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lats_optax.array_types import Array, Float
 from lats_optax.masks import is_dense
 
 
@@ -31,7 +32,7 @@ def where_latent(latent: Any, params: Any) -> Any:
     )
 
 
-def expand_threshold(threshold: jax.Array, latent: Any) -> Any:
+def expand_threshold(threshold: Float[Array, "*layers"], latent: Any) -> Any:
     """The threshold of each pruned leaf, in a tree like the latent weights.
 
     Args:

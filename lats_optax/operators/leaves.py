@@ -10,14 +10,15 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lats_optax import compatibility
+from lats_optax.array_types import Array, Float
 
 
-def over_leaves(function: Callable[..., jax.Array], x: Any, strength: Any, **keywords: Any) -> Any:
+def over_leaves(function: Callable[..., Array], x: Any, strength: Any, **keywords: Any) -> Any:
     """``function(array, strength, **keywords)`` of each leaf, computed in at least float32."""
     for leaf in jax.tree.leaves(strength):
         check_not_negative("strength", leaf)
 
-    def one(leaf: Any, d: Any) -> jax.Array:
+    def one(leaf: Any, d: Any) -> Float[Array, "..."]:
         leaf = as_real(leaf)
         # Sixteen-bit weights are thresholded in float32, so that d is not rounded to their grid.
         wide = upcast(leaf)
@@ -42,7 +43,7 @@ def compute_dtype(dtype: Any) -> Any:
     return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
 
 
-def as_real(x: Any) -> jax.Array:
+def as_real(x: Any) -> Float[Array, "..."]:
     """A float array, of integers too; complex numbers are a TypeError."""
     try:
         x = jnp.asarray(x)
@@ -53,19 +54,19 @@ def as_real(x: Any) -> jax.Array:
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
 
 
-def upcast(x: jax.Array) -> jax.Array:
+def upcast(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """A float array in the precision in which it is compared with a threshold."""
     return x.astype(compute_dtype(x.dtype))
 
 
-def positive_zero(z: jax.Array) -> jax.Array:
+def positive_zero(z: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The array with +0.0 for -0.0."""
     # What underflows, in a product or in a cast, may have become -0.0. The difference is +0.0 and
     # has the derivative of z, which a zero within a living group needs.
     return jnp.where(z == 0, z - lax.stop_gradient(z), z)
 
 
-def check_broadcasts(d: jax.Array, shape: tuple[int, ...]) -> None:
+def check_broadcasts(d: Float[Array, "..."], shape: tuple[int, ...]) -> None:
     """Refuses a strength that does not broadcast to a shape."""
     try:
         fits = np.broadcast_shapes(d.shape, shape) == shape
@@ -88,7 +89,7 @@ def check_not_negative(name: str, value: Any) -> None:
         raise ValueError(f"{name}: {value} is negative; allowed are numbers >= 0")
 
 
-def by_the_compiler(function: Callable[..., Any], *arrays: jax.Array, out: Any = None) -> Any:
+def by_the_compiler(function: Callable[..., Any], *arrays: Array, out: Any = None) -> Any:
     """A function of arrays that the compiler divides over devices.
 
     The types of explicit sharding do not divide windows, and axes that are made of one another.

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lats_optax import compatibility
+from lats_optax.array_types import AnyArray, Array, Bool, Count, Float, Integer, Real, Scalar
 from lats_optax.checks.numbers import check_steps, is_number
 from lats_optax.operators import leaves
 from lats_optax.operators.parts import Part, Shape
@@ -54,21 +54,21 @@ class NOfM:
         """Apply the operator to an array or a pytree; errors are those of ``prox.prox_l1``."""
         return leaves.over_leaves(self._shrink, x, strength)
 
-    def magnitude(self, x: jax.Array) -> jax.Array:
+    def magnitude(self, x: Real[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
         """The least strength that zeroes each weight: infinity for the n largest of a group."""
         size = self.shrinkage.least(leaves.upcast(leaves.as_real(x)))
         return jnp.where(self._kept(size), jnp.inf, size)
 
-    def group_sizes(self, shape: tuple[int, ...]) -> np.ndarray:
+    def group_sizes(self, shape: tuple[int, ...]) -> Integer[np.ndarray, "..."]:
         """Weights go to zero one by one."""
         return np.ones((1,) * len(shape), np.int32)
 
-    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
+    def preimage(self, w: Float[Array, "*shape"], d: Scalar) -> Float[Array, "*shape"]:
         """The n largest as they are, and the others a threshold larger, but not above these."""
         size = self.shrinkage.least(w)
         kept, within = self._kept(size), self._at(w.ndim) + 1
 
-        def least_of_group(size: jax.Array) -> jax.Array:
+        def least_of_group(size: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
             least = jnp.min(self._grouped(size), axis=within, keepdims=True)
             return jnp.broadcast_to(least, self._grouped(size).shape).reshape(w.shape)
 
@@ -79,7 +79,7 @@ class NOfM:
         capped = jnp.sign(raised) * jnp.minimum(jnp.abs(raised), bound)
         return jnp.where(kept, w, capped)
 
-    def at(self, count: Any) -> "NOfM":
+    def at(self, count: Count) -> "NOfM":
         """The same pattern, with the shrinkage after so many steps."""
         return dataclasses.replace(self, shrinkage=self.shrinkage.at(count))
 
@@ -101,7 +101,7 @@ class NOfM:
         axis = self._axis_of(name, shape)
         return -len(shape) <= axis < len(shape) and shape[axis] % self.m == 0
 
-    def count(self, w: jax.Array) -> tuple[int, jax.Array]:
+    def count(self, w: Real[Array, "..."]) -> tuple[int, Integer[Array, ""]]:
         """The number of groups of an array, and in how many of them n weights at most are left."""
         within = self._at(w.ndim) + 1
         alive = leaves.by_the_compiler(
@@ -109,13 +109,15 @@ class NOfM:
         )
         return alive.size, jnp.sum(alive <= self.n, dtype=jnp.int32)
 
-    def _shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
+    def _shrink(
+        self, x: Float[Array, "*shape"], d: Float[Array, "*#shape"]
+    ) -> Float[Array, "*shape"]:
         return jnp.where(self._kept(self.shrinkage.least(x)), x, self.shrinkage.shrink(x, d))
 
-    def _kept(self, size: jax.Array) -> jax.Array:
+    def _kept(self, size: Float[Array, "*shape"]) -> Bool[Array, "*shape"]:
         """Which are the n largest of their group; of those that tie, the first."""
 
-        def kept(size: jax.Array) -> jax.Array:
+        def kept(size: Float[Array, "*shape"]) -> Bool[Array, "*shape"]:
             grouped, within = self._grouped(size), self._at(size.ndim) + 1
             own, other = jnp.expand_dims(grouped, within + 1), jnp.expand_dims(grouped, within)
             first = np.tri(self.m, k=-1, dtype=bool)
@@ -127,15 +129,15 @@ class NOfM:
 
         return self._by_group(kept, size)
 
-    def _by_group(self, function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    def _by_group(self, function: Callable[[Array], Array], x: Array) -> Array:
         """A function of an array that looks at its groups, laid out over devices as the array."""
         self._check(x.shape)
         sharding = compatibility.explicit_sharding(x)
         out = None if sharding is None else sharding.spec
-        value: jax.Array = leaves.by_the_compiler(function, x, out=out)
+        value: Array = leaves.by_the_compiler(function, x, out=out)
         return value
 
-    def _grouped(self, x: jax.Array) -> jax.Array:
+    def _grouped(self, x: Real[Array, "..."]) -> Real[Array, "..."]:
         """The axis of the inputs as two: groups, and the m within each."""
         self._check(x.shape)
         at = self._at(x.ndim)

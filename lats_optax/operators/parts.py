@@ -8,20 +8,21 @@ own for each leaf, by its path, or join several leaves.
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeGuard, cast
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lats_optax import masks
+from lats_optax.array_types import Array, Count, Num
 from lats_optax.compatibility import explicit_sharding
 from lats_optax.operators.protocol import Operator, Values
 
 Shape = tuple[int, ...]
-_METHODS = ("magnitude", "group_sizes", "preimage", "at")
 
 
+@runtime_checkable
 class Divides(Protocol):
     """An operator of trees: it says which arrays it makes of the leaves, and what prunes these."""
 
@@ -38,7 +39,7 @@ class Divides(Protocol):
           ValueError: it has no use for one of the leaves.
         """
 
-    def at(self, count: Any, /) -> "Divides":
+    def at(self, count: Count, /) -> "Divides":
         """The operator of a step: see `Operator.at`."""
 
 
@@ -62,8 +63,8 @@ class Part(NamedTuple):
     operator: Operator
     shape: Shape
     most: int
-    join: Callable[[Sequence[jax.Array]], jax.Array]
-    split: Callable[[jax.Array], Sequence[jax.Array]]
+    join: Callable[[Sequence[Array]], Array]
+    split: Callable[[Array], Sequence[Array]]
 
     @classmethod
     def leaf(cls, name: str, shape: Shape, operator: Operator, most: int | None = None) -> "Part":
@@ -88,7 +89,7 @@ class Part(NamedTuple):
         """The size of the largest set of weights that become zero together."""
         return int(self.operator.group_sizes(self.shape).max(initial=1))
 
-    def gather(self, leaves: Mapping[str, Any]) -> jax.Array:
+    def gather(self, leaves: Mapping[str, Any]) -> Num[Array, "..."]:
         """The array, from leaves by path."""
         return self.join([leaves[name] for name in self.names])
 
@@ -109,10 +110,9 @@ def parts_of(operator: TreeOperator, leaves: Mapping[str, Any]) -> tuple[Part, .
       [6, 4]
     """
     shapes = {name: tuple(jnp.shape(leaf)) for name, leaf in leaves.items()}
-    if _divides(operator):
+    if isinstance(operator, Divides):
         return operator.parts(shapes)
-    own = cast(Operator, operator)
-    return tuple(Part.leaf(name, shape, own) for name, shape in shapes.items())
+    return tuple(Part.leaf(name, shape, operator) for name, shape in shapes.items())
 
 
 def as_operator(operator: TreeOperator | Callable[[Any, Any], Any]) -> TreeOperator:
@@ -130,17 +130,9 @@ def as_operator(operator: TreeOperator | Callable[[Any, Any], Any]) -> TreeOpera
             f"operator: {operator!r} is not allowed; allowed are operators such as "
             "lats_optax.prox.prox_l1 and functions (x, strength) -> z"
         )
-    if _divides(operator) or _is_operator(operator):
+    if isinstance(operator, Divides | Operator):
         return operator
     return Values(operator)
-
-
-def _divides(operator: Any) -> TypeGuard[Divides]:
-    return hasattr(operator, "parts")
-
-
-def _is_operator(operator: Any) -> TypeGuard[Operator]:
-    return all(hasattr(operator, method) for method in _METHODS)
 
 
 def by_path(tree: Any) -> OrderedDict[str, Any]:
@@ -149,9 +141,7 @@ def by_path(tree: Any) -> OrderedDict[str, Any]:
     return OrderedDict(zip(jax.tree.leaves(masks.paths(tree)), jax.tree.leaves(tree)))
 
 
-def map_parts(
-    function: Callable[..., jax.Array], operator: TreeOperator, tree: Any, *rest: Any
-) -> Any:
+def map_parts(function: Callable[..., Array], operator: TreeOperator, tree: Any, *rest: Any) -> Any:
     """A function of each part, ``function(operator, array, ...) -> array``, as a tree of leaves.
 
     Args:
@@ -166,7 +156,7 @@ def map_parts(
       {'a': Array([2.], dtype=float32)}
     """
     leaves, *others = (by_path(each) for each in (tree, *rest))
-    found: dict[str, jax.Array] = {}
+    found: dict[str, Array] = {}
     for part in parts_of(operator, leaves):
         scalars = [other[part.names[0]] for other in others]
         value = function(part.operator, part.gather(leaves), *scalars)
@@ -223,7 +213,7 @@ def _reason(argument: str, part: Part, array: jax.ShapeDtypeStruct) -> ValueErro
     return None
 
 
-def _laid_out_as(piece: jax.Array, leaf: Any) -> jax.Array:
+def _laid_out_as(piece: Num[Array, "*shape"], leaf: Any) -> Num[Array, "*shape"]:
     """What was joined goes back to where its leaf is; the compiler knows, explicit types do not."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return piece
@@ -233,10 +223,10 @@ def _laid_out_as(piece: jax.Array, leaf: Any) -> jax.Array:
     return piece
 
 
-def _only(leaves: Sequence[jax.Array]) -> jax.Array:
+def _only(leaves: Sequence[Array]) -> Array:
     (leaf,) = leaves
     return leaf
 
 
-def _alone(array: jax.Array) -> Sequence[jax.Array]:
+def _alone(array: Array) -> Sequence[Array]:
     return (array,)

@@ -6,11 +6,10 @@ Here belongs what a named sparsity is reached with by default. Other operators a
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from lats_optax.array_types import Array, Count, Float, Scalar
 from lats_optax.checks.numbers import check_above, check_steps
 from lats_optax.operators.leaves import positive_zero
 from lats_optax.operators.protocol import Elementwise
@@ -26,7 +25,9 @@ class PowerThreshold(Elementwise):
 
     p: float
 
-    def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
+    def shrink(
+        self, x: Float[Array, "*shape"], d: Float[Array, "*#shape"]
+    ) -> Float[Array, "*shape"]:
         """``sign(x) (|x|^p - d^p)^(1/p)`` where ``|x| > d``, else 0."""
         p = self.p
         if p == math.inf:
@@ -38,7 +39,7 @@ class PowerThreshold(Elementwise):
             return _shrunk(x, d, lambda r, excess: jnp.cbrt(excess * (1 + r + r * r)))
         return _shrunk(x, d, lambda r, excess: (-jnp.expm1(p * jnp.log1p(-excess))) ** (1 / p))
 
-    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
+    def preimage(self, w: Float[Array, "*shape"], d: Scalar) -> Float[Array, "*shape"]:
         """``sign(w) (|w|^p + d^p)^(1/p)``."""
         if self.p == math.inf:
             return jnp.where(w == 0, 0.0, jnp.sign(w) * jnp.maximum(jnp.abs(w), d))
@@ -59,25 +60,29 @@ class AnnealedThreshold(Elementwise):
     """
 
     steps: int
-    c: Any = -1.0
+    c: Scalar = -1.0
 
-    def at(self, count: Any) -> "AnnealedThreshold":
+    def at(self, count: Count) -> "AnnealedThreshold":
         """The threshold after so many steps."""
         x = jnp.clip(jnp.asarray(count) / self.steps, 0.0, 1.0)
         return AnnealedThreshold(self.steps, 1 - 2 * x)
 
-    def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
+    def shrink(
+        self, x: Float[Array, "*shape"], d: Float[Array, "*#shape"]
+    ) -> Float[Array, "*shape"]:
         """``sign(x) sqrt((|x| - d) (|x| - c d))`` where ``|x| > d``, else 0."""
         c = jnp.asarray(self.c, x.dtype)
         return _shrunk(x, d, lambda r, excess: jnp.sqrt(excess * (1 - c * r)))
 
-    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
+    def preimage(self, w: Float[Array, "*shape"], d: Scalar) -> Float[Array, "*shape"]:
         """``sign(w) ((1 + c) d + hypot(2 w, (1 - c) d)) / 2``."""
         c = jnp.asarray(self.c, w.dtype)
         return jnp.sign(w) * ((1 + c) * d + jnp.hypot(2 * w, (1 - c) * d)) / 2
 
 
-def _shrunk(x: jax.Array, d: jax.Array, factor: Callable[[Any, Any], jax.Array]) -> jax.Array:
+def _shrunk(
+    x: Float[Array, "*shape"], d: Float[Array, "*#shape"], factor: Callable[[Array, Array], Array]
+) -> Float[Array, "*shape"]:
     """``x factor(r, 1 - r)`` with ``r = d / |x|`` where that is below 1, else 0."""
     size = jnp.abs(x)
     dead = size - d <= 0
@@ -130,7 +135,9 @@ class Rescaled(Elementwise):
         """Refuse a bound below 1."""
         check_above("most", self.most, 1, inclusive=True, infinite=True)
 
-    def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
+    def shrink(
+        self, x: Float[Array, "*shape"], d: Float[Array, "*#shape"]
+    ) -> Float[Array, "*shape"]:
         """``s P_d(x)``, with a factor of exactly 1 under a threshold of zero."""
         w = self.operator.shrink(x, d)
         squares = jnp.sum(w * w)
@@ -138,15 +145,15 @@ class Rescaled(Elementwise):
         factor = jnp.sum(x * w) / jnp.where(shrunk, squares, 1.0)
         return positive_zero(w * jnp.where(shrunk, jnp.minimum(factor, self.most), 1.0))
 
-    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
+    def preimage(self, w: Float[Array, "*shape"], d: Scalar) -> Float[Array, "*shape"]:
         """That of the operator: exact where a threshold begins at zero, with a factor of 1."""
         return self.operator.preimage(w, d)
 
-    def least(self, x: jax.Array) -> jax.Array:
+    def least(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """As that of the operator: what dies is the same."""
         return self.operator.least(x)
 
-    def at(self, count: Any) -> "Rescaled":
+    def at(self, count: Count) -> "Rescaled":
         """The operator after so many steps, rescaled."""
         return Rescaled(self.operator.at(count), self.most)
 

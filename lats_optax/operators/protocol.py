@@ -8,15 +8,16 @@ import abc
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lats_optax.array_types import AnyArray, Array, Count, Float, Integer, Num, Real, Scalar, Shaped
 from lats_optax.operators import leaves
 
 
+@runtime_checkable
 class Operator(Protocol):
     """A proximal operator, ``operator(x, d) = argmin_z 1/2 ||z - x||^2 + penalty_d(z)``.
 
@@ -37,7 +38,7 @@ class Operator(Protocol):
           What ``x`` is, with its shapes and dtypes.
         """
 
-    def magnitude(self, x: jax.Array, /) -> jax.Array:
+    def magnitude(self, x: Real[AnyArray, "..."], /) -> Float[Array, "..."]:
         """The least strength that sends a weight, or a group of weights, to zero.
 
         Args:
@@ -48,7 +49,7 @@ class Operator(Protocol):
           each weight, or for each group.
         """
 
-    def group_sizes(self, shape: tuple[int, ...], /) -> np.ndarray:
+    def group_sizes(self, shape: tuple[int, ...], /) -> Integer[np.ndarray, "..."]:
         """The number of weights that an entry of the magnitude stands for.
 
         Args:
@@ -58,7 +59,7 @@ class Operator(Protocol):
           int32, broadcasts against the magnitude.
         """
 
-    def preimage(self, w: jax.Array, d: Any, /) -> jax.Array:
+    def preimage(self, w: Float[Array, "*shape"], d: Scalar, /) -> Float[Array, "*shape"]:
         """An x with ``operator(x, d) == w``, where there is one.
 
         Args:
@@ -70,7 +71,7 @@ class Operator(Protocol):
           not begin at zero.
         """
 
-    def at(self, count: Any, /) -> "Operator":
+    def at(self, count: Count, /) -> "Operator":
         """The operator after so many steps: itself, unless it changes with time.
 
         Args:
@@ -79,6 +80,7 @@ class Operator(Protocol):
         """
 
 
+@runtime_checkable
 class Groups(Operator, Protocol):
     """An operator of groups, or of a pattern within groups, which a report counts."""
 
@@ -86,7 +88,7 @@ class Groups(Operator, Protocol):
     def counted(self) -> str:
         """Which groups are counted, for the title of a column."""
 
-    def count(self, w: jax.Array, /) -> tuple[int, jax.Array]:
+    def count(self, w: Real[Array, "..."], /) -> tuple[int, Integer[Array, ""]]:
         """The number of groups of an array, and how many of them are as the title says, int32."""
 
 
@@ -125,27 +127,29 @@ class Elementwise(abc.ABC):
         return leaves.over_leaves(self.shrink, x, strength)
 
     @abc.abstractmethod
-    def shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
+    def shrink(
+        self, x: Float[Array, "*shape"], d: Float[Array, "*#shape"]
+    ) -> Float[Array, "*shape"]:
         """The value at one array of at least float32, with ``d`` in its dtype."""
 
     @abc.abstractmethod
-    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
+    def preimage(self, w: Float[Array, "*shape"], d: Scalar) -> Float[Array, "*shape"]:
         """An x with ``shrink(x, d) == w``, where there is one."""
 
-    def least(self, x: jax.Array) -> jax.Array:
+    def least(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """The least strength that sends each entry to zero: ``|x|``, unless a subclass differs."""
         return jnp.abs(x)
 
-    def magnitude(self, x: jax.Array) -> jax.Array:
+    def magnitude(self, x: Real[AnyArray, "..."]) -> Float[Array, "..."]:
         """The least strength that sends each weight to zero, in at least float32."""
         # A magnitude rounded to sixteen bits would name a threshold that misses its weight.
         return self.least(leaves.upcast(leaves.as_real(x)))
 
-    def group_sizes(self, shape: tuple[int, ...]) -> np.ndarray:
+    def group_sizes(self, shape: tuple[int, ...]) -> Integer[np.ndarray, "..."]:
         """One weight for each entry of the magnitude."""
         return np.ones((1,) * len(shape), np.int32)
 
-    def at(self, count: Any) -> "Elementwise":
+    def at(self, count: Count) -> "Elementwise":
         """Itself."""
         del count
         return self
@@ -170,33 +174,35 @@ class GroupOperator(abc.ABC):
     shrinkage: Elementwise
 
     @abc.abstractmethod
-    def sums(self, x: jax.Array) -> jax.Array:
+    def sums(self, x: Num[Array, "..."]) -> Num[Array, "..."]:
         """The sum over each group of an array, in as many dimensions as the array has."""
 
     @abc.abstractmethod
-    def group_sizes(self, shape: tuple[int, ...]) -> np.ndarray:
+    def group_sizes(self, shape: tuple[int, ...]) -> Integer[np.ndarray, "..."]:
         """The number of weights of each group, int32; it broadcasts against the sums."""
 
     @abc.abstractmethod
-    def expand(self, each: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    def expand(
+        self, each: Shaped[Array, "*groups"], shape: tuple[int, ...]
+    ) -> Shaped[Array, "..."]:
         """The values of groups at their weights: an array that broadcasts against the shape."""
 
     def __call__(self, x: Any, strength: Any = 1.0) -> Any:
         """Apply the operator; arguments and errors are those of ``prox.prox_group_lasso``."""
         return leaves.over_leaves(self._shrink, x, strength)
 
-    def magnitude(self, x: jax.Array) -> jax.Array:
+    def magnitude(self, x: Real[AnyArray, "..."]) -> Float[Array, "..."]:
         """The least strength that zeroes each group, in the shape of the sums."""
         return self.shrinkage.least(self._root_mean_squares(leaves.upcast(leaves.as_real(x))))
 
-    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
+    def preimage(self, w: Float[Array, "*shape"], d: Scalar) -> Float[Array, "*shape"]:
         """An x with ``operator(x, d) == w``; groups that are zero stay where they are."""
         rms = self._root_mean_squares(w)
         safe = jnp.where(rms == 0, 1.0, rms)
         growth = jnp.where(rms == 0, 1.0, self.shrinkage.preimage(rms, d) / safe)
         return w * self.expand(growth, w.shape)
 
-    def at(self, count: Any) -> "GroupOperator":
+    def at(self, count: Count) -> "GroupOperator":
         """The same groups, with the shrinkage after so many steps."""
         return dataclasses.replace(self, shrinkage=self.shrinkage.at(count))
 
@@ -205,18 +211,18 @@ class GroupOperator(abc.ABC):
         """Those that are wholly zero."""
         return "zero groups"
 
-    def count(self, w: jax.Array) -> tuple[int, jax.Array]:
+    def count(self, w: Real[Array, "..."]) -> tuple[int, Integer[Array, ""]]:
         """The number of groups of an array, and how many of them are wholly zero, int32."""
         alive = self.sums((w != 0).astype(jnp.int32))
         return alive.size, jnp.sum(alive == 0, dtype=jnp.int32)
 
-    def _root_mean_squares(self, x: jax.Array) -> jax.Array:
+    def _root_mean_squares(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """``||x_g|| / sqrt|g|`` of each group, in the shape of the sums."""
         squares = self.sums(jnp.square(x)) / self.group_sizes(x.shape).astype(x.dtype)
         # The square root has no derivative at zero; a zero group stays where it is.
         return jnp.where(squares == 0, 0.0, jnp.sqrt(jnp.where(squares == 0, 1.0, squares)))
 
-    def _shrink(self, x: jax.Array, d: jax.Array) -> jax.Array:
+    def _shrink(self, x: Float[Array, "*shape"], d: Float[Array, "..."]) -> Float[Array, "*shape"]:
         # The magnitude itself is compared with d, so that a threshold taken from the magnitudes
         # prunes the group that it was taken from.
         rms = self._root_mean_squares(x)
@@ -240,7 +246,7 @@ class Values:
         """The function's value."""
         return self.function(x, strength)
 
-    def magnitude(self, x: jax.Array) -> jax.Array:
+    def magnitude(self, x: Real[AnyArray, "..."]) -> Float[Array, "..."]:
         """Not known: a ValueError that says what to write."""
         raise self.unknown_magnitude()
 
@@ -252,16 +258,16 @@ class Values:
             "lats_optax.Elementwise, or give it the methods of lats_optax.Operator"
         )
 
-    def group_sizes(self, shape: tuple[int, ...]) -> np.ndarray:
+    def group_sizes(self, shape: tuple[int, ...]) -> Integer[np.ndarray, "..."]:
         """Not known either; it is asked for after the magnitude alone."""
         return np.ones((1,) * len(shape), np.int32)
 
-    def at(self, count: Any) -> "Values":
+    def at(self, count: Count) -> "Values":
         """Itself."""
         del count
         return self
 
-    def preimage(self, w: jax.Array, d: Any) -> jax.Array:
+    def preimage(self, w: Float[Array, "*shape"], d: Scalar) -> Float[Array, "*shape"]:
         """The weights themselves, which is exact where the threshold begins at zero."""
         del d
         return jnp.array(w)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lats_optax.array_types import Array, Num
 from lats_optax.checks.numbers import check_steps, is_number
 from lats_optax.operators.leaves import by_the_compiler
 from lats_optax.operators.parts import Part, Shape, map_parts
@@ -140,10 +141,10 @@ class Units:
         rows = [_Rows(shapes[name], side, number) for name, side in sides.items()]
         widths = [row.width for row in rows]
 
-        def join(leaves: Sequence[jax.Array]) -> jax.Array:
+        def join(leaves: Sequence[Array]) -> Num[Array, "units width"]:
             return jnp.concatenate([row.join(leaf) for row, leaf in zip(rows, leaves)], axis=1)
 
-        def split(array: jax.Array) -> Sequence[jax.Array]:
+        def split(array: Num[Array, "units width"]) -> Sequence[Array]:
             ends = [sum(widths[: at + 1]) for at in range(len(widths))]
             pieces = jnp.split(array, ends[:-1], axis=1)
             return [row.split(piece) for row, piece in zip(rows, pieces)]
@@ -165,15 +166,15 @@ class _Rows:
     def width(self) -> int:
         return math.prod(self.shape) // self.number
 
-    def join(self, leaf: jax.Array) -> jax.Array:
-        def rows(leaf: jax.Array) -> jax.Array:
+    def join(self, leaf: Num[Array, "..."]) -> Num[Array, "units width"]:
+        def rows(leaf: Array) -> Array:
             units = leaf.reshape(self._divided)
             return jnp.moveaxis(units, self._at + 1, 0).reshape(self.number, -1)
 
-        joined: jax.Array = by_the_compiler(rows, leaf)
+        joined: Array = by_the_compiler(rows, leaf)
         return joined
 
-    def split(self, rows: jax.Array) -> jax.Array:
+    def split(self, rows: Num[Array, "units width"]) -> Num[Array, "..."]:
         at, divided = self._at, self._divided
         others = divided[: at + 1] + divided[at + 2 :]
         units = rows.reshape(self.number, *others)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lats_optax import masks
+from lats_optax.array_types import Array
 from lats_optax.operators.leaves import compute_dtype
 from lats_optax.operators.parts import TreeOperator, as_operator, parts_of
 from lats_optax.pruning.progress import misgivings
@@ -162,7 +163,7 @@ def _by_operator(
 
 def _exact(
     operator: TreeOperator, latents_of_it: Mapping[str, Latent], params: Mapping[str, Any]
-) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
+) -> dict[str, tuple[Array, Array, Array]]:
     """By path: P_d(theta) with the zeros of w, where w alone is zero, and where it alone is not."""
     thetas = {name: jnp.asarray(latent.theta) for name, latent in latents_of_it.items()}
     found = {}
@@ -184,7 +185,7 @@ def _exact(
     return found
 
 
-def _is_close(w: Any, exact: jax.Array) -> bool:
+def _is_close(w: Any, exact: Array) -> bool:
     """Whether values are alike, together and one by one, but for the rounding of updates."""
     w, exact = (jnp.asarray(x, compute_dtype(jnp.asarray(x).dtype)) for x in (w, exact))
     gap, size = jnp.abs(w - exact), jnp.abs(exact)
