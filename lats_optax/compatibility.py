@@ -13,6 +13,7 @@ import jax.experimental
 import jax.extend.core
 import optax
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 
 
 def enable_x64(enabled: bool) -> AbstractContextManager[Any]:
@@ -65,7 +66,7 @@ def _walk(node: Any, path: Any, is_leaf: Callable[[Any, Any], bool], found: list
     return jax.tree.unflatten(structure, children)
 
 
-def with_dtype(shape: jax.ShapeDtypeStruct, dtype: Any) -> jax.ShapeDtypeStruct:
+def with_dtype(shape: jax.ShapeDtypeStruct, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
     """`shape.update(dtype=dtype)`: jax 0.7."""
     if hasattr(shape, "update"):
         return shape.update(dtype=dtype)  # type: ignore[no-untyped-call]

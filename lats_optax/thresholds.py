@@ -22,6 +22,7 @@ from lats_optax.array_types import Float, Integer
 from lats_optax.checks.numbers import check_above, check_steps, check_threshold
 from lats_optax.control.schedules import (
     ScalarOrSchedule,
+    Schedule,
     ThresholdSchedule,
     check_each,
     check_sum,
@@ -227,9 +228,7 @@ def threshold_from_l1(
     return ThresholdSchedule(table, increments)
 
 
-def l1_from_threshold(
-    threshold: ScalarOrSchedule, learning_rate: ScalarOrSchedule
-) -> Callable[[Any], Any]:
+def l1_from_threshold(threshold: ScalarOrSchedule, learning_rate: ScalarOrSchedule) -> Schedule:
     """The L1 coefficient that a threshold schedule implies: the inverse of `threshold_from_l1`.
 
     ``mu_t = (d_{t+1} - d_t) / eta_t``; zero where neither moves.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from lats_optax import masks
 from lats_optax.array_types import Array, Float, Integer
@@ -70,7 +71,7 @@ def soft_threshold(
     inner: optax.GradientTransformation | None = None,
     mask: MaskOrFunction | None = None,
     operator: TreeOperator | None = None,
-    latent_dtype: Any = None,
+    latent_dtype: DTypeLike | None = None,
     pruned_scale: float | PrunedUpdate | None = None,
     freeze_after: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:

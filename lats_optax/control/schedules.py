@@ -5,21 +5,22 @@ and the checks of values. The laws that fill the tables are in `thresholds.py`.
 """
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from lats_optax.array_types import AnyArray, Float, Integer
+from lats_optax.array_types import AnyArray, Float, Integer, Scalar
 from lats_optax.checks.numbers import check_steps, is_number
 from lats_optax.compatibility import enable_x64
 
 # What a table can hold (0.8 GB in float64).
 MOST_TABULATED = 10**8
 
-Schedule = Callable[[Any], Any]
-ScalarOrSchedule = float | jax.Array | Schedule
+Schedule: TypeAlias = optax.Schedule
+ScalarOrSchedule: TypeAlias = Scalar | Schedule
 
 
 class ThresholdSchedule:

@@ -18,7 +18,7 @@ from lats_optax.operators.leaves import compute_dtype
 from lats_optax.operators.protocol import Operator
 
 
-def first_latent(w: Any, d: Float[Array, ""], operator: Operator, dtype: Any) -> Any:
+def first_latent(w: Any, d: Float[Array, ""], operator: Operator, dtype: DTypeLike | None) -> Any:
     """The latent weights that a leaf begins with, or their shape where the leaf is one.
 
     Args:

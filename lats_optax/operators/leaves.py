@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from lats_optax import compatibility
 from lats_optax.array_types import Array, Float
@@ -37,7 +38,7 @@ def over_leaves(function: Callable[..., Array], x: Any, strength: Any, **keyword
     return jax.tree.map(one, x, strengths)
 
 
-def compute_dtype(dtype: Any) -> Any:
+def compute_dtype(dtype: DTypeLike) -> DTypeLike:
     """The dtype in which weights of a float dtype are compared with a threshold."""
     # promote_types would refuse sixteen-bit types under strict promotion.
     return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32

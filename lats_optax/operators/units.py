@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lats_optax.array_types import Array, Num
+from lats_optax.array_types import Array, Count, Num
 from lats_optax.checks.numbers import check_steps, is_number
 from lats_optax.operators.leaves import by_the_compiler
 from lats_optax.operators.parts import Part, Shape, map_parts
@@ -85,7 +85,7 @@ class Units:
         strengths = jax.tree.map(lambda _: strength, x)
         return map_parts(lambda part, array, d: part(array, d), self, x, strengths)
 
-    def at(self, count: Any) -> "Units":
+    def at(self, count: Count) -> "Units":
         """The same units, with the shrinkage after so many steps."""
         return dataclasses.replace(self, shrinkage=self.shrinkage.at(count))
 
