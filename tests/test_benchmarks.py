@@ -17,6 +17,7 @@ from benchmarks import (
     compaction,
     input_pipeline,
     input_workers,
+    mixed_precision,
     optimizer_step,
     shapes,
     tpu_compile,
@@ -165,6 +166,30 @@ def test_workers_that_are_not_allowed(capsys, arguments, message):
         input_workers.parse(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- mixed_precision ---------------------------------------------------------------------------
+
+
+def test_float_types_are_compared_seed_by_seed():
+    # Student's t for 95 % and one degree of freedom is 12.706, and half the range 1 and 0.5 points.
+    of_seeds = {"float32": {0: 0.9, 1: 0.92}, "bfloat16": {0: 0.9, 1: 0.91}}
+    float32, bfloat16, difference = mixed_precision.report(of_seeds).splitlines()
+    assert float32.endswith("91.00 ± 12.71 %")
+    assert bfloat16.endswith("90.50 ± 6.35 %")
+    assert difference.endswith("-0.50 ± 6.35 points, within the noise of a seed")
+
+
+@pytest.mark.slow
+def test_a_run_in_each_float_type_is_kept_and_exact(tmp_path, capsys):
+    arguments = f"--preset digits-lats --seeds 1 --workdir {tmp_path}".split()
+    assert mixed_precision.main(arguments) == 0
+    first = capsys.readouterr().out.splitlines()
+    assert mixed_precision.main(arguments) == 0
+    again = capsys.readouterr().out.splitlines()
+    figures = [line for line in again if "wanted" in line]
+    assert len(figures) == 2
+    assert set(figures) <= set(first)
 
 
 # --- tpu_compile --------------------------------------------------------------------------------
