@@ -26,7 +26,7 @@ _MIB = 2**20
 
 
 class Memory(threading.Thread):
-    """Samples the resident memory of this process, in bytes, until it is closed."""
+    """Samples the allocated memory of this process, in bytes, until it is closed."""
 
     def __init__(self, seconds: float = 0.5) -> None:
         """Starts to sample."""
@@ -38,7 +38,7 @@ class Memory(threading.Thread):
     def run(self) -> None:
         """Samples."""
         while not self._end.wait(self._seconds):
-            self.samples.append((time.perf_counter(), resident()))
+            self.samples.append((time.perf_counter(), allocated()))
 
     def close(self) -> None:
         """Ends the thread."""
@@ -46,12 +46,16 @@ class Memory(threading.Thread):
         self.join()
 
 
-def resident() -> int:
-    """Bytes of memory that this process has."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmRSS: this program needs Linux")
+def allocated() -> int:
+    """Bytes of memory that this process has allocated and touched.
+
+    Pages of files, such as those of libraries, are left out: the system takes them back at will.
+    """
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    try:
+        return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmSwap"))
+    except KeyError as missing:
+        raise OSError(f"/proc/self/status has no {missing}: this program needs Linux") from missing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -436,8 +436,8 @@ def test_tasks_are_named_once_and_say_what_they_need(tmp_path):
         assert task.default_rate in task.learning_rates
         assert task.middle_sparsity in task.sparsities
         assert list(task.sparsities) == sorted(task.sparsities)
-    assert set(run.QUICK_SPARSITIES) <= set(tasks)
-    assert all(set(at) <= set(tasks[name].sparsities) for name, at in run.QUICK_SPARSITIES.items())
+        assert set(task.quick_sparsities) <= set(task.sparsities)
+    assert {name for name, task in tasks.items() if task.quick_sparsities} == {"lenet", "resnet"}
 
 
 @pytest.mark.parametrize(("size", "strides"), matrix.fast([(3, 2), (1, 2)], [(1, 2)]))

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import lats_optax
+from benchmarks.quality import patterns as comparison
 from benchmarks.quality.peers import patterns
 from benchmarks.quality.peers.base import Setting
 
@@ -78,3 +79,8 @@ def test_sr_ste_is_the_rule_of_its_paper():
 def test_sr_ste_starts_from_the_weights_that_it_is_given():
     params, *_ = next(iter(steps_of("sr-ste", 0.5)))
     assert (alive(params) == 2).all()
+
+
+def test_a_quick_comparison_has_the_patterns_of_one_task(tmp_path):
+    quick = [task for task in comparison.load(tmp_path).tasks.values() if task.quick_sparsities]
+    assert [(task.name, task.quick_sparsities) for task in quick] == [("lenet", (0.5, 0.75))]

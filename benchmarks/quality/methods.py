@@ -21,6 +21,7 @@ class Method(NamedTuple):
       search: how the knob that gives a sparsity is found, where the method has no target.
       tuned_at: the sparsity that its learning rate is tuned at; None: the task's middle one.
       prunes: False of a method that leaves the model dense: it has no target sparsity.
+      quick: whether a quick run has it.
       version: raised when results are no longer comparable to those of before.
     """
 
@@ -30,6 +31,7 @@ class Method(NamedTuple):
     search: Search | None = None
     tuned_at: float | None = None
     prunes: bool = True
+    quick: bool = True
     version: int = 1
 
 
@@ -61,19 +63,16 @@ METHODS = (
     Method(OURS, "this library's default", default, version=4),
     Method("one-shot", "magnitude at half the run, then fine-tuning", one_shot.make),
     Method("gradual-magnitude", "Zhu and Gupta, 2017", family.gradual_magnitude),
-    Method("dpf", "Lin et al., ICLR 2020", family.ste_magnitude),
+    Method("dpf", "Lin et al., ICLR 2020", family.ste_magnitude, quick=False),
     # At 95 % it ends at 10 % accuracy before batch normalization, at every rate tried.
     Method("st3", "Vanderschueren and De Vleeschouwer, WACV 2023", family.st3, tuned_at=0.9),
     Method("feather", "Glentis Georgoulakis et al., BMVC 2023", family.feather),
     Method("rigl", "Evci et al., ICML 2020", rigl.make),
-    Method("set", "Mocanu et al., 2018", sparse_evolution.make),
-    Method("acdc", "Peste et al., NeurIPS 2021", acdc.make),
-    Method("lats-searched", "Chen et al., ICLR 2023", family.lats, search=Search(1e-3, 3.0)),
-    Method("str", "Kusupati et al., ICML 2020", str_searched, search=Search(1e-5, 1e-1)),
+    Method("set", "Mocanu et al., 2018", sparse_evolution.make, quick=False),
+    Method("acdc", "Peste et al., NeurIPS 2021", acdc.make, quick=False),
+    Method("lats-searched", "Chen et al., ICLR 2023", family.lats, Search(1e-3, 3.0), quick=False),
+    Method("str", "Kusupati et al., ICML 2020", str_searched, Search(1e-5, 1e-1), quick=False),
 )
-
-QUICK = (DENSE, OURS, "gradual-magnitude", "feather", "st3", "rigl", "one-shot")
-"""The methods of a quick run."""
 
 
 def all_methods() -> dict[str, Method]:

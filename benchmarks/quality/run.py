@@ -22,14 +22,10 @@ import jax
 
 from benchmarks.quality import plan, workers
 from benchmarks.quality.fashion_mnist import DIRECTORY
-from benchmarks.quality.methods import QUICK as QUICK_METHODS
 from benchmarks.quality.results import Key, Rate, Result, Results, Writer, read
 from benchmarks.quality.tasks import Task
 
 OUT = Path("benchmarks/results/quality.jsonl")
-
-QUICK_SPARSITIES = {"lenet": (0.98,), "resnet": (0.95,)}
-"""The tasks of a quick run, and what they are run at."""
 
 QUICK_SEEDS, SEEDS = 3, 5
 
@@ -159,8 +155,12 @@ def _check(
         parser.error(f"--rates: there is no file {options.rates}")
     if options.seeds is None:
         options.seeds = QUICK_SEEDS if quick else SEEDS
-    options.tasks = options.tasks or list(QUICK_SPARSITIES if quick else registry.tasks)
-    options.methods = options.methods or list(QUICK_METHODS if quick else registry.methods)
+    options.tasks = options.tasks or [
+        task.name for task in registry.tasks.values() if task.quick_sparsities or not quick
+    ]
+    options.methods = options.methods or [
+        method.name for method in registry.methods.values() if method.quick or not quick
+    ]
     for kind, names, known in (
         ("task", options.tasks, registry.tasks),
         ("method", options.methods, registry.methods),
@@ -181,8 +181,8 @@ def _check(
 
 
 def _sparsities(options: argparse.Namespace, task: Task) -> Sequence[float]:
-    quick = QUICK_SPARSITIES.get(task.name, task.sparsities)
-    return options.sparsities or (quick if options.quick else task.sparsities)
+    quick = options.quick and task.quick_sparsities
+    return options.sparsities or quick or task.sparsities
 
 
 def _first_ready(

@@ -37,6 +37,7 @@ class Task:
       run: (make, target, seed, base rate, split) -> outcome.
       seconds: of one run on one core, about: for the first estimate of the time left.
       files: that it reads.
+      quick_sparsities: those of a quick run; empty: a quick run leaves the task out.
       version: raised when results are no longer comparable to those of before.
     """
 
@@ -49,6 +50,7 @@ class Task:
     run: RunFunction
     seconds: float
     files: tuple[Path, ...] = ()
+    quick_sparsities: tuple[float, ...] = ()
     version: int = 1
 
     @property
@@ -108,6 +110,7 @@ def all_tasks(directory: Path = fashion_mnist.DIRECTORY) -> dict[str, Task]:
             sgd,
             metric="accuracy",
             sparsities=SPARSITIES,
+            quick_sparsities=(0.98,),
             learning_rates=(0.02, 0.05, 0.1, 0.2),
             default_rate=0.05,
             seconds=20,
@@ -120,6 +123,7 @@ def all_tasks(directory: Path = fashion_mnist.DIRECTORY) -> dict[str, Task]:
             sgd,
             metric="accuracy",
             sparsities=SPARSITIES,
+            quick_sparsities=(0.95,),
             learning_rates=(0.1, 0.2, 0.4, 0.8),
             default_rate=0.1,
             seconds=80,
