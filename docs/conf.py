@@ -7,7 +7,11 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / "extensions"), str(HERE.parent)]
 
+from jax.typing import DTypeLike  # noqa: E402
+from sphinx.util.typing import stringify_annotation  # noqa: E402
+
 import lats_optax  # noqa: E402  # found by the line above
+from lats_optax import array_types, thresholds  # noqa: E402
 
 project = "lats_optax"
 author = "the authors of lats_optax"
@@ -67,6 +71,38 @@ def _docstring_of_an_instance(
         lines[:] = (type(obj).__doc__ or "").splitlines()
 
 
+# What signatures write out in full, because Python forgets the name of an alias.
+_ALIASES = {
+    stringify_annotation(alias, "smart"): name
+    for name, alias in {
+        "Schedule": thresholds.Schedule,
+        "Scalar": array_types.Scalar,
+        "Count": array_types.Count,
+        "AnyArray": array_types.AnyArray,
+        "Array": array_types.Array,
+        "DTypeLike": DTypeLike,
+    }.items()
+} | {"jaxlib._jax.Array": "Array"}
+
+
+def _signature_with_aliases(
+    app: Any,
+    what: str,
+    name: str,
+    obj: Any,
+    options: Any,
+    arguments: str | None,
+    returns: str | None,
+) -> tuple[str | None, str | None]:
+    """Write the names of the aliases again."""
+    del app, what, name, obj, options
+    for written, alias in _ALIASES.items():
+        arguments = arguments and arguments.replace(written, alias)
+        returns = returns and returns.replace(written, alias)
+    return arguments, returns
+
+
 def setup(app: Any) -> None:
     """Connect what is particular to this package."""
+    app.connect("autodoc-process-signature", _signature_with_aliases)
     app.connect("autodoc-process-docstring", _docstring_of_an_instance, priority=100)

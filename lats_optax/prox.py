@@ -41,7 +41,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SoftThreshold(Elementwise):
-    """Soft thresholding, the proximal operator of the L1 norm: ``prox_l1(x, strength=1.0)``.
+    """Soft thresholding, ``prox_l1(x, strength=1.0)``, the proximal operator of the L1 norm.
 
     ``S_d(x) = argmin_z 1/2 (z - x)^2 + d |z| = sign(x) max(|x| - d, 0)``
 
@@ -146,7 +146,7 @@ class ElasticNet(Elementwise):
 
 @dataclass(frozen=True)
 class HardThreshold(Elementwise):
-    """Hard thresholding, the proximal operator of the number of non-zeros: ``prox_l0(x, d)``.
+    """Hard thresholding, ``prox_l0(x, d)``, the proximal operator of the number of non-zeros.
 
     ``argmin_z 1/2 (z - x)^2 + d [z != 0] = x where |x| > sqrt(2 d), else 0``
 
