@@ -33,8 +33,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install  ## train a dense and a 95 % sparse network on real digits, and compare them
 	$(BIN)/lats-demo --overwrite
 
+# Most of their time is compilation, so that LLVM does not optimize here; in test-all it does.
 test: install  ## the fast tests: one case or a few of each property
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: install smollm2  ## the whole test suite, a real language model included (93 MB are downloaded once)
 	$(BIN)/python -m pytest -n 2

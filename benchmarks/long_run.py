@@ -3,13 +3,19 @@
     python -m benchmarks.long_run --steps 50000
 
 It trains a small network on the digits to a named sparsity by the trainer's own loop, with an
-evaluation and a checkpoint after each quarter, and prints one line a figure: the memory of the
-process in the middle of the second and of the last quarter, the time of a step in the second and in
-the last thousand (the first compiles), and the zeros beside those wanted.
+evaluation and a checkpoint after each quarter, and prints one line a figure: the memory that the
+process has allocated in the middle of the second and of the last quarter, the time of a step in the
+second and in the last thousand (the first compiles), and the zeros beside those wanted.
+
+Memory is what malloc has given and not got back (glibc alone counts it), Python's objects included:
+the program starts itself again with PYTHONMALLOC=malloc. The resident set would not do: it has also
+what was freed, until the system takes it back.
 """
 
 import argparse
+import ctypes
 import dataclasses
+import os
 import statistics
 import sys
 import tempfile
@@ -46,16 +52,24 @@ class Memory(threading.Thread):
         self.join()
 
 
-def allocated() -> int:
-    """Bytes of memory that this process has allocated and touched.
+class _Mallinfo2(ctypes.Structure):
+    """What glibc's ``mallinfo2`` returns."""
 
-    Pages of files, such as those of libraries, are left out: the system takes them back at will.
-    """
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    try:
-        return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmSwap"))
-    except KeyError as missing:
-        raise OSError(f"/proc/self/status has no {missing}: this program needs Linux") from missing
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+def allocated() -> int:
+    """Bytes that malloc has given and not got back: of its arenas, and mapped one by one."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = _Mallinfo2
+    found = mallinfo2()
+    return int(found.uordblks + found.hblkhd)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,6 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.steps < 4 * _THOUSAND:
         parser.error(f"--steps is {options.steps}; allowed: {4 * _THOUSAND} or more")
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        parser.error("this program needs glibc 2.33 or newer, whose malloc counts what it gives")
+    if os.environ.get("PYTHONMALLOC") != "malloc":
+        os.environ["PYTHONMALLOC"] = "malloc"
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.long_run", *sys.argv[1:]])
     with tempfile.TemporaryDirectory() as directory:
         preset = PRESETS["digits-lats"].config
         config = dataclasses.replace(

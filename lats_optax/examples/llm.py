@@ -32,8 +32,15 @@ class Source(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """Token ids, int32 [windows, length]."""
+    """Token ids, int32 [windows, length].
 
+    Attributes:
+      training: of nine topics in ten, in an order that is drawn once.
+      calibration: the first of them.
+      held_out: of every tenth topic.
+    """
+
+    training: np.ndarray
     calibration: np.ndarray
     held_out: np.ndarray
 
@@ -67,12 +74,12 @@ def load(path: Path) -> Source:
 
 
 def read_windows(tokens: Any, length: int, number: int, held_out: int) -> Windows:
-    """Windows of the Python documentation: of nine topics in ten, and of every tenth.
+    """Windows of the Python documentation.
 
     Args:
       tokens: a tokenizer.
       length: of a window.
-      number: of windows to calibrate on, drawn without replacement.
+      number: of windows to calibrate on.
       held_out: the most windows to be held out; they are taken in their order.
 
     Raises:
@@ -88,8 +95,8 @@ def read_windows(tokens: Any, length: int, number: int, held_out: int) -> Window
     training = cut([name for at, name in enumerate(names) if at % 10])
     if number > len(training):
         raise ValueError(f"--windows: {number} is not allowed; allowed are up to {len(training)}")
-    drawn = np.random.default_rng(0).permutation(len(training))[:number]
-    return Windows(training[drawn], cut(names[::10])[:held_out])
+    training = np.random.default_rng(0).permutation(training)
+    return Windows(training, training[:number], cut(names[::10])[:held_out])
 
 
 # --- passes ---------------------------------------------------------------------------------------

@@ -186,8 +186,8 @@ def write_sparse(path: Path, params: Any, config: LlamaConfig) -> str:
 def fine_tune(source: Source, params: Any, row: Row, windows: Windows, steps: int) -> str:
     """Trains all weights at a held sparsity, and says what it wins back."""
     begin = time.monotonic()
-    model, (operator, tx) = Llama(source.config), held(row.setting, steps)
-    rng = np.random.default_rng(0)
+    learning_rate = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, steps // 10, steps)
+    model, (operator, tx) = Llama(source.config), held(row.setting, learning_rate, steps)
 
     def loss(params: Any, ids: jax.Array) -> jax.Array:
         logits: Any = model.apply({"params": params}, ids)
@@ -201,9 +201,9 @@ def fine_tune(source: Source, params: Any, row: Row, windows: Windows, steps: in
 
     params = jax.tree.map(jnp.copy, params)  # the caller's own are not given away
     state = tx.init(params)
-    for _ in tqdm(range(steps), unit="step", disable=None):
-        ids = windows.calibration[rng.integers(len(windows.calibration), size=BATCH)]
-        params, state = step(params, state, ids)
+    order = np.resize(np.arange(len(windows.training)), (steps, BATCH))
+    for batch in tqdm(order, unit="step", disable=None):
+        params, state = step(params, state, windows.training[batch])
     params = lats_optax.finalize(params, state, operator=operator)
     after = llm.perplexity(source.config, params, windows.held_out)
     zeros = lats_optax.sparsity(params, PRUNED).sparsity
@@ -213,7 +213,9 @@ def fine_tune(source: Source, params: Any, row: Row, windows: Windows, steps: in
     )
 
 
-def held(setting: str, steps: int) -> tuple[Any, optax.GradientTransformation]:
+def held(
+    setting: str, learning_rate: optax.Schedule, steps: int
+) -> tuple[Any, optax.GradientTransformation]:
     """AdamW at the sparsity of a setting, held in each layer from the first step, and its operator.
 
     Weights may swap: those that are zero are trained too, and come back where they grow larger than
@@ -226,12 +228,12 @@ def held(setting: str, steps: int) -> tuple[Any, optax.GradientTransformation]:
         operator, target["sparsity"] = groups.n_of_m(n, m), 1 - n / m
     threshold = lats_optax.target_sparsity(
         lats_optax.uniform(target["sparsity"]),
-        LEARNING_RATE,
+        learning_rate,
         steps,
         law=lats_optax.sparsity_curve(np.ones_like),
     )
     pruning = lats_optax.soft_threshold(threshold, mask=PRUNED, operator=operator)
-    return operator, optax.chain(optax.adamw(LEARNING_RATE), pruning)
+    return operator, optax.chain(optax.adamw(learning_rate), pruning)
 
 
 # --- the command line -----------------------------------------------------------------------------
