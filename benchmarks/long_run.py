@@ -4,7 +4,7 @@
 
 It trains a small network on the digits to a named sparsity by the trainer's own loop, with an
 evaluation and a checkpoint after each quarter, and prints one line a figure: the memory that the
-process has allocated in the middle of the second and of the last quarter, the time of a step in the
+process has allocated in the middle of each quarter, the time of a step in the
 second and in the last thousand (the first compiles), and the zeros beside those wanted.
 
 Memory is what malloc has given and not got back (glibc alone counts it), Python's objects included:
@@ -116,14 +116,14 @@ def report(result: loop.RunResult, samples: Sequence[tuple[float, int]]) -> str:
     each = [1000 * result.config.data.batch_size / speed for speed in speeds]
     # The first thousand compile.
     first, last = each[1], each[-1]
-    before, after = (_memory(samples, part) for part in (3 / 8, 7 / 8))
+    quarters = [_memory(samples, part) for part in (1 / 8, 3 / 8, 5 / 8, 7 / 8)]
     target = result.config.prune.target_sparsity
     assert target is not None
     wanted = round(target * result.sparsity.size)
     lines = [
         f"{result.metrics[-1]['step']:,} steps in {result.seconds:.0f} s",
-        f"memory: {before / _MIB:.1f} MiB in the second quarter, {after / _MIB:.1f} MiB in the "
-        f"last, {after / before - 1:+.2%}",
+        f"memory: {', '.join(f'{each / _MIB:.1f}' for each in quarters)} MiB in the four quarters, "
+        f"{quarters[3] / quarters[1] - 1:+.2%} from the second to the last",
         f"step: {first:.3f} ms in the second thousand, {last:.3f} ms in the last, "
         f"{last / first - 1:+.1%}; median {statistics.median(each[1:]):.3f} ms",
         f"zeros: {result.sparsity.zeros:,} of {result.sparsity.size:,}, {wanted:,} wanted",
