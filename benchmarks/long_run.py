@@ -4,8 +4,8 @@
 
 It trains a small network on the digits to a named sparsity by the trainer's own loop, with an
 evaluation and a checkpoint after each quarter, and prints one line a figure: the memory that the
-process has allocated in the middle of each quarter, the time of a step in the
-second and in the last thousand (the first compiles), and the zeros beside those wanted.
+process has allocated in the middle of each quarter, the time of a step in the second and in the
+last thousand (the first compiles), and the zeros beside those wanted.
 
 Memory is what malloc has given and not got back (glibc alone counts it), Python's objects included:
 the program starts itself again with PYTHONMALLOC=malloc. The resident set would not do: it has also
@@ -83,9 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--steps is {options.steps}; allowed: {4 * _THOUSAND} or more")
     if not hasattr(ctypes.CDLL(None), "mallinfo2"):
         parser.error("this program needs glibc 2.33 or newer, whose malloc counts what it gives")
-    if os.environ.get("PYTHONMALLOC") != "malloc":
-        os.environ["PYTHONMALLOC"] = "malloc"
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.long_run", *sys.argv[1:]])
     with tempfile.TemporaryDirectory() as directory:
         preset = PRESETS["digits-lats"].config
         config = dataclasses.replace(
@@ -141,4 +138,7 @@ def _memory(samples: Sequence[tuple[float, int]], part: float) -> float:
 
 
 if __name__ == "__main__":
+    if os.environ.get("PYTHONMALLOC") != "malloc":
+        os.environ["PYTHONMALLOC"] = "malloc"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     sys.exit(main())

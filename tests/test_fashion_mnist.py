@@ -115,7 +115,6 @@ def test_what_is_prepared_is_read_back(tmp_path, capfd):
         assert window.tobytes() in windows
 
 
-@pytest.mark.slow  # tests/test_folder.py trains on what was prepared as well
 @pytest.mark.usefixtures("_small")
 def test_prepared_and_trained_on(tmp_path, capfd, monkeypatch):
     files, data_dir = write(tmp_path / "files"), tmp_path / "data"

@@ -122,6 +122,8 @@ def test_windows_are_of_different_topics(model):
     held_out = source.tokens.decode(windows.held_out.ravel().tolist())
     assert held_out == "\n".join(llm.topics[name] for name in names[::10])[: len(held_out)]
     training = "\n".join(llm.topics[name] for at, name in enumerate(names) if at % 10)
+    for window in windows.calibration:
+        assert source.tokens.decode(window.tolist()) in training
     np.testing.assert_array_equal(windows.calibration, windows.training[:50])
     # In another order, each window once.
     ids = source.tokens.encode(training).ids

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import lats_optax
+from lats_optax import masks
 from lats_optax.training import assembly, loop
 from lats_optax.training import experiment as experiments
 from lats_optax.training.checkpoint import load_variables
@@ -244,14 +245,16 @@ def test_weight_decay_on_latent_and_on_weights_differ_as_told():
 # When it stops
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    # All names: which are among the first four depends on how far LLVM optimizes.
+    monkeypatch.setattr(masks, "some", ", ".join)
     messages = []
     for log_every in (1, 50):
         rate = OptimizerConfig(learning_rate=1e30)
         config = tiny.config(
             tmp_path / str(log_every), optimizer=rate, log_every=log_every, epochs=9
         )
-        with pytest.raises(NonFiniteError, match=r"at step \d+ \(.*params/") as error:
+        with pytest.raises(NonFiniteError, match=r"at step \d+ \(.*params/Conv_0") as error:
             tiny.train(config)
         messages.append(str(error.value).split(" (")[0])
         assert not any((config.workdir / "checkpoints").glob("*"))
