@@ -4,31 +4,80 @@
 
 It trains a small network on the digits to a named sparsity by the trainer's own loop, with an
 evaluation and a checkpoint after each quarter, and prints one line a figure: the memory that the
-process has allocated in the middle of each quarter, the time of a step in the second and in the
-last thousand (the first compiles), and the zeros beside those wanted.
+process has allocated in the middle of each quarter, the time of a step in the first and in the last
+thousand, and the zeros beside those wanted.
+
+A machine's speed changes within minutes by more than the few percent that are asked for. So the
+last thousand steps are not compared with those of ten minutes before, but with the first of a
+second run, in a process of its own: the two are stopped and continued in turn, by SIGSTOP and
+SIGCONT, and have the machine in alternating fractions of a second. The very first thousand compile,
+and are left out.
 
 Memory is what malloc has given and not got back (glibc alone counts it), Python's objects included:
-the program starts itself again with PYTHONMALLOC=malloc. The resident set would not do: it has also
-what was freed, until the system takes it back.
+the runs have PYTHONMALLOC=malloc. The resident set would not do: it has also what was freed, until
+the system takes it back.
 """
 
 import argparse
 import ctypes
 import dataclasses
+import json
+import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from lats_optax.training import experiment, loop
+from lats_optax.training.config import TrainConfig
 from lats_optax.training.presets import PRESETS
 
-_THOUSAND = 1000
+_THOUSAND, _RECORD = 1000, 100
 _MIB = 2**20
+_SLICE = 0.25
+"""Seconds that one of two runs has the machine for."""
+
+
+def config_of(steps: int, directory: Path) -> TrainConfig:
+    """The run: about so many steps, with a record of every hundred."""
+    preset = PRESETS["digits-lats"].config
+    config = dataclasses.replace(
+        preset,
+        model=dataclasses.replace(preset.model, width=0.25),
+        workdir=directory / "run",
+        log_every=_RECORD,
+    )
+    epochs = steps // experiment.build_experiment(config).steps_per_epoch
+    quarter = -(-epochs // 4)
+    return dataclasses.replace(config, epochs=epochs, eval_every=quarter, checkpoint_every=quarter)
+
+
+def train(steps: int, directory: Path) -> None:
+    """One run; leaves what it was found to be in `figures.json`, unless SIGTERM ends it."""
+    memory = Memory()
+    try:
+        result = loop.fit(experiment.build_experiment(config_of(steps, directory)))
+    except KeyboardInterrupt:
+        return
+    finally:
+        memory.close()
+    target = result.config.prune.target_sparsity
+    assert target is not None
+    figures = {
+        "seconds": result.seconds,
+        "memory": [memory.around(part) for part in (1 / 8, 3 / 8, 5 / 8, 7 / 8)],
+        "zeros": int(result.sparsity.zeros),
+        "size": int(result.sparsity.size),
+        "wanted": round(target * result.sparsity.size),
+    }
+    (directory / "figures.json").write_text(json.dumps(figures))
 
 
 class Memory(threading.Thread):
@@ -37,19 +86,27 @@ class Memory(threading.Thread):
     def __init__(self, seconds: float = 0.5) -> None:
         """Starts to sample."""
         super().__init__(daemon=True)
-        self.samples: list[tuple[float, int]] = []
+        self._samples: list[tuple[float, int]] = []
         self._seconds, self._end = seconds, threading.Event()
         self.start()
 
     def run(self) -> None:
         """Samples."""
         while not self._end.wait(self._seconds):
-            self.samples.append((time.perf_counter(), allocated()))
+            self._samples.append((time.perf_counter(), allocated()))
 
     def close(self) -> None:
         """Ends the thread."""
         self._end.set()
         self.join()
+
+    def around(self, part: float) -> float:
+        """The median over a tenth of the time, around a part of it."""
+        begin, end = self._samples[0][0], self._samples[-1][0]
+        middle = begin + part * (end - begin)
+        return statistics.median(
+            size for at, size in self._samples if abs(at - middle) <= 0.05 * (end - begin)
+        )
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -72,8 +129,55 @@ def allocated() -> int:
     return int(found.uordblks + found.hblkhd)
 
 
+class Run:
+    """A run in a process of its own, which may be stopped and continued."""
+
+    def __init__(self, steps: int, directory: Path) -> None:
+        """Starts it."""
+        directory.mkdir()
+        self._metrics = directory / "run" / "metrics.jsonl"
+        context = multiprocessing.get_context("spawn")
+        self.process: BaseProcess = context.Process(target=train, args=(steps, directory))
+        self.process.start()
+
+    def send(self, number: int) -> None:
+        """Sends it a signal; nothing if it is over."""
+        if self.process.is_alive() and self.process.pid is not None:
+            os.kill(self.process.pid, number)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of training that it has written so far."""
+        if not self._metrics.exists():
+            return []
+        lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [record for record in records if record["split"] == "train"]
+
+    def wait_for(self, step: int) -> None:
+        """Returns soon after a step, or when the process has ended."""
+        while self.process.is_alive():
+            if (records := self.records()) and records[-1]["step"] >= step:
+                return
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        """Ends it after its step, if it goes on."""
+        for number in (signal.SIGTERM, signal.SIGCONT):
+            self.send(number)
+        self.process.join()
+
+
+def in_turn(long: Run, fresh: Run) -> None:
+    """Lets two stopped runs go on in alternating slices of time, until one has ended."""
+    while long.process.is_alive() and fresh.process.is_alive():
+        for run in (long, fresh):
+            run.send(signal.SIGCONT)
+            run.process.join(_SLICE)
+            run.send(signal.SIGSTOP)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains, and prints the figures."""
+    """Trains, and prints the figures; 1 where a process failed."""
     parser = argparse.ArgumentParser(
         "benchmarks.long_run", description=(__doc__ or "").splitlines()[0]
     )
@@ -83,62 +187,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--steps is {options.steps}; allowed: {4 * _THOUSAND} or more")
     if not hasattr(ctypes.CDLL(None), "mallinfo2"):
         parser.error("this program needs glibc 2.33 or newer, whose malloc counts what it gives")
-    with tempfile.TemporaryDirectory() as directory:
-        preset = PRESETS["digits-lats"].config
-        config = dataclasses.replace(
-            preset,
-            model=dataclasses.replace(preset.model, width=0.25),
-            workdir=Path(directory) / "run",
-            log_every=_THOUSAND,
-        )
-        epochs = options.steps // experiment.build_experiment(config).steps_per_epoch
-        quarter = -(-epochs // 4)
-        config = dataclasses.replace(
-            config, epochs=epochs, eval_every=quarter, checkpoint_every=quarter
-        )
-        memory = Memory()
-        result = loop.fit(experiment.build_experiment(config))
-        memory.close()
-    print(report(result, memory.samples))
+    os.environ["PYTHONMALLOC"] = "malloc"
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        trained = config_of(options.steps, directory)
+        total = trained.epochs * experiment.build_experiment(trained).steps_per_epoch
+        before_last = (total - _THOUSAND) // _RECORD * _RECORD
+        long = Run(options.steps, directory / "long")
+        long.wait_for(before_last)
+        long.send(signal.SIGSTOP)
+        fresh = Run(options.steps, directory / "fresh")
+        try:
+            fresh.wait_for(_THOUSAND)
+            fresh.send(signal.SIGSTOP)
+            in_turn(long, fresh)
+            long.send(signal.SIGCONT)
+            long.process.join()
+        finally:
+            fresh.close()
+            long.close()
+        if long.process.exitcode:
+            print("the run failed; what it wrote is above", file=sys.stderr)
+            return 1
+        figures = json.loads((directory / "long" / "figures.json").read_text())
+        first = milliseconds(fresh.records(), _THOUSAND, trained.data.batch_size)
+        last = milliseconds(long.records(), before_last, trained.data.batch_size)
+    print(report(figures, total, first, last))
     return 0
 
 
-def report(result: loop.RunResult, samples: Sequence[tuple[float, int]]) -> str:
+def milliseconds(records: Sequence[dict[str, Any]], after: int, batch_size: int) -> list[float]:
+    """The time of a step, by the records after one step, each of a hundred."""
+    rates = [record["images_per_second"] for record in records if record["step"] > after]
+    # The first has a pause in it. Of the time of the others the process had half.
+    return [1000 * batch_size / rate / 2 for rate in rates[1:]]
+
+
+def report(
+    figures: dict[str, Any], steps: int, first: Sequence[float], last: Sequence[float]
+) -> str:
     """The figures of a run, one a line."""
-    speeds = [
-        record["images_per_second"]
-        for record in result.metrics
-        if record["split"] == "train" and record["step"] % _THOUSAND == 0
-    ]
-    each = [1000 * result.config.data.batch_size / speed for speed in speeds]
-    # The first thousand compile.
-    first, last = each[1], each[-1]
-    quarters = [_memory(samples, part) for part in (1 / 8, 3 / 8, 5 / 8, 7 / 8)]
-    target = result.config.prune.target_sparsity
-    assert target is not None
-    wanted = round(target * result.sparsity.size)
-    lines = [
-        f"{result.metrics[-1]['step']:,} steps in {result.seconds:.0f} s",
-        f"memory: {', '.join(f'{each / _MIB:.1f}' for each in quarters)} MiB in the four quarters, "
-        f"{quarters[3] / quarters[1] - 1:+.2%} from the second to the last",
-        f"step: {first:.3f} ms in the second thousand, {last:.3f} ms in the last, "
-        f"{last / first - 1:+.1%}; median {statistics.median(each[1:]):.3f} ms",
-        f"zeros: {result.sparsity.zeros:,} of {result.sparsity.size:,}, {wanted:,} wanted",
-    ]
-    return "\n".join(lines)
-
-
-def _memory(samples: Sequence[tuple[float, int]], part: float) -> float:
-    """The median over a tenth of the run, around a part of it."""
-    begin, end = samples[0][0], samples[-1][0]
-    around = begin + part * (end - begin)
-    return statistics.median(
-        size for at, size in samples if abs(at - around) <= 0.05 * (end - begin)
+    memory = figures["memory"]
+    same = min(len(first), len(last))
+    means = [statistics.mean(each[:same]) for each in (first, last)]
+    change = means[1] / means[0] - 1
+    return "\n".join(
+        [
+            f"{steps:,} steps in {figures['seconds']:.0f} s",
+            f"memory: {', '.join(f'{each / _MIB:.1f}' for each in memory)} MiB in the four "
+            f"quarters, {memory[3] / memory[1] - 1:+.2%} from the second to the last",
+            f"step: {means[0]:.2f} ms in the first thousand, {means[1]:.2f} ms in the last, "
+            f"{change:+.1%} (two processes in turn, {same} hundreds of steps of each)",
+            f"zeros: {figures['zeros']:,} of {figures['size']:,}, {figures['wanted']:,} wanted",
+        ]
     )
 
 
 if __name__ == "__main__":
-    if os.environ.get("PYTHONMALLOC") != "malloc":
-        os.environ["PYTHONMALLOC"] = "malloc"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     sys.exit(main())

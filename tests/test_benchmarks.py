@@ -17,6 +17,7 @@ from benchmarks import (
     compaction,
     input_pipeline,
     input_workers,
+    long_run,
     mixed_precision,
     optimizer_step,
     shapes,
@@ -190,6 +191,37 @@ def test_a_run_in_each_float_type_is_kept_and_exact(tmp_path, capsys):
     figures = [line for line in again if "wanted" in line]
     assert len(figures) == 2
     assert set(figures) <= set(first)
+
+
+# --- long_run -----------------------------------------------------------------------------------
+
+
+def test_a_long_run_is_timed_without_its_pause():
+    steps = range(100, 600, 100)
+    records = [{"step": step, "images_per_second": 1e6 if step > 300 else 1.0} for step in steps]
+    # The third record is the first after step 200, when the process was stopped; in the others the
+    # process ran for half of the time.
+    assert long_run.milliseconds(records, 200, batch_size=1000) == [0.5, 0.5]
+    figures = {"seconds": 9, "memory": [1, 2**20, 2, 2**21], "zeros": 8, "size": 10, "wanted": 9}
+    _, memory, step, zeros = long_run.report(figures, 500, [0.5, 0.5, 9], [0.6, 0.6]).splitlines()
+    assert memory.endswith("+100.00% from the second to the last")
+    assert "+20.0%" in step
+    assert zeros == "zeros: 8 of 10, 9 wanted"
+
+
+@pytest.mark.slow
+def test_a_short_long_run(capfd):
+    assert long_run.main(["--steps", "4000"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[-1] == "zeros: 6,151 of 6,475, 6,151 wanted"
+    assert "two processes in turn" in lines[-2]
+
+
+def test_a_long_run_that_is_too_short(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        long_run.main(["--steps", "3999"])
+    assert stopped.value.code == 2
+    assert "--steps is 3999; allowed: 4000 or more" in capsys.readouterr().err
 
 
 # --- tpu_compile --------------------------------------------------------------------------------
