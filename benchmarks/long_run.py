@@ -135,7 +135,8 @@ class Run:
     def __init__(self, steps: int, directory: Path) -> None:
         """Starts it."""
         directory.mkdir()
-        self._metrics = directory / "run" / "metrics.jsonl"
+        self._metrics, self._read = directory / "run" / "metrics.jsonl", 0
+        self._records: list[dict[str, Any]] = []
         context = multiprocessing.get_context("spawn")
         self.process: BaseProcess = context.Process(target=train, args=(steps, directory))
         self.process.start()
@@ -147,11 +148,15 @@ class Run:
 
     def records(self) -> list[dict[str, Any]]:
         """The records of training that it has written so far."""
-        if not self._metrics.exists():
-            return []
-        lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        records = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [record for record in records if record["split"] == "train"]
+        if self._metrics.exists():
+            with self._metrics.open("rb") as file:
+                file.seek(self._read)
+                # What is written at this moment has no end of line yet.
+                new = file.read().rpartition(b"\n")[0]
+            self._read += len(new) + bool(new)
+            found = map(json.loads, new.splitlines())
+            self._records += [record for record in found if record["split"] == "train"]
+        return self._records
 
     def wait_for(self, step: int) -> None:
         """Returns soon after a step, or when the process has ended."""
