@@ -199,10 +199,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _parts(kind, body):
     """The two parts of a multipart upload: what describes the object, and its content."""
-    boundary = re.search('boundary="?([^";]+)', kind)[1].strip("'").encode()
-    _, described, content, _ = body.split(b"--" + boundary, 3)
-    described, content = (
-        part.split(b"\r\n\r\n" if b"\r\n\r\n" in part else b"\n\n", 1)[1]
-        for part in (described, content)
-    )
-    return described.strip(), re.sub(rb"\r?\n\Z", b"", content)
+    boundary = b"--" + re.search('boundary="?([^";]+)', kind)[1].strip("'").encode()
+    # The content may end with either byte of a line's end: only the one before the boundary goes.
+    newline = b"\r\n" if body.startswith(boundary + b"\r\n") else b"\n"
+    _, *parts, _ = (newline + body).split(newline + boundary, 3)
+    described, content = (part.split(2 * newline, 1)[1] for part in parts)
+    return described, content

@@ -187,6 +187,12 @@ def test_objects_go_in_and_out(tmp_path, bucket):
     assert (bucket / "new").read_bytes() == b"1"
 
 
+@pytest.mark.parametrize("end", [b"", b"\r", b"\n", b"\r\n", b"\n\n"])
+def test_bytes_that_look_like_the_end_of_a_line_stay(bucket, end):
+    (bucket / "x").write_bytes(b"data" + end)
+    assert (bucket / "x").read_bytes() == b"data" + end
+
+
 @pytest.mark.cover
 def test_an_object_is_replaced_as_a_whole(bucket):
     with replacing(bucket / "notes.txt") as unfinished:
