@@ -19,6 +19,7 @@ the system takes it back.
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -35,6 +36,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.workers import environment
 from lats_optax.training import experiment, loop
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.presets import PRESETS
@@ -139,7 +141,8 @@ class Run:
         self._records: list[dict[str, Any]] = []
         context = multiprocessing.get_context("spawn")
         self.process: BaseProcess = context.Process(target=train, args=(steps, directory))
-        self.process.start()
+        with environment({"PYTHONMALLOC": "malloc"}):
+            self.process.start()
 
     def send(self, number: int) -> None:
         """Sends it a signal; nothing if it is over."""
@@ -192,27 +195,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--steps is {options.steps}; allowed: {4 * _THOUSAND} or more")
     if not hasattr(ctypes.CDLL(None), "mallinfo2"):
         parser.error("this program needs glibc 2.33 or newer, whose malloc counts what it gives")
-    os.environ["PYTHONMALLOC"] = "malloc"
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         trained = config_of(options.steps, directory)
         total = trained.epochs * experiment.build_experiment(trained).steps_per_epoch
         before_last = (total - _THOUSAND) // _RECORD * _RECORD
-        long = Run(options.steps, directory / "long")
-        long.wait_for(before_last)
-        long.send(signal.SIGSTOP)
-        fresh = Run(options.steps, directory / "fresh")
-        try:
-            fresh.wait_for(_THOUSAND)
-            fresh.send(signal.SIGSTOP)
-            in_turn(long, fresh)
-            long.send(signal.SIGCONT)
-            long.process.join()
-        finally:
-            fresh.close()
-            long.close()
-        if long.process.exitcode:
-            print("the run failed; what it wrote is above", file=sys.stderr)
+        with contextlib.closing(Run(options.steps, directory / "long")) as long:
+            long.wait_for(before_last)
+            long.send(signal.SIGSTOP)
+            with contextlib.closing(Run(options.steps, directory / "fresh")) as fresh:
+                fresh.wait_for(_THOUSAND)
+                fresh.send(signal.SIGSTOP)
+                in_turn(long, fresh)
+                long.send(signal.SIGCONT)
+                long.process.join()
+        if long.process.exitcode or fresh.process.exitcode:
+            print("a run failed; what it wrote is above", file=sys.stderr)
             return 1
         figures = json.loads((directory / "long" / "figures.json").read_text())
         first = milliseconds(fresh.records(), _THOUSAND, trained.data.batch_size)

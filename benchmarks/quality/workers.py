@@ -144,7 +144,7 @@ class Workers:
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
         # A spawned process imports JAX before its first line runs: it inherits its environment.
-        with _environment(ONE_THREAD):
+        with environment(ONE_THREAD):
             process.start()
         theirs.close()
         return process, ours
@@ -173,7 +173,8 @@ def _serve(connection: Connection, load: Load, directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Variables that processes have which are started in the block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
