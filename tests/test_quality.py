@@ -17,7 +17,7 @@ from benchmarks.quality import intervals, plan, plot, run, search, table, worker
 from benchmarks.quality.image_models import as_matrix_product
 from benchmarks.quality.methods import Method, default, dense
 from benchmarks.quality.peers.base import Setting
-from benchmarks.quality.results import Key, Rate, Result, Results, read
+from benchmarks.quality.results import Key, Rate, Result, Results, read, reported
 from benchmarks.quality.search import Search, Tried
 from benchmarks.quality.tasks import Task, all_tasks
 from benchmarks.quality.training import Outcome, Problem, fit
@@ -44,7 +44,15 @@ def broken(optimizer, setting):
 
 def load(directory):
     task = Task(
-        "tiny", "accuracy", (0.5, 0.75, 0.9), (0.2, 0.05), 0.1, optax.sgd, run_made_up, seconds=1
+        "tiny",
+        "accuracy",
+        sparsities=(0.5, 0.75, 0.9),
+        tuned_at=(0.75,),
+        learning_rates=(0.2, 0.05),
+        default_rate=0.1,
+        make_optimizer=optax.sgd,
+        run=run_made_up,
+        seconds=1,
     )
     methods = (
         Method("dense", "", lambda optimizer, setting: 0.0, prunes=False),
@@ -213,6 +221,28 @@ def test_tuning_does_not_touch_the_test_split(go, capsys):
     assert last["learning_rate"] == rates["dense"]
     text = table.report(read(path)[0])
     assert "Learning rates tuned on validation data: dense" in text
+
+
+def test_a_learning_rate_is_used_from_the_sparsity_it_was_tuned_at_on(go):
+    def load_twice_tuned(directory):
+        tasks, methods = load(directory)
+
+        def run_made_up(make, target, seed, rate, split):
+            best = 0.2 if target < 0.8 else 0.05
+            return Outcome(0.9 - abs(rate - best), round(1000 * target), 1000)
+
+        task = dataclasses.replace(tasks["tiny"], tuned_at=(0.75, 0.9), run=run_made_up)
+        return workers.Registry({"tiny": task}, methods)
+
+    go("--tune", methods=("lats_optax",), load=load_twice_tuned)
+    options = ["--seeds", "1", "--sparsities", "0.5", "0.75", "0.85", "0.9", "0.95"]
+    _, lines, path = go(*options, methods=("lats_optax",), load=load_twice_tuned)
+    used = {line["target"]: line["learning_rate"] for line in lines if line.get("split") == "test"}
+    assert used == {0.5: 0.2, 0.75: 0.2, 0.85: 0.2, 0.9: 0.05, 0.95: 0.05}
+    results = read(path)[0]
+    assert {result.key.target for result in reported(results)} == set(used)
+    text = table.report(results)
+    assert "tuned on validation data: lats_optax 0.2 to 85 %, 0.05 to 95 %." in text
 
 
 # --- searching ----------------------------------------------------------------------------------
@@ -384,7 +414,7 @@ def test_table():
 def test_tuned_rates_take_the_place_of_others():
     results = collected(
         *three_seeds("lats_optax", 0.9, [0.1, 0.1, 0.1], learning_rate=0.1),
-        Rate("tiny", "lats_optax", 0.2, 1, 1),
+        Rate("tiny", "lats_optax", 0.9, 0.2, 1, 1),
         *three_seeds("lats_optax", 0.9, [0.7, 0.8, 0.9], learning_rate=0.2),
         *three_seeds("other", 0.9, [0.7, 0.8, math.nan]),
     )
@@ -434,7 +464,8 @@ def test_tasks_are_named_once_and_say_what_they_need(tmp_path):
     for name, task in tasks.items():
         assert task.name == name
         assert task.default_rate in task.learning_rates
-        assert task.middle_sparsity in task.sparsities
+        assert set(task.tuned_at) <= set(task.sparsities)
+        assert list(task.tuned_at) == sorted(task.tuned_at)
         assert list(task.sparsities) == sorted(task.sparsities)
         assert set(task.quick_sparsities) <= set(task.sparsities)
     assert {name for name, task in tasks.items() if task.quick_sparsities} == {"lenet", "resnet"}

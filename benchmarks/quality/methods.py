@@ -19,7 +19,6 @@ class Method(NamedTuple):
       paper: where it was published.
       make: a `peers.base.Make`; with ``search`` it is called with a third argument, ``knob``.
       search: how the knob that gives a sparsity is found, where the method has no target.
-      tuned_at: the sparsity that its learning rate is tuned at; None: the task's middle one.
       prunes: False of a method that leaves the model dense: it has no target sparsity.
       quick: whether a quick run has it.
       version: raised when results are no longer comparable to those of before.
@@ -29,7 +28,6 @@ class Method(NamedTuple):
     paper: str
     make: Any
     search: Search | None = None
-    tuned_at: float | None = None
     prunes: bool = True
     quick: bool = True
     version: int = 1
@@ -64,8 +62,7 @@ METHODS = (
     Method("one-shot", "magnitude at half the run, then fine-tuning", one_shot.make),
     Method("gradual-magnitude", "Zhu and Gupta, 2017", family.gradual_magnitude),
     Method("dpf", "Lin et al., ICLR 2020", family.ste_magnitude, quick=False),
-    # At 95 % it ends at 10 % accuracy before batch normalization, at every rate tried.
-    Method("st3", "Vanderschueren and De Vleeschouwer, WACV 2023", family.st3, tuned_at=0.9),
+    Method("st3", "Vanderschueren and De Vleeschouwer, WACV 2023", family.st3),
     Method("feather", "Glentis Georgoulakis et al., BMVC 2023", family.feather),
     Method("rigl", "Evci et al., ICML 2020", rigl.make),
     Method("set", "Mocanu et al., 2018", sparse_evolution.make, quick=False),

@@ -9,6 +9,7 @@ Sparsity 50 % stands for 2:4, 75 % for 1:4.
 
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 
 from benchmarks.quality import run
@@ -33,12 +34,11 @@ def load(directory: Path) -> Registry:
     """The tasks, at the sparsities of the patterns, and the methods."""
     tasks = all_tasks(directory)
     sparsities = tuple(patterns.PATTERNS)
+    changed = partial(dataclasses.replace, sparsities=sparsities, tuned_at=sparsities[-1:])
     return Registry(
         {
-            "lenet": dataclasses.replace(
-                tasks["lenet"], sparsities=sparsities, quick_sparsities=sparsities
-            ),
-            "char": dataclasses.replace(tasks["char"], sparsities=sparsities),
+            "lenet": changed(tasks["lenet"], quick_sparsities=sparsities),
+            "char": changed(tasks["char"]),
         },
         {method.name: method for method in METHODS},
     )

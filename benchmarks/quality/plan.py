@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from benchmarks.quality.methods import Method
-from benchmarks.quality.results import Key, Result
+from benchmarks.quality.results import Key, Result, Results, Tuned
 from benchmarks.quality.search import Tried, closest, hits, propose
 from benchmarks.quality.tasks import Task
 
@@ -99,17 +99,25 @@ def report_cells(
     methods: Sequence[Method],
     sparsities: Mapping[str, Sequence[float]],
     seeds: Sequence[int],
-    rates: Mapping[tuple[str, str, int, int], float],
+    results: Results,
 ) -> list[Cell]:
-    """The cells of the test split, seeds outermost: wherever one stops, methods are balanced."""
+    """The cells of the test split, seeds outermost: wherever one stops, methods are balanced.
+
+    Args:
+      tasks: what is trained.
+      methods: how it is pruned.
+      sparsities: targets by the name of the task.
+      seeds: of the runs.
+      results: the finished ones, with the learning rates that were tuned.
+    """
     cells: list[Cell] = []
     firsts: dict[tuple[str, str, float], Cell] = {}
     for seed in seeds:
         for task in tasks:
             for method in methods:
-                versions = task.version, method.version
-                rate = rates.get((task.name, method.name, *versions), task.default_rate)
+                which = Tuned(task.name, method.name, task.version, method.version)
                 for target in targets(method, sparsities[task.name]):
+                    rate = results.rate(which, target) or task.default_rate
                     group = (task.name, method.name, target)
                     cell = Cell(task, method, target, seed, rate, "test", firsts.get(group))
                     firsts.setdefault(group, cell)
@@ -118,27 +126,33 @@ def report_cells(
 
 
 def tuning_cells(tasks: Sequence[Task], methods: Sequence[Method], seeds: int = 1) -> list[Cell]:
-    """The cells of the validation split: all rates of a task at one sparsity of a method."""
+    """The cells of the validation split: all rates of a task, at the sparsities to tune at."""
     cells: list[Cell] = []
-    firsts: dict[tuple[str, str, float], Cell] = {}
+    firsts: dict[tuple[str, str, float, float], Cell] = {}
     for seed in range(TUNING_SEED, TUNING_SEED + seeds):
         for task in tasks:
             for method in methods:
-                (target,) = targets(method, (method.tuned_at or task.middle_sparsity,))
-                for rate in task.learning_rates:
-                    group = (task.name, method.name, rate)
-                    first = firsts.get(group)
-                    cell = Cell(task, method, target, seed, rate, "validation", first)
-                    firsts.setdefault(group, cell)
-                    cells.append(cell)
+                for target in targets(method, task.tuned_at):
+                    for rate in task.learning_rates:
+                        group = (task.name, method.name, target, rate)
+                        first = firsts.get(group)
+                        cell = Cell(task, method, target, seed, rate, "validation", first)
+                        firsts.setdefault(group, cell)
+                        cells.append(cell)
     return cells
 
 
 def best_rate(cells: Sequence[Cell], finished: Mapping[Key, Result]) -> float | None:
-    """The learning rate of the best mean over the seeds, from the cells of one task and method.
+    """The learning rate of the best mean over the seeds.
 
-    A rate with a seed that diverged, or whose search did not hit the target, is out. None where
-    all are, or where a run is missing.
+    A rate with a seed that diverged, or whose search did not hit the target, is out.
+
+    Args:
+      cells: those of one task, method and target.
+      finished: the runs that are.
+
+    Returns:
+      The rate; None where all are out, or where a run is missing.
     """
     if any(next_run(cell, finished) != Status.DONE for cell in cells):
         return None

@@ -60,29 +60,50 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """The base learning rate that tuning chose for a method on a task."""
+    """The base learning rate that tuning chose for a method on a task, at one sparsity."""
 
     task: str
     method: str
+    target: float
     learning_rate: float
     task_version: int
     method_version: int
     role: str = "rate"
 
 
+class Tuned(NamedTuple):
+    """What learning rates are tuned for: a method on a task, and the versions of both."""
+
+    task: str
+    method: str
+    task_version: int
+    method_version: int
+
+
 class Results(NamedTuple):
-    """All that a file holds. A later line takes the place of an earlier one of the same key."""
+    """All that a file holds. A later line takes the place of an earlier one of the same key.
+
+    Attributes:
+      runs: finished runs.
+      rates: tuned learning rates, each by the sparsity that it was tuned at.
+    """
 
     runs: dict[Key, Result]
-    rates: dict[tuple[str, str, int, int], float]
+    rates: dict[Tuned, dict[float, float]]
 
     def add(self, line: Result | Rate) -> None:
         """Takes a line in."""
         if isinstance(line, Rate):
-            versions = line.task_version, line.method_version
-            self.rates[(line.task, line.method, *versions)] = line.learning_rate
+            self.rates.setdefault(tuned(line), {})[line.target] = line.learning_rate
         else:
             self.runs[line.key] = line
+
+    def rate(self, which: Tuned, target: float) -> float | None:
+        """The learning rate tuned at the largest sparsity up to the target, or at the smallest."""
+        rates = self.rates.get(which)
+        if not rates:
+            return None
+        return rates[max((own for own in rates if own <= target), default=min(rates))]
 
 
 def read(path: Path) -> tuple[Results, int]:
@@ -135,8 +156,7 @@ def reported(results: Results) -> list[Result]:
         for key, result in results.runs.items()
         if key.split == "test"
         and _versions(key) == newest[key.task, key.method]
-        and key.learning_rate
-        == results.rates.get((key.task, key.method, *_versions(key)), key.learning_rate)
+        and results.rate(tuned(key), key.target) in (None, key.learning_rate)
     ]
 
 
@@ -154,6 +174,11 @@ def newest_versions(keys: Iterable[Key]) -> dict[tuple[str, str], tuple[int, int
             newest = max(newest, _versions(key))
         found[key.task, key.method] = newest
     return found
+
+
+def tuned(line: Key | Rate) -> Tuned:
+    """What the learning rate of a run, or a chosen one, belongs to."""
+    return Tuned(line.task, line.method, line.task_version, line.method_version)
 
 
 def _versions(key: Key) -> tuple[int, int]:

@@ -5,8 +5,9 @@
     python -m benchmarks.quality --tune --jobs 2
 
 `--tune` trains on less, scores on validation data, and writes the best learning rate of each task
-and method to the same file; runs of the test split use it from then on. Methods that cannot name a
-sparsity are searched: their other runs are in the file too, with the role "search".
+and method, at one or two sparsities, to the same file; runs of the test split use from then on the
+one that was chosen at the nearest sparsity below theirs. Methods that cannot name a sparsity are
+searched: their other runs are in the file too, with the role "search".
 """
 
 import argparse
@@ -54,8 +55,8 @@ def main(arguments: Sequence[str] | None = None, load: workers.Load = workers.lo
             cells = plan.tuning_cells(tasks, methods, options.tuning_seeds)
         else:
             sparsities = {task.name: _sparsities(options, task) for task in tasks}
-            seeds, rates = range(options.seeds), writer.results.rates
-            cells = plan.report_cells(tasks, methods, sparsities, seeds, rates)
+            seeds = range(options.seeds)
+            cells = plan.report_cells(tasks, methods, sparsities, seeds, writer.results)
         with workers.pool(options.jobs, load, options.data) as pool:
             failed = work(cells, writer, pool, options.jobs)
         if options.tune:
@@ -103,28 +104,31 @@ def work(cells: Sequence[plan.Cell], writer: Writer, pool: workers.Pool, jobs: i
 
 
 def choose_rates(cells: Sequence[plan.Cell], writer: Writer) -> None:
-    """Writes the best rate of each task and method."""
+    """Writes the best rate of each task, method and sparsity."""
 
-    def pair(cell: plan.Cell) -> tuple[str, str]:
-        return cell.task.name, cell.method.name
+    def of_choice(cell: plan.Cell) -> tuple[str, str, float]:
+        return cell.task.name, cell.method.name, cell.target
 
-    for (task, method), group in groupby(sorted(cells, key=pair), key=pair):
+    for (task, method, target), group in groupby(sorted(cells, key=of_choice), key=of_choice):
         own = list(group)
+        where = task + _of(method, target)
         rate = plan.best_rate(own, writer.results.runs)
         if rate is None:
-            print(f"{task}, {method}: no learning rate was chosen", flush=True)
+            print(f"{where}: no learning rate was chosen", flush=True)
             continue
-        writer.add(Rate(task, method, rate, own[0].task.version, own[0].method.version))
+        writer.add(Rate(task, method, target, rate, own[0].task.version, own[0].method.version))
         edge = " (at the end of the grid)" if rate in _ends(own) else ""
-        print(f"{task}, {method}: learning rate {rate:g}{edge}", flush=True)
+        print(f"{where}: learning rate {rate:g}{edge}", flush=True)
 
 
 def take_rates(path: Path, writer: Writer) -> None:
     """Writes the tuned rates of another file, where the written one has none."""
-    for key, rate in read(path)[0].rates.items():
-        if key not in writer.results.rates:
-            task, method, task_version, method_version = key
-            writer.add(Rate(task, method, rate, task_version, method_version))
+    for which, rates in read(path)[0].rates.items():
+        if which in writer.results.rates:
+            continue
+        task, method, *versions = which
+        for target, rate in rates.items():
+            writer.add(Rate(task, method, target, rate, *versions))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -243,10 +247,13 @@ def _seconds_left(cells: Sequence[plan.Cell], results: Results) -> float:
 
 
 def _named(key: Key) -> str:
-    target = "" if key.target == 0 else f" at {100 * key.target:g} %"
     knob = "" if key.knob is None else f", knob {key.knob:.4g}"
     rate = f", rate {key.learning_rate:g}" if key.split == "validation" else ""
-    return f"{key.task}, {key.method}{target}, seed {key.seed}{rate}{knob}"
+    return f"{key.task}{_of(key.method, key.target)}, seed {key.seed}{rate}{knob}"
+
+
+def _of(method: str, target: float) -> str:
+    return f", {method}" if target == 0 else f", {method} at {100 * target:g} %"
 
 
 def _line(result: Result) -> str:

@@ -7,11 +7,13 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from benchmarks.quality.intervals import Interval, verdict
-from benchmarks.quality.results import OURS, Result, Results, read, reported
+from benchmarks.quality.results import OURS, Result, Results, read, reported, tuned
 from benchmarks.quality.scores import TOLERANCE, Cell, Scores, scores
 
 NOTE = (
@@ -133,23 +135,30 @@ def _where(runs: Iterable[Result]) -> Iterator[str]:
 
 
 def _rates(task: Scores, results: Results) -> Iterator[str]:
-    tuned = {
-        (key.method, key.learning_rate): (
-            (key.task, key.method, key.task_version, key.method_version) in results.rates
-        )
-        for key in (result.key for result in reported(results))
-        if key.task == task.task
-    }
-    chosen = ", ".join(
-        f"{method} {rate:g}" for (method, rate), is_tuned in tuned.items() if is_tuned
-    )
-    rest = [(method, rate) for (method, rate), is_tuned in tuned.items() if not is_tuned]
+    chosen: dict[str, dict[float, float]] = {}
+    rest: dict[str, float] = {}
+    for key in sorted(result.key for result in reported(results)):
+        if key.task != task.task:
+            continue
+        if tuned(key) in results.rates:
+            chosen.setdefault(key.method, {})[key.target] = key.learning_rate
+        else:
+            rest[key.method] = key.learning_rate
     if chosen:
-        yield f"Learning rates tuned on validation data: {chosen}."
+        said = "; ".join(f"{method} {_by_target(rates)}" for method, rates in chosen.items())
+        yield f"Learning rates tuned on validation data: {said}."
     if rest:
-        rates = ", ".join(f"{rate:g}" for rate in sorted({rate for _, rate in rest}))
-        which = f" of {', '.join(method for method, _ in rest)}" if chosen else ""
+        which = f" of {', '.join(rest)}" if chosen else ""
+        rates = ", ".join(f"{rate:g}" for rate in sorted(set(rest.values())))
         yield f"Learning rate{which}, not tuned: {rates}."
+
+
+def _by_target(rates: Mapping[float, float]) -> str:
+    """Learning rates by sparsity, in ascending order: ``0.1 to 90 %, 0.2 to 99 %``."""
+    groups = [list(group) for _, group in groupby(rates.items(), key=itemgetter(1))]
+    if len(groups) == 1:
+        return f"{groups[0][0][1]:g}"
+    return ", ".join(f"{group[-1][1]:g} to {100 * group[-1][0]:g} %" for group in groups)
 
 
 def _text(task: Scores, method: str, target: float, bold: bool) -> str:
