@@ -64,7 +64,7 @@ METHODS = (
     Method("dpf", "Lin et al., ICLR 2020", family.ste_magnitude, quick=False),
     Method("st3", "Vanderschueren and De Vleeschouwer, WACV 2023", family.st3),
     Method("feather", "Glentis Georgoulakis et al., BMVC 2023", family.feather),
-    Method("rigl", "Evci et al., ICML 2020", rigl.make),
+    Method("rigl", "Evci et al., ICML 2020", rigl.make, quick=False),
     Method("set", "Mocanu et al., 2018", sparse_evolution.make, quick=False),
     Method("acdc", "Peste et al., NeurIPS 2021", acdc.make, quick=False),
     Method("lats-searched", "Chen et al., ICLR 2023", family.lats, Search(1e-3, 3.0), quick=False),
