@@ -4,7 +4,7 @@ All of it follows from the finished lines, so a plan that was interrupted goes o
 """
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from benchmarks.quality.methods import Method
@@ -110,36 +110,41 @@ def report_cells(
       seeds: of the runs.
       results: the finished ones, with the learning rates that were tuned.
     """
-    cells: list[Cell] = []
-    firsts: dict[tuple[str, str, float], Cell] = {}
-    for seed in seeds:
-        for task in tasks:
-            for method in methods:
-                which = Tuned(task.name, method.name, task.version, method.version)
-                for target in targets(method, sparsities[task.name]):
-                    rate = results.rate(which, target) or task.default_rate
-                    group = (task.name, method.name, target)
-                    cell = Cell(task, method, target, seed, rate, "test", firsts.get(group))
-                    firsts.setdefault(group, cell)
-                    cells.append(cell)
-    return cells
+
+    def rate(task: Task, method: Method, target: float) -> float:
+        which = Tuned(task.name, method.name, task.version, method.version)
+        return results.rate(which, target) or task.default_rate
+
+    return _linked(
+        Cell(task, method, target, seed, rate(task, method, target), "test")
+        for seed in seeds
+        for task in tasks
+        for method in methods
+        for target in targets(method, sparsities[task.name])
+    )
 
 
 def tuning_cells(tasks: Sequence[Task], methods: Sequence[Method], seeds: int = 1) -> list[Cell]:
     """The cells of the validation split: all rates of a task, at the sparsities to tune at."""
-    cells: list[Cell] = []
-    firsts: dict[tuple[str, str, float, float], Cell] = {}
-    for seed in range(TUNING_SEED, TUNING_SEED + seeds):
-        for task in tasks:
-            for method in methods:
-                for target in targets(method, task.tuned_at):
-                    for rate in task.learning_rates:
-                        group = (task.name, method.name, target, rate)
-                        first = firsts.get(group)
-                        cell = Cell(task, method, target, seed, rate, "validation", first)
-                        firsts.setdefault(group, cell)
-                        cells.append(cell)
-    return cells
+    return _linked(
+        Cell(task, method, target, seed, rate, "validation")
+        for seed in range(TUNING_SEED, TUNING_SEED + seeds)
+        for task in tasks
+        for method in methods
+        for target in targets(method, task.tuned_at)
+        for rate in task.learning_rates
+    )
+
+
+def _linked(cells: Iterable[Cell]) -> list[Cell]:
+    """The cells, each with the first of those that differ from it by their seed alone."""
+    firsts: dict[Key, Cell] = {}
+    linked: list[Cell] = []
+    for cell in cells:
+        group = cell.key()._replace(seed=0)
+        linked.append(cell._replace(first=firsts.get(group)))
+        firsts.setdefault(group, linked[-1])
+    return linked
 
 
 def best_rate(cells: Sequence[Cell], finished: Mapping[Key, Result]) -> float | None:
