@@ -36,7 +36,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.workers import environment
+from benchmarks.environment import environment
 from lats_optax.training import experiment, loop
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.presets import PRESETS

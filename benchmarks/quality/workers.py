@@ -5,7 +5,6 @@ Here belongs nothing about what is run: a worker is given the key of a run and s
 
 import contextlib
 import multiprocessing
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from benchmarks.environment import environment
 from benchmarks.quality.methods import Method, all_methods
 from benchmarks.quality.results import Key
 from benchmarks.quality.tasks import Task, all_tasks
@@ -170,18 +170,3 @@ def _serve(connection: Connection, load: Load, directory: Path) -> None:
     with contextlib.suppress(EOFError):
         while True:
             connection.send(execute(registry, connection.recv()))
-
-
-@contextlib.contextmanager
-def environment(variables: dict[str, str]) -> Iterator[None]:
-    """Variables that processes have which are started in the block."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
