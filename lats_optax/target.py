@@ -1,8 +1,9 @@
 """The closed loop: the user names the sparsity, the threshold follows the latent weights to it.
 
-Here belongs the controller. Laws are in `control/laws.py`, the selection of the quantile is in
-`control/selection.py`. With N weights, the target s, the law's increments eta_t and fraction f, and
-the step K at which the target is reached, the controller does after step t = 0, 1, …
+Here belongs the controller. Laws are in `control/laws.py`, what a target asks for is in
+`control/targets.py`, the selection of the quantile is in `control/selection.py`. With N weights,
+the target s, the law's increments eta_t and fraction f, and the step K at which the target is
+reached, the controller does after step t = 0, 1, …
 
     (1)  q_t = the quantile of the latent magnitudes at sparsity s f((t + 1) / K)
 
@@ -27,19 +28,17 @@ From then on it is held:
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lats_optax import masks
 from lats_optax.array_types import Array, Bool, Float, Integer
-from lats_optax.checks.numbers import check_fraction, check_steps, is_number
+from lats_optax.checks.numbers import check_fraction, check_steps
 from lats_optax.control.laws import Law, constant_l1
-from lats_optax.control.schedules import ScalarOrSchedule, is_schedule, learning_rates
+from lats_optax.control.schedules import ScalarOrSchedule, learning_rates
 from lats_optax.control.selection import quantiles
-from lats_optax.distributions import check_sparsity
+from lats_optax.control.targets import check_target, targets_of
 from lats_optax.latent.pruned import PrunedUpdate, bounded
-from lats_optax.operators.parts import Part, TreeOperator, by_path, parts_of
+from lats_optax.operators.parts import TreeOperator, by_path
 from lats_optax.operators.power import Rescaled, prox_annealed
 from lats_optax.operators.protocol import Elementwise, Values
 
@@ -147,7 +146,7 @@ def target_sparsity(
         update_every = default_update_every(steps)
     rates = learning_rates(learning_rate, steps)
     return TargetSparsity(
-        target=_checked(target),
+        target=check_target(target),
         law=constant_l1() if law is None else law,
         rates=rates,
         horizon=max(round(reach * steps), 1),
@@ -220,7 +219,7 @@ class TargetSparsity:
                 "target_sparsity: it is a threshold and not a transform; wrap it, as in "
                 "optax.chain(optimizer, soft_threshold(target_sparsity(...)))"
             )
-        targets = _targets(self.target, latent, operator)
+        targets = targets_of(self.target, latent, operator)
         zero = jnp.zeros(np.shape(targets.sizes), jnp.result_type(float))
         # Copies: the state is donated, and a buffer can be given away once.
         steps = jnp.asarray(self.steps, jnp.int32)
@@ -239,7 +238,7 @@ class TargetSparsity:
         weights = by_path(latent)
         if not sum(leaf.size for leaf in weights.values()):
             return threshold, state
-        targets = _targets(self.target, latent, operator)
+        targets = targets_of(self.target, latent, operator)
         index, due = self.plan.selection(count)
         ranks = jnp.asarray(targets.ranks(self.plan.fraction))[index]
         previous, ranks = jnp.reshape(state.quantile, -1), jnp.reshape(ranks, -1)
@@ -380,93 +379,6 @@ def default_update_every(steps: int) -> int:
     (1, 50, 1000)
     """
     return min(max(steps // 200, 1), 1000)
-
-
-# --- what is named, and how many weights that is --------------------------------------------------
-
-
-class _Targets(NamedTuple):
-    """Sparsities, numbers of weights, and how many can be zero: of all together, or of each."""
-
-    sparsity: Float[np.ndarray, "*layers"]
-    sizes: Integer[np.ndarray, "*layers"]
-    most: Integer[np.ndarray, "*layers"]
-
-    def named(self, fraction: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n *layers"]:
-        """The number of weights that parts of the target name, float64 [n] or [n, layers]."""
-        shape = (-1, *(1,) * np.ndim(self.sizes))
-        return np.rint(np.reshape(fraction, shape) * self.sparsity * self.sizes)
-
-    def ranks(self, fraction: Float[np.ndarray, " n"]) -> Integer[np.ndarray, " n *layers"]:
-        """The number of weights that are zero at parts of the target, uint32 [n] or [n, layers].
-
-        At least one weight, or one group, survives: a target below 1 never means none at all.
-        """
-        return np.clip(self.named(fraction), 0, self.most).astype(np.uint32)
-
-
-def named_zeros(target: Any, latent: Any, operator: TreeOperator) -> int:
-    """How many zeros a target names in all; one weight, or group, survives where it names all.
-
-    Args:
-      target: as that of :func:`target_sparsity`.
-      latent: the pruned weights, or their shapes.
-      operator: that they are pruned by.
-
-    >>> named_zeros(0.75, {"kernel": jnp.ones((2, 4))}, default_operator(1))
-    6
-    """
-    return int(_targets(_checked(target), latent, operator).named(np.ones(1)).sum())
-
-
-def _checked(target: Any) -> Any:
-    """A target as far as it can be checked before there are parameters."""
-    if masks.is_function(target):
-        if is_schedule(target):
-            raise ValueError(
-                "target: it is a schedule, count -> number; allowed are sparsities, trees of them "
-                "and functions from parameters to such trees. The arguments are target_sparsity("
-                "target, learning_rate, steps)"
-            )
-        return target
-    for value in jax.tree.leaves(target) or [target]:
-        check_sparsity("target", value)
-    return float(target) if is_number(target) else target
-
-
-def _targets(target: Any, latent: Any, operator: TreeOperator) -> _Targets:
-    weights = by_path(latent)
-    parts = parts_of(operator, weights)
-    if isinstance(target, float):
-        return _bounded(np.array(target), [list(parts)])
-    if wide := [part for part in parts if len(part.names) > 1]:
-        raise ValueError(
-            f"target: one for each layer is not allowed where groups span layers, as those of "
-            f"{', '.join(wide[0].names)} do; allowed is one for all"
-        )
-    tree = target(latent) if masks.is_function(target) else target
-    named = jax.tree.leaves(masks.broadcast_prefix("target", tree, latent)) if weights else []
-    checked = [check_sparsity(f"target of {name}", value) for name, value in zip(weights, named)]
-    return _bounded(np.array(checked), [[part] for part in parts])
-
-
-def _bounded(sparsity: Float[np.ndarray, "*layers"], lists: list[list[Part]]) -> _Targets:
-    """Targets of lists of parts, each of which can be met: one weight, or group, survives."""
-    shape = np.shape(sparsity)
-    sizes = np.array([sum(part.size for part in parts) for parts in lists], np.int64)
-    most = np.array([sum(part.most for part in parts) for parts in lists], np.int64)
-    for named, size, limit, parts in zip(np.ravel(sparsity), sizes, most, lists):
-        if limit < size and np.rint(named * size) > limit:
-            raise ValueError(
-                f"target: {named} of {masks.some([name for part in parts for name in part.names])} "
-                f"is not allowed under operator={parts[0].operator!r}; allowed are sparsities up "
-                f"to {limit / size:g}"
-            )
-    largest = np.array(
-        [max((part.largest_group for part in parts), default=1) for parts in lists], np.int64
-    )
-    most = np.maximum(np.minimum(most, sizes - largest), 0)
-    return _Targets(sparsity, sizes.reshape(shape), most.reshape(shape))
 
 
 def _increments(law: Law, rates: Float[np.ndarray, " K"]) -> Float[np.ndarray, " K"]:

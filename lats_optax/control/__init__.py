@@ -1,1 +1,1 @@
-"""What sets the threshold: the protocol, laws, schedules, and when a quantile is selected."""
+"""What sets the threshold: protocol, laws, schedules, targets, when a quantile is selected."""

@@ -11,7 +11,7 @@ import optax
 
 from lats_optax import masks
 from lats_optax.analysis.sparsity import SparsityReport
-from lats_optax.target import named_zeros
+from lats_optax.control.targets import named_zeros
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.optimizer import Optimizer, target_of
 
