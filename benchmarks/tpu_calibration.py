@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from lats_optax.calibration import gram, prune
+from lats_optax.calibration import batches, prune
 from lats_optax.calibration.budgets import PerLayer
 from lats_optax.calibration.solvers import METHODS
 from lats_optax.models import DecoderLayer, Llama, LlamaConfig
@@ -70,11 +70,11 @@ def main(args: Sequence[str] | None = None) -> None:
     print(f"{4 * whole / chips / 1e6:>9,.0f}  of all parameters, float32, divided over all chips")
 
     begin = time.monotonic()
-    lowered = gram.lower(_apply, layer, hidden)
+    lowered = batches.lower(_apply, layer, hidden)
     _report("one batch into the Gram matrices of a layer", lowered.compile(), begin)
     inputs, outputs = CONFIG.intermediate_size, CONFIG.hidden_size
     one = SingleDeviceSharding(pod.devices[0])
-    blocks = math.ceil(inputs / gram.LARGEST)
+    blocks = math.ceil(inputs / batches.LARGEST)
     arrays = [
         jax.ShapeDtypeStruct((1, *shape), jnp.float32, sharding=one)
         for shape in (

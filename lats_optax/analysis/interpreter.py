@@ -2,7 +2,7 @@
 
 Here belongs how values, and what is known of them, go through equations, calls, loops and
 branches. What a product is, is in `products.py`; what is made of its activations, in
-`calibration/gram.py`.
+`calibration/accumulation.py`.
 """
 
 import dataclasses

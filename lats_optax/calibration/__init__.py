@@ -5,7 +5,8 @@
 """
 
 from lats_optax.calibration import solvers
-from lats_optax.calibration.gram import Gram, Grams, calibrate
+from lats_optax.calibration.batches import calibrate
+from lats_optax.calibration.gram import Gram, Grams
 from lats_optax.calibration.prune import Pruned, PrunedLayer, PruneReport, prune_with
 from lats_optax.calibration.sequential import sequential
 

@@ -1,6 +1,6 @@
 """Pruning block after block, each on what comes out of the pruned blocks before it.
 
-Here belongs the loop over blocks; one block is what `gram.py` and `prune.py` do.
+Here belongs the loop over blocks; one block is what `batches.py` and `prune.py` do.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from lats_optax import masks
-from lats_optax.calibration.gram import LARGEST, calibrate
+from lats_optax.calibration.batches import LARGEST, calibrate
 from lats_optax.calibration.prune import Pruned, PruneReport, prune_with
 from lats_optax.masks import MaskOrFunction
 
