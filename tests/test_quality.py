@@ -200,7 +200,14 @@ def test_tuning_does_not_touch_the_test_split(go, capsys):
     rates = {line["method"]: line["learning_rate"] for line in lines if line["role"] == "rate"}
     assert rates == {"dense": 0.05, "lats_optax": 0.05}
     assert "at the end of the grid" in capsys.readouterr().out
-    _, lines, _ = go("--tune", "--tuning-seeds", "2")
+
+    def load_two(directory):
+        tasks, methods = load(directory)
+        return workers.Registry(
+            {"tiny": dataclasses.replace(tasks["tiny"], tuning_seeds=2)}, methods
+        )
+
+    _, lines, _ = go("--tune", load=load_two)
     runs = [
         (line["method"], line["learning_rate"], line["seed"]) for line in lines if "seed" in line
     ]

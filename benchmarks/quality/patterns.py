@@ -1,6 +1,6 @@
 """N:M sparsity compared: 2:4 and 1:4, the same program as `benchmarks.quality` with other methods.
 
-    python -m benchmarks.quality.patterns --tune --tuning-seeds 3 --jobs 2
+    python -m benchmarks.quality.patterns --tune --jobs 2
     python -m benchmarks.quality.patterns --jobs 2
     python -m benchmarks.quality.table benchmarks/results/patterns.jsonl
 
@@ -34,7 +34,9 @@ def load(directory: Path) -> Registry:
     """The tasks, at the sparsities of the patterns, and the methods."""
     tasks = all_tasks(directory)
     sparsities = tuple(patterns.PATTERNS)
-    changed = partial(dataclasses.replace, sparsities=sparsities, tuned_at=sparsities[-1:])
+    changed = partial(
+        dataclasses.replace, sparsities=sparsities, tuned_at=sparsities[-1:], tuning_seeds=3
+    )
     return Registry(
         {
             "lenet": changed(tasks["lenet"], quick_sparsities=sparsities),

@@ -124,12 +124,12 @@ def report_cells(
     )
 
 
-def tuning_cells(tasks: Sequence[Task], methods: Sequence[Method], seeds: int = 1) -> list[Cell]:
+def tuning_cells(tasks: Sequence[Task], methods: Sequence[Method]) -> list[Cell]:
     """The cells of the validation split: all rates of a task, at the sparsities to tune at."""
     return _linked(
         Cell(task, method, target, seed, rate, "validation")
-        for seed in range(TUNING_SEED, TUNING_SEED + seeds)
         for task in tasks
+        for seed in range(TUNING_SEED, TUNING_SEED + task.tuning_seeds)
         for method in methods
         for target in targets(method, task.tuned_at)
         for rate in task.learning_rates

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None, load: workers.Load = workers.lo
         if options.rates is not None:
             take_rates(options.rates, writer)
         if options.tune:
-            cells = plan.tuning_cells(tasks, methods, options.tuning_seeds)
+            cells = plan.tuning_cells(tasks, methods)
         else:
             sparsities = {task.name: _sparsities(options, task) for task in tasks}
             seeds = range(options.seeds)
@@ -146,7 +146,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each if > 1")
     parser.add_argument("--quick", action="store_true", help="a few of each, unless named")
     parser.add_argument("--tune", action="store_true", help="choose learning rates, report nothing")
-    parser.add_argument("--tuning-seeds", type=int, default=1, help="of --tune; default: 1")
     parser.add_argument("--rates", type=Path, help="a file of results to take tuned rates from")
     return parser
 
@@ -176,10 +175,9 @@ def _check(
     for sparsity in options.sparsities or []:
         if not 0 < sparsity < 1:
             parser.error(f"--sparsities: {sparsity} is not allowed; numbers between 0 and 1 are")
-    for name in ("seeds", "tuning_seeds", "jobs"):
+    for name in ("seeds", "jobs"):
         if getattr(options, name) < 1:
-            flag = name.replace("_", "-")
-            parser.error(f"--{flag} is {getattr(options, name)}; allowed: 1 or more")
+            parser.error(f"--{name} is {getattr(options, name)}; allowed: 1 or more")
     if options.seeds > plan.TUNING_SEED:
         parser.error(f"--seeds is {options.seeds}; allowed: {plan.TUNING_SEED} or fewer")
 

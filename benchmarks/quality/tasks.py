@@ -32,6 +32,7 @@ class Task:
       metric: ``"accuracy"``, a fraction, or ``"bits"``, per character.
       sparsities: what methods are compared at, in ascending order.
       tuned_at: sparsities that a learning rate is chosen at, in ascending order.
+      tuning_seeds: how many a learning rate is chosen with.
       learning_rates: base rates to tune over.
       default_rate: the base rate where nothing was tuned.
       make_optimizer: learning-rate schedule -> base optimizer.
@@ -51,6 +52,7 @@ class Task:
     make_optimizer: Callable[[Schedule], optax.GradientTransformation]
     run: RunFunction
     seconds: float
+    tuning_seeds: int = 1
     files: tuple[Path, ...] = ()
     quick_sparsities: tuple[float, ...] = ()
     version: int = 1
@@ -108,6 +110,7 @@ def all_tasks(directory: Path = fashion_mnist.DIRECTORY) -> dict[str, Task]:
             metric="accuracy",
             sparsities=SPARSITIES,
             tuned_at=(0.95, 0.99),
+            tuning_seeds=3,
             quick_sparsities=(0.98,),
             learning_rates=(0.02, 0.05, 0.1, 0.2),
             default_rate=0.05,
