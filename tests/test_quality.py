@@ -228,6 +228,14 @@ def test_tuning_does_not_touch_the_test_split(go, capsys):
     assert last["learning_rate"] == rates["dense"]
     text = table.report(read(path)[0])
     assert "Learning rates tuned on validation data: dense" in text
+    changed = {**taken[0][1], "learning_rate": 0.2}
+    path.write_text(path.read_text() + json.dumps(changed) + "\n")
+    run.main(
+        ["--seeds", "1", "--methods", "dense", "--rates", str(path), "--out", str(elsewhere)], load
+    )
+    rate, rerun = map(json.loads, elsewhere.read_text().splitlines()[3:])
+    assert rate == changed
+    assert rerun["learning_rate"] == 0.2
 
 
 def test_a_learning_rate_is_used_from_the_sparsity_it_was_tuned_at_on(go):

@@ -122,13 +122,13 @@ def choose_rates(cells: Sequence[plan.Cell], writer: Writer) -> None:
 
 
 def take_rates(path: Path, writer: Writer) -> None:
-    """Writes the tuned rates of another file, where the written one has none."""
+    """Writes the tuned rates of another file, where the written one has others or none."""
     for which, rates in read(path)[0].rates.items():
-        if which in writer.results.rates:
-            continue
+        own = writer.results.rates.get(which, {})
         task, method, *versions = which
         for target, rate in rates.items():
-            writer.add(Rate(task, method, target, rate, *versions))
+            if own.get(target) != rate:
+                writer.add(Rate(task, method, target, rate, *versions))
 
 
 def _parser() -> argparse.ArgumentParser:
