@@ -109,7 +109,7 @@ def all_tasks(directory: Path = fashion_mnist.DIRECTORY) -> dict[str, Task]:
             sgd,
             metric="accuracy",
             sparsities=SPARSITIES,
-            tuned_at=(0.95, 0.99),
+            tuned_at=(0.8, 0.95, 0.99),
             tuning_seeds=3,
             quick_sparsities=(0.98,),
             learning_rates=(0.02, 0.05, 0.1, 0.2),
