@@ -35,8 +35,8 @@ from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from benchmarks.environment import environment
 from lats_optax.training import experiment, loop
 from lats_optax.training.config import TrainConfig
 from lats_optax.training.presets import PRESETS
@@ -141,7 +141,7 @@ class Run:
         self._records: list[dict[str, Any]] = []
         context = multiprocessing.get_context("spawn")
         self.process: BaseProcess = context.Process(target=train, args=(steps, directory))
-        with environment({"PYTHONMALLOC": "malloc"}):
+        with mock.patch.dict(os.environ, PYTHONMALLOC="malloc"):
             self.process.start()
 
     def send(self, number: int) -> None:

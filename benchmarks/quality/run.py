@@ -5,9 +5,9 @@
     python -m benchmarks.quality --tune --jobs 2
 
 `--tune` trains on less, scores on validation data, and writes the best learning rate of each task
-and method, at one or two sparsities, to the same file. From then on runs of the test split use the
-one that was chosen at their sparsity, or else at the next lower one. Methods that cannot name a
-sparsity are searched: their other runs are in the file too, with the role "search".
+and method, at the sparsities that the task names, to the same file. From then on runs of the test
+split use the one that was chosen at their sparsity, or else at the next lower one. Methods that
+cannot name a sparsity are searched: their other runs are in the file too, with the role "search".
 """
 
 import argparse

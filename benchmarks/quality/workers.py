@@ -5,6 +5,7 @@ Here belongs nothing about what is run: a worker is given the key of a run and s
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +13,8 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+from unittest import mock
 
-from benchmarks.environment import environment
 from benchmarks.quality.methods import Method, all_methods
 from benchmarks.quality.results import Key
 from benchmarks.quality.tasks import Task, all_tasks
@@ -144,7 +145,7 @@ class Workers:
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
         # A spawned process imports JAX before its first line runs: it inherits its environment.
-        with environment(ONE_THREAD):
+        with mock.patch.dict(os.environ, ONE_THREAD):
             process.start()
         theirs.close()
         return process, ours

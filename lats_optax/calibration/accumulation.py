@@ -107,7 +107,7 @@ def add_batch(
 ) -> Any:
     """The sums with one more batch, and in which batch each first was not finite, or -1."""
     sums = jax.tree.map(jnp.add, sums, program.run(leaves, batch).moments)
-    # Which batch was the first that is not finite is told at the end, without waiting for each.
+    # The first batch that is not finite is named at the end: nothing waits for each.
     broken = {
         key: jnp.where((at < 0) & ~jnp.all(jnp.isfinite(sums[key].gram)), number, at)
         for key, at in broken.items()
