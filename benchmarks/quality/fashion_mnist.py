@@ -19,22 +19,19 @@ from lats_optax.data.fashion_mnist import read_idx
 DIRECTORY = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist has the files."""
 
-VALIDATION = 5_000
-"""Training images, the last ones, that are held out for tuning."""
-
 # Of the pixels of the training images, in [0, 1].
 MEAN, STD = 0.2860, 0.3530
 SCORED_AT_ONCE = 500
 
 
 @cache
-def device_data(directory: Path, split: str) -> dict[str, Array]:
+def device_data(directory: Path, split: str, validation: int) -> dict[str, Array]:
     """Images and labels to train on, and those held out of that for the split."""
     arrays = read_idx(directory)
     images, labels = arrays["train_images"], arrays["train_labels"]
     if split == "validation":
-        held_out = images[-VALIDATION:], labels[-VALIDATION:]
-        images, labels = images[:-VALIDATION], labels[:-VALIDATION]
+        held_out = images[-validation:], labels[-validation:]
+        images, labels = images[:-validation], labels[:-validation]
     else:
         held_out = arrays["test_images"], arrays["test_labels"]
     names = ("images", "labels", "held_out_images", "held_out_labels")
@@ -47,7 +44,13 @@ def normalized(images: Array) -> Array:
 
 
 def classification(
-    directory: Path, split: str, model: Callable[[], nn.Module], *, epochs: int, batch: int
+    directory: Path,
+    split: str,
+    model: Callable[[], nn.Module],
+    *,
+    epochs: int,
+    batch: int,
+    validation: int,
 ) -> Problem:
     """The problem of a Flax module that is called as the zoo's are.
 
@@ -59,8 +62,9 @@ def classification(
       model: makes the module.
       epochs: passes over the training images; each is one chunk.
       batch: images a step.
+      validation: how many training images, the last ones, are held out for tuning.
     """
-    data = device_data(directory, split)
+    data = device_data(directory, split, validation)
     module, count = model(), len(data["labels"])
     per_epoch = count // batch
 
