@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 import lats_optax
-from benchmarks.quality import intervals, plan, plot, run, search, table, workers
+from benchmarks.quality import fashion_mnist, intervals, plan, plot, run, search, table, workers
 from benchmarks.quality.image_models import as_matrix_product
 from benchmarks.quality.methods import Method, default, dense
 from benchmarks.quality.peers.base import Setting
@@ -484,6 +484,25 @@ def test_tasks_are_named_once_and_say_what_they_need(tmp_path):
         assert list(task.sparsities) == sorted(task.sparsities)
         assert set(task.quick_sparsities) <= set(task.sparsities)
     assert {name for name, task in tasks.items() if task.quick_sparsities} == {"lenet", "resnet"}
+
+
+@pytest.mark.parametrize(
+    ("split", "trained_on", "held_out"),
+    [("validation", [0, 1, 2], [3, 4]), ("test", range(5), [9])],
+)
+def test_no_split_trains_on_what_it_is_scored_on(
+    monkeypatch, tmp_path, split, trained_on, held_out
+):
+    labels = {"train_labels": np.arange(5, dtype=np.uint8), "test_labels": np.uint8([9])}
+    images = {
+        name.replace("labels", "images"): np.broadcast_to(of[:, None, None], (len(of), 28, 28))
+        for name, of in labels.items()
+    }
+    monkeypatch.setattr(fashion_mnist, "read_idx", lambda directory: labels | images)
+    data = fashion_mnist.device_data(tmp_path, split, validation=2)
+    for prefix, expected in (("", trained_on), ("held_out_", held_out)):
+        np.testing.assert_array_equal(data[f"{prefix}labels"], expected)
+        np.testing.assert_array_equal(data[f"{prefix}images"][:, 5, 5], expected)
 
 
 @pytest.mark.parametrize(("size", "strides"), matrix.fast([(3, 2), (1, 2)], [(1, 2)]))
