@@ -80,6 +80,7 @@ def draw(tasks: Sequence[Scores], path: Path) -> None:
 
 def _panel(axes: "Axes", task: Scores, methods: Sequence[str], handles: dict[str, Any]) -> None:
     scale = 100 if task.metric == "accuracy" else 1
+    low, high = _limits(task, scale)
     if task.dense is not None:
         dense = task.dense.interval
         line = axes.axhline(scale * dense.mean, color="0.45", linestyle=(0, (4, 3)), linewidth=1.5)
@@ -99,10 +100,12 @@ def _panel(axes: "Axes", task: Scores, methods: Sequence[str], handles: dict[str
         widths = [scale * (0 if own.seeds < 2 else own.half_width) for _, own in found]
         style = _style(methods.index(method))
         if method == OURS:
-            low, high = ([m + sign * w for m, w in zip(y, widths)] for sign in (-1, 1))
-            axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            below, above = ([m + sign * w for m, w in zip(y, widths)] for sign in (-1, 1))
+            axes.fill_between(x, below, above, color=style["color"], alpha=0.15, linewidth=0)
             (line,) = axes.plot(x, y, **style, linewidth=3, markersize=7, zorder=5)
         else:
+            # An interval without its mean would be a line from nowhere.
+            widths = [w if low <= m <= high else math.nan for m, w in zip(y, widths)]
             bars = axes.errorbar(x, y, widths, **style, markersize=5, linewidth=1.4, elinewidth=1)
             line = bars.lines[0]
         handles.setdefault(method, line)
@@ -114,7 +117,8 @@ def _panel(axes: "Axes", task: Scores, methods: Sequence[str], handles: dict[str
     ticks = [100 * (1 - target) for target in task.targets]
     axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
     axes.set_xticks([], minor=True)
-    _limit(axes, task, scale)
+    if math.isfinite(low):
+        axes.set_ylim(low, high)
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -125,21 +129,26 @@ def _style(index: int) -> dict[str, Any]:
     return {**line_style(1 + place + 7 * turn), "marker": _MARKERS[(index - 1) % len(_MARKERS)]}
 
 
-def _limit(axes: "Axes", task: Scores, scale: float) -> None:
-    """Cuts off what is far worse than our default, and intervals beyond the best mean."""
+def _limits(task: Scores, scale: float) -> tuple[float, float]:
+    """The values that a panel shows, without what is far worse than our default.
+
+    Intervals beyond the best mean are cut off too. Infinite where there is nothing to compare with.
+    """
     means = {
         key: scale * cell.interval.mean for key, cell in task.cells.items() if task.comparable(*key)
     }
     ours = [mean for (method, _), mean in means.items() if method == OURS]
     if task.dense is None or not ours:
-        return
+        return -math.inf, math.inf
     dense = scale * task.dense.interval.mean
     sign = 1 if task.higher_is_better else -1
     best = sign * max(sign * mean for mean in [dense, *means.values()])
     last = sign * min(sign * mean for mean in ours)
     far = last - sign * _DEPTH * abs(last - dense)
-    if best != far:
-        axes.set_ylim(*sorted([far, best + _MARGIN * (best - far)]))
+    if best == far:
+        return -math.inf, math.inf
+    low, high = sorted([far, best + _MARGIN * (best - far)])
+    return low, high
 
 
 if __name__ == "__main__":
