@@ -487,11 +487,10 @@ def test_tasks_are_named_once_and_say_what_they_need(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("split", "trained_on", "held_out"),
-    [("validation", [0, 1, 2], [3, 4]), ("test", range(5), [9])],
+    ("validation", "trained_on", "held_out"), [(2, [0, 1, 2], [3, 4]), (0, range(5), [9])]
 )
 def test_no_split_trains_on_what_it_is_scored_on(
-    monkeypatch, tmp_path, split, trained_on, held_out
+    monkeypatch, tmp_path, validation, trained_on, held_out
 ):
     labels = {"train_labels": np.arange(5, dtype=np.uint8), "test_labels": np.uint8([9])}
     images = {
@@ -499,7 +498,7 @@ def test_no_split_trains_on_what_it_is_scored_on(
         for name, of in labels.items()
     }
     monkeypatch.setattr(fashion_mnist, "read_idx", lambda directory: labels | images)
-    data = fashion_mnist.device_data(tmp_path, split, validation=2)
+    data = fashion_mnist.device_data(tmp_path, validation)
     for prefix, expected in (("", trained_on), ("held_out_", held_out)):
         np.testing.assert_array_equal(data[f"{prefix}labels"], expected)
         np.testing.assert_array_equal(data[f"{prefix}images"][:, 5, 5], expected)

@@ -25,11 +25,11 @@ SCORED_AT_ONCE = 500
 
 
 @cache
-def device_data(directory: Path, split: str, validation: int) -> dict[str, Array]:
-    """Images and labels to train on, and those held out of that for the split."""
+def device_data(directory: Path, validation: int) -> dict[str, Array]:
+    """Images and labels to train on, and those held out: of validation, or with 0 the test set."""
     arrays = read_idx(directory)
     images, labels = arrays["train_images"], arrays["train_labels"]
-    if split == "validation":
+    if validation:
         held_out = images[-validation:], labels[-validation:]
         images, labels = images[:-validation], labels[:-validation]
     else:
@@ -64,7 +64,8 @@ def classification(
       batch: images a step.
       validation: how many training images, the last ones, are held out for tuning.
     """
-    data = device_data(directory, split, validation)
+    # All tasks share the one copy for the test split.
+    data = device_data(directory, validation if split == "validation" else 0)
     module, count = model(), len(data["labels"])
     per_epoch = count // batch
 
