@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.quality.results import DENSE, OURS, read
-from benchmarks.quality.scores import Scores, scores
+from benchmarks.quality.scores import Scores, in_order, scores
 from lats_optax.plots.style import figure, line_style
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def draw(tasks: Sequence[Scores], path: Path) -> None:
     """
     columns = min(len(tasks), 2)
     rows = math.ceil(len(tasks) / columns)
-    methods = list(dict.fromkeys([OURS, *(method for task in tasks for method in task.methods)]))
+    methods = in_order([OURS, *(method for task in tasks for method in task.methods)])
     lines = 1 + math.ceil((len(methods) + 1) / (2 * columns))
     size = (_PANEL[0] * columns, _PANEL[1] * rows + 0.25 * lines)
     with figure(path, size) as whole:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from benchmarks.quality.intervals import Interval, interval, paired
-from benchmarks.quality.results import DENSE, OURS, Result, Results, reported
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.results import DENSE, Result, Results, reported
 from benchmarks.quality.tasks import higher_is_better
 
 TOLERANCE = 0.005
@@ -42,7 +43,7 @@ class Scores(NamedTuple):
       metric: ``"accuracy"`` or ``"bits"``.
       dense: the runs without pruning; None: there are none.
       targets: the sparsities, in ascending order.
-      methods: names, our default first.
+      methods: names, `in_order`.
       cells: by method and target, where there are runs.
     """
 
@@ -98,6 +99,16 @@ def scores(results: Results) -> list[Scores]:
     return [_scores(task, own) for task, own in by_task.items()]
 
 
+def in_order(methods: Iterable[str]) -> list[str]:
+    """As they are registered, our default first, then others by name, whatever the file's order.
+
+    >>> in_order(["str", "one-shot", "hard", "lats_optax", "str"])
+    ['lats_optax', 'one-shot', 'str', 'hard']
+    """
+    places = {method.name: place for place, method in enumerate(METHODS)}
+    return sorted(set(methods), key=lambda name: (places.get(name, len(places)), name))
+
+
 def _scores(task: str, results: Iterable[Result]) -> Scores:
     metric = ""
     groups: dict[tuple[str, float], dict[int, Result]] = {}
@@ -108,8 +119,7 @@ def _scores(task: str, results: Iterable[Result]) -> Scores:
             runs[key.seed] = result
     cells = {key: _cell(key[0], runs) for key, runs in groups.items() if runs}
     dense = cells.get((DENSE, 0.0))
-    names = dict.fromkeys(method for method, _ in groups if method != DENSE)
-    methods = sorted(names, key=lambda name: name != OURS)
+    methods = in_order(method for method, _ in groups if method != DENSE)
     targets = sorted({target for method, target in groups if method != DENSE})
     return Scores(task, metric, dense, targets, methods, cells)
 
