@@ -293,14 +293,29 @@ def test_bisection_of_a_curve(target, start, increasing):
     tried = []
     while not tried or not search.hits(options, target, tried[-1].sparsity):
         knob = search.propose(options, target, tried, start)
-        assert options.low <= knob <= options.high
         strength = knob if increasing else 1 / knob
         tried.append(Tried(knob, strength / (0.3 + strength)))
         assert len(tried) <= options.most
 
 
+@pytest.mark.parametrize("increasing", [True, False])
+@pytest.mark.parametrize("sparsity", [0.1, 0.999])
+@pytest.mark.parametrize("start", [None, 1.0])
+def test_a_search_leaves_a_range_without_the_target(increasing, sparsity, start):
+    options = Search(1e-2, 1e2, increasing=increasing)
+    tried = []
+    for _ in range(8):
+        tried.append(Tried(search.propose(options, 0.9, tried, start), sparsity))
+    knobs = [one.knob for one in tried]
+    upwards = increasing == (sparsity < 0.9)
+    assert knobs == sorted(set(knobs), reverse=not upwards)
+    assert knobs[0] == 1.0
+    assert options.low <= knobs[3] <= options.high
+    assert not options.low <= knobs[-1] <= options.high
+
+
 def test_a_search_ends_where_the_target_cannot_be_hit():
-    options = Search(1.0, 2.0, log=False, most=5)
+    options = Search(1.0, 2.0, most=5)
     method = Method("never", "", final_threshold, search=options)
     task = load(None).tasks["tiny"]
     cell = plan.Cell(task, method, 0.9, 0, 0.1, "test")

@@ -12,17 +12,18 @@ _LEAST_DENSITY = 1e-6
 # Of the distance between two values of which one gives too few zeros and one too many: how close
 # the next value may be to either.
 _MARGIN = 0.1
-# The first correction of a value that was taken from another seed, as a part of the whole range.
-_FIRST_CORRECTION = 1 / 64
+# Steps while all runs are on one side of the target, as parts of the range's width; the last is
+# repeated. From the middle the fourth ends where the range does.
+_FROM_MIDDLE = (1 / 4, 1 / 8, 1 / 16, 1 / 16, 1 / 8, 1 / 4)
+_FROM_START = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)
 
 
 class Search(NamedTuple):
-    """The range of a method's knob.
+    """Where a method's knob is looked for, on a logarithmic scale.
 
     Attributes:
-      low: its smallest value.
+      low: the smallest value of the range that is looked at first, above 0.
       high: its largest value.
-      log: whether it is searched on a logarithmic scale.
       tolerance: how far the sparsity may be from the target, absolute.
       most: runs after which the search gives up.
       increasing: whether a larger value gives more zeros.
@@ -30,7 +31,6 @@ class Search(NamedTuple):
 
     low: float
     high: float
-    log: bool = True
     tolerance: float = 0.005
     most: int = 12
     increasing: bool = True
@@ -63,8 +63,9 @@ def propose(
     """The value to try next.
 
     The middle of the range, or ``start``, is the first. While all runs are on one side of the
-    target, the range is halved, or, from a start, corrected by steps that double. Between a run of
-    either side the logarithm of the density is interpolated, not closer than a tenth to an end.
+    target, steps towards the other become shorter until the end of the range is near, and then
+    longer, past it. From a start they become longer at once. Between a run of either side the
+    logarithm of the density is interpolated, not closer than a tenth to an end.
 
     Args:
       search: the range.
@@ -73,7 +74,7 @@ def propose(
       start: a value that hit the target with another seed.
 
     Returns:
-      A value of the knob, in the range.
+      A value of the knob.
 
     Example:
       >>> search = Search(0.01, 100.0)
@@ -85,16 +86,14 @@ def propose(
     sign = 1.0 if search.increasing else -1.0
 
     def place(knob: float) -> float:
-        return sign * (math.log(knob) if search.log else knob)
+        return sign * math.log(knob)
 
     def knob(place: float) -> float:
-        value = math.exp(sign * place) if search.log else sign * place
         # Rounding keeps 1.0 what was exp(log(0.01) / 2 + log(100) / 2).
-        return min(max(float(f"{value:.12g}"), search.low), search.high)
+        return float(f"{math.exp(sign * place):.12g}")
 
     if not tried:
         return start if start is not None else knob((place(search.low) + place(search.high)) / 2)
-    first, last = sorted((place(search.low), place(search.high)))
     below = [(place(one.knob), one.sparsity) for one in tried if one.sparsity < target]
     above = [(place(one.knob), one.sparsity) for one in tried if one.sparsity >= target]
     if below and above:
@@ -103,7 +102,6 @@ def propose(
         part = (math.log(1 - target) - ends[0]) / (ends[1] - ends[0])
         part = min(max(part, _MARGIN), 1 - _MARGIN)
         return knob(low[0] + part * (high[0] - low[0]))
-    if start is not None:
-        step = (last - first) * _FIRST_CORRECTION * 2 ** (len(tried) - 1)
-        return knob(max(below)[0] + step if below else min(above)[0] - step)
-    return knob((max(below)[0] + last) / 2 if below else (first + min(above)[0]) / 2)
+    steps = _FROM_MIDDLE if start is None else _FROM_START
+    step = steps[min(len(tried), len(steps)) - 1] * math.log(search.high / search.low)
+    return knob(max(below)[0] + step if below else min(above)[0] - step)
