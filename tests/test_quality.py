@@ -293,6 +293,7 @@ def test_bisection_of_a_curve(target, start, increasing):
     tried = []
     while not tried or not search.hits(options, target, tried[-1].sparsity):
         knob = search.propose(options, target, tried, start)
+        assert options.low <= knob <= options.high
         strength = knob if increasing else 1 / knob
         tried.append(Tried(knob, strength / (0.3 + strength)))
         assert len(tried) <= options.most

@@ -100,7 +100,7 @@ def scores(results: Results) -> list[Scores]:
 
 
 def in_order(methods: Iterable[str]) -> list[str]:
-    """As they are registered, our default first, then others by name, whatever the file's order.
+    """As they are registered, our default first, then others by name.
 
     >>> in_order(["str", "one-shot", "hard", "lats_optax", "str"])
     ['lats_optax', 'one-shot', 'str', 'hard']
