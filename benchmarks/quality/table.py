@@ -5,6 +5,7 @@ python -m benchmarks.quality.table benchmarks/results/quality.jsonl
 
 import argparse
 import math
+import signal
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -191,4 +192,5 @@ def _row(cells: Iterable[str]) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     sys.exit(main())
