@@ -79,8 +79,8 @@ def line_style(index: int) -> dict[str, Any]:
     {'color': '#D55E00', 'linestyle': '--'}
     """
     turn, place = divmod(index, len(_COLORS))
-    # Colors come again after seven curves, with another line: the first two have the same.
-    return {"color": _COLORS[place], "linestyle": _LINES[(place + 2 * turn) % len(_LINES)]}
+    # Colors come again after seven curves, with a line that is easy to tell from the first one.
+    return {"color": _COLORS[place], "linestyle": _LINES[(place + 3 * turn) % len(_LINES)]}
 
 
 def shortened(name: str, length: int = 48) -> str:
