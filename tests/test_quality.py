@@ -198,8 +198,8 @@ def test_tuning_does_not_touch_the_test_split(go, capsys):
     assert {line["seed"] for line in runs} == {1000}
     assert {line["target"] for line in runs} == {0.0, 0.75}
     rates = {line["method"]: line["learning_rate"] for line in lines if line["role"] == "rate"}
-    assert rates == {"dense": 0.05, "lats_optax": 0.05}
-    assert "at the end of the grid" in capsys.readouterr().out
+    assert rates == {"dense": 0.0125, "lats_optax": 0.0125}
+    assert "at the end of its range" in capsys.readouterr().out
 
     def load_two(directory):
         tasks, methods = load(directory)
@@ -236,6 +236,38 @@ def test_tuning_does_not_touch_the_test_split(go, capsys):
     rate, rerun = map(json.loads, elsewhere.read_text().splitlines()[3:])
     assert rate == changed
     assert rerun["learning_rate"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("best", "tried", "chosen"),
+    [
+        (0.1, {0.05, 0.1, 0.2}, 0.1),
+        (0.2, {0.05, 0.1, 0.2, 0.4}, 0.2),
+        (0.03, {0.0125, 0.025, 0.05, 0.1, 0.2}, 0.025),
+        (9.0, {0.05, 0.1, 0.2, 0.4, 0.8}, 0.8),
+    ],
+    ids=["inside", "at an end", "outside", "far outside"],
+)
+def test_a_range_of_learning_rates_is_widened_until_it_holds_the_best(go, best, tried, chosen):
+    def load_with_a_peak(directory):
+        tasks, methods = load(directory)
+
+        def run_made_up(make, target, seed, rate, split):
+            return Outcome(0.9 - abs(rate - best) / 10, round(1000 * target), 1000)
+
+        task = dataclasses.replace(
+            tasks["tiny"], learning_rates=(0.05, 0.1, 0.2), tuning_seeds=2, run=run_made_up
+        )
+        return workers.Registry({"tiny": task}, methods)
+
+    code, lines, path = go("--tune", methods=("lats_optax",), load=load_with_a_peak)
+    assert code == 0
+    runs = [(line["learning_rate"], line["seed"]) for line in lines if line["role"] == "run"]
+    assert sorted(runs) == sorted((rate, seed) for rate in tried for seed in (1000, 1001))
+    assert [line["learning_rate"] for line in lines if line["role"] == "rate"] == [chosen]
+    before = path.read_bytes()
+    go("--tune", methods=("lats_optax",), load=load_with_a_peak)
+    assert path.read_bytes() == before
 
 
 def test_a_learning_rate_is_used_from_the_sparsity_it_was_tuned_at_on(go):

@@ -15,6 +15,10 @@ from benchmarks.quality.tasks import Task
 TUNING_SEED = 1000
 """The first of the seeds that learning rates are tuned with; they are never reported."""
 
+# Steps beyond a range of learning rates, and their factor. A method that fails at every rate would
+# go on for ever.
+_WIDER, _STEP = 2, 2.0
+
 
 class Cell(NamedTuple):
     """One task, method, target, seed, learning rate and split.
@@ -133,6 +137,31 @@ def tuning_cells(tasks: Sequence[Task], methods: Sequence[Method]) -> list[Cell]
         for method in methods
         for target in targets(method, task.tuned_at)
         for rate in task.learning_rates
+    )
+
+
+def wider_cells(cells: Sequence[Cell], finished: Mapping[Key, Result]) -> list[Cell]:
+    """The cells of one more learning rate, where the best is at an end of those that were tried.
+
+    Args:
+      cells: those of one task, method and target.
+      finished: the runs that are.
+
+    Returns:
+      The cells; none where the best is inside, or the range was widened twice.
+    """
+    best = best_rate(cells, finished)
+    rates = {cell.learning_rate for cell in cells}
+    if best is None or len(rates) == len(cells[0].task.learning_rates) + _WIDER:
+        return []
+    if best == max(rates):
+        further = best * _STEP
+    elif best == min(rates):
+        further = best / _STEP
+    else:
+        return []
+    return _linked(
+        cell._replace(learning_rate=further) for cell in cells if cell.learning_rate == best
     )
 
 

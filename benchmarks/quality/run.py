@@ -5,9 +5,10 @@
     python -m benchmarks.quality --tune --jobs 2
 
 `--tune` trains on less, scores on validation data, and writes the best learning rate of each task
-and method, at the sparsities that the task names, to the same file. From then on runs of the test
-split use the one that was chosen at their sparsity, or else at the next lower one. Methods that
-cannot name a sparsity are searched: their other runs are in the file too, with the role "search".
+and method, at the sparsities that the task names, to the same file. A range whose best rate is at
+an end is widened, by a factor of two and at most twice. From then on runs of the test split use the
+rate that was chosen at their sparsity, or else at the next lower one. Methods that cannot name a
+sparsity are searched: their other runs are in the file too, with the role "search".
 """
 
 import argparse
@@ -23,7 +24,7 @@ import jax
 
 from benchmarks.quality import plan, workers
 from benchmarks.quality.fashion_mnist import DIRECTORY
-from benchmarks.quality.results import Key, Rate, Result, Results, Writer, read
+from benchmarks.quality.results import Key, Rate, Result, Results, Writer, read, tuned
 from benchmarks.quality.tasks import Task
 
 OUT = Path("benchmarks/results/quality.jsonl")
@@ -58,9 +59,8 @@ def main(arguments: Sequence[str] | None = None, load: workers.Load = workers.lo
             seeds = range(options.seeds)
             cells = plan.report_cells(tasks, methods, sparsities, seeds, writer.results)
         with workers.pool(options.jobs, load, options.data) as pool:
-            failed = work(cells, writer, pool, options.jobs)
-        if options.tune:
-            choose_rates(cells, writer)
+            finish = tune if options.tune else work
+            failed = finish(cells, writer, pool, options.jobs)
     except KeyboardInterrupt:
         print(
             f"\nstopped; finished runs are in {options.out}; the same command goes on", flush=True
@@ -103,32 +103,53 @@ def work(cells: Sequence[plan.Cell], writer: Writer, pool: workers.Pool, jobs: i
     return failed
 
 
-def choose_rates(cells: Sequence[plan.Cell], writer: Writer) -> None:
-    """Writes the best rate of each task, method and sparsity."""
+def tune(cells: Sequence[plan.Cell], writer: Writer, pool: workers.Pool, jobs: int) -> int:
+    """Runs all rates and writes the best of each task, method and sparsity.
+
+    Where the best is at an end of the range, the range is widened first.
+
+    Returns:
+      How many cells could not be finished.
+    """
 
     def of_choice(cell: plan.Cell) -> tuple[str, str, float]:
         return cell.task.name, cell.method.name, cell.target
 
-    for (task, method, target), group in groupby(sorted(cells, key=of_choice), key=of_choice):
-        own = list(group)
+    failed = work(cells, writer, pool, jobs)
+    choices = {key: list(own) for key, own in groupby(sorted(cells, key=of_choice), key=of_choice)}
+    while wider := {
+        key: more
+        for key, own in choices.items()
+        if (more := plan.wider_cells(own, writer.results.runs))
+    }:
+        for key, more in wider.items():
+            choices[key] += more
+        failed += work([cell for more in wider.values() for cell in more], writer, pool, jobs)
+    for (task, method, target), own in choices.items():
         where = task + _of(method, target)
         rate = plan.best_rate(own, writer.results.runs)
         if rate is None:
             print(f"{where}: no learning rate was chosen", flush=True)
             continue
-        writer.add(Rate(task, method, target, rate, own[0].task.version, own[0].method.version))
-        edge = " (at the end of the grid)" if rate in _ends(own) else ""
+        versions = own[0].task.version, own[0].method.version
+        _write_rate(Rate(task, method, target, rate, *versions), writer)
+        rates = {cell.learning_rate for cell in own}
+        edge = " (at the end of its range)" if rate in (min(rates), max(rates)) else ""
         print(f"{where}: learning rate {rate:g}{edge}", flush=True)
+    return failed
 
 
 def take_rates(path: Path, writer: Writer) -> None:
-    """Writes the tuned rates of another file, where the written one has others or none."""
-    for which, rates in read(path)[0].rates.items():
-        own = writer.results.rates.get(which, {})
-        task, method, *versions = which
+    """Writes the tuned rates of another file."""
+    for (task, method, *versions), rates in read(path)[0].rates.items():
         for target, rate in rates.items():
-            if own.get(target) != rate:
-                writer.add(Rate(task, method, target, rate, *versions))
+            _write_rate(Rate(task, method, target, rate, *versions), writer)
+
+
+def _write_rate(rate: Rate, writer: Writer) -> None:
+    """Writes a tuned rate, where the file has another or none."""
+    if writer.results.rates.get(tuned(rate), {}).get(rate.target) != rate.learning_rate:
+        writer.add(rate)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -267,8 +288,3 @@ def _duration(seconds: float) -> str:
     if seconds < 90 * 60:
         return f"about {seconds / 60:.0f} min"
     return f"about {seconds / 3600:.1f} h"
-
-
-def _ends(cells: Sequence[plan.Cell]) -> tuple[float, float]:
-    rates = cells[0].task.learning_rates
-    return min(rates), max(rates)
