@@ -5,6 +5,7 @@ All of it follows from the finished lines, so a plan that was interrupted goes o
 
 import enum
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from benchmarks.quality.methods import Method
@@ -140,16 +141,29 @@ def tuning_cells(tasks: Sequence[Task], methods: Sequence[Method]) -> list[Cell]
     )
 
 
-def wider_cells(cells: Sequence[Cell], finished: Mapping[Key, Result]) -> list[Cell]:
-    """The cells of one more learning rate, where the best is at an end of those that were tried.
+def choices(cells: Iterable[Cell]) -> list[list[Cell]]:
+    """The cells by what one learning rate is chosen for: task, method and target."""
+
+    def of_choice(cell: Cell) -> tuple[str, str, float]:
+        return cell.task.name, cell.method.name, cell.target
+
+    return [list(own) for _, own in groupby(sorted(cells, key=of_choice), key=of_choice)]
+
+
+def wider_cells(cells: Iterable[Cell], finished: Mapping[Key, Result]) -> list[Cell]:
+    """The cells of one more learning rate, wherever the best is at an end of those that were tried.
 
     Args:
-      cells: those of one task, method and target.
+      cells: those of the rates that were tried.
       finished: the runs that are.
 
     Returns:
       The cells; none where the best is inside, or the range was widened twice.
     """
+    return [cell for own in choices(cells) for cell in _one_rate_more(own, finished)]
+
+
+def _one_rate_more(cells: Sequence[Cell], finished: Mapping[Key, Result]) -> list[Cell]:
     best = best_rate(cells, finished)
     rates = {cell.learning_rate for cell in cells}
     if best is None or len(rates) == len(cells[0].task.learning_rates) + _WIDER:

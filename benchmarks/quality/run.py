@@ -17,7 +17,6 @@ import os
 import platform
 import statistics
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 
 import jax
@@ -111,21 +110,13 @@ def tune(cells: Sequence[plan.Cell], writer: Writer, pool: workers.Pool, jobs: i
     Returns:
       How many cells could not be finished.
     """
-
-    def of_choice(cell: plan.Cell) -> tuple[str, str, float]:
-        return cell.task.name, cell.method.name, cell.target
-
     failed = work(cells, writer, pool, jobs)
-    choices = {key: list(own) for key, own in groupby(sorted(cells, key=of_choice), key=of_choice)}
-    while wider := {
-        key: more
-        for key, own in choices.items()
-        if (more := plan.wider_cells(own, writer.results.runs))
-    }:
-        for key, more in wider.items():
-            choices[key] += more
-        failed += work([cell for more in wider.values() for cell in more], writer, pool, jobs)
-    for (task, method, target), own in choices.items():
+    cells = list(cells)
+    while wider := plan.wider_cells(cells, writer.results.runs):
+        cells += wider
+        failed += work(wider, writer, pool, jobs)
+    for own in plan.choices(cells):
+        task, method, target = own[0].task.name, own[0].method.name, own[0].target
         where = task + _of(method, target)
         rate = plan.best_rate(own, writer.results.runs)
         if rate is None:

@@ -79,7 +79,8 @@ def line_style(index: int) -> dict[str, Any]:
     {'color': '#D55E00', 'linestyle': '--'}
     """
     turn, place = divmod(index, len(_COLORS))
-    # Colors come again after seven curves, with a line that is easy to tell from the first one.
+    # Colors come again after seven curves, with a line that is easy to tell from the one before;
+    # the sixteenth curve looks like the second.
     return {"color": _COLORS[place], "linestyle": _LINES[(place + 3 * turn) % len(_LINES)]}
 
 
