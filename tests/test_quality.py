@@ -317,13 +317,35 @@ def test_a_search_hits_the_target_and_goes_on_where_it_was(go):
     assert rows[-1] == f"| tiny | searched | 75 % | {len(first)} | {len(others):.1f} | – |"
 
 
+def test_at_a_high_sparsity_a_search_goes_on_until_a_run_compares(go):
+    _, lines, path = go("--seeds", "2", "--sparsities", "0.975", methods=("searched",))
+    *before, last = (line for line in lines if line["seed"] == 0)
+    assert last["role"] == "run"
+    assert abs(last["sparsity"] - 0.975) < 0.0025
+    assert {line["role"] for line in before} == {"search"}
+    close = [abs(line["sparsity"] - 0.975) <= 0.005 for line in before]
+    assert any(close)
+    rows = table.whole_runs(read(path)[0])
+    assert rows[-1] == f"| tiny | searched | 97.5 % | {close.index(True) + 1} | 1.0 | – |"
+
+
+def test_what_leaves_half_as_many_weights_again_does_not_compare():
+    results = collected(
+        *three_seeds("lats_optax", 0.99, [0.85, 0.86, 0.87]),
+        *three_seeds("denser", 0.99, [0.88, 0.88, 0.89], sparsity=0.986),
+    )
+    text = table.report(results)
+    assert "88.33 ± 1.43 at 98.6 %" in text
+    assert text.endswith("nothing to compare lats_optax with")
+
+
 @pytest.mark.parametrize("target", [0.5, 0.9, 0.99])
 @pytest.mark.parametrize("start", [None, 0.02, 3.0])
 @pytest.mark.parametrize("increasing", [True, False])
 def test_bisection_of_a_curve(target, start, increasing):
     options = Search(1e-3, 1e2, increasing=increasing)
     tried = []
-    while not tried or not search.hits(options, target, tried[-1].sparsity):
+    while not tried or not search.hits(target, tried[-1].sparsity):
         knob = search.propose(options, target, tried, start)
         assert options.low <= knob <= options.high
         strength = knob if increasing else 1 / knob

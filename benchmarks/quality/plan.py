@@ -74,7 +74,7 @@ def next_run(cell: Cell, finished: Mapping[Key, Result]) -> Key | Status:
         if key not in finished:
             return key
         done.append(Tried(key.knob or 0.0, finished[key].sparsity))
-        if hits(search, cell.target, done[-1].sparsity):
+        if hits(cell.target, done[-1].sparsity):
             break
     return Status.DONE
 
@@ -90,8 +90,7 @@ def tried(cell: Cell, finished: Mapping[Key, Result]) -> list[Tried]:
 
 def role(cell: Cell, sparsity: float) -> str:
     """Whether a run counts or only missed the target on the way."""
-    search = cell.method.search
-    return "run" if search is None or hits(search, cell.target, sparsity) else "search"
+    return "run" if cell.method.search is None or hits(cell.target, sparsity) else "search"
 
 
 def targets(method: Method, sparsities: Sequence[float]) -> Sequence[float]:

@@ -10,10 +10,8 @@ from typing import NamedTuple
 from benchmarks.quality.intervals import Interval, interval, paired
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.results import DENSE, Result, Results, reported
+from benchmarks.quality.search import hits
 from benchmarks.quality.tasks import higher_is_better
-
-TOLERANCE = 0.005
-"""How far from the target the sparsity of a run may be, for its value to be compared."""
 
 
 class Cell(NamedTuple):
@@ -126,6 +124,6 @@ def _scores(task: str, results: Iterable[Result]) -> Scores:
 
 def _cell(method: str, runs: Mapping[int, Result]) -> Cell:
     values = {seed: runs[seed].value for seed in sorted(runs)}
-    near = all(abs(run.sparsity - run.key.target) <= TOLERANCE for run in runs.values())
+    near = all(hits(run.key.target, run.sparsity) for run in runs.values())
     comparable = all(map(math.isfinite, values.values())) and (near or method == DENSE)
     return Cell(values, sum(run.sparsity for run in runs.values()) / len(runs), comparable)

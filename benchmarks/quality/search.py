@@ -7,6 +7,12 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+CLOSE = 0.005
+"""How close to its target a sparsity is said to be, absolute."""
+
+FEWER_OR_MORE = 0.1
+"""Part of the weights that a target leaves: how many more or fewer a comparison allows."""
+
 # A run may end with no weight left, whose density has no logarithm.
 _LEAST_DENSITY = 1e-6
 # Of the distance between two values of which one gives too few zeros and one too many: how close
@@ -24,14 +30,12 @@ class Search(NamedTuple):
     Attributes:
       low: the smallest value of the range that is looked at first, above 0.
       high: its largest value.
-      tolerance: how far the sparsity may be from the target, absolute.
       most: runs after which the search gives up.
       increasing: whether a larger value gives more zeros.
     """
 
     low: float
     high: float
-    tolerance: float = 0.005
     most: int = 12
     increasing: bool = True
 
@@ -43,13 +47,15 @@ class Tried(NamedTuple):
     sparsity: float
 
 
-def hits(search: Search, target: float, sparsity: float) -> bool:
-    """Whether a sparsity is as good as the target.
+def hits(target: float, sparsity: float) -> bool:
+    """Whether a sparsity compares with the target: it is close, and leaves about as many weights.
 
-    >>> hits(Search(0.1, 10), 0.9, 0.896), hits(Search(0.1, 10), 0.9, 0.91)
-    (True, False)
+    At 99 % one that is merely close may leave half as many weights again.
+
+    >>> hits(0.9, 0.896), hits(0.9, 0.91), hits(0.99, 0.9905), hits(0.99, 0.986)
+    (True, False, True, False)
     """
-    return abs(sparsity - target) <= search.tolerance
+    return abs(sparsity - target) <= min(CLOSE, FEWER_OR_MORE * (1 - target))
 
 
 def closest(tried: Sequence[Tried], target: float) -> Tried:
