@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 CLOSE = 0.005
-"""How close to its target a sparsity is said to be, absolute."""
+"""How far from its target a close sparsity may be, absolute."""
 
 FEWER_OR_MORE = 0.1
 """Part of the weights that a target leaves: how many more or fewer a comparison allows."""
@@ -47,6 +47,11 @@ class Tried(NamedTuple):
     sparsity: float
 
 
+def is_close(target: float, sparsity: float) -> bool:
+    """Whether a sparsity is near its target, however many weights that is."""
+    return abs(sparsity - target) <= CLOSE
+
+
 def hits(target: float, sparsity: float) -> bool:
     """Whether a sparsity compares with the target: it is close, and leaves about as many weights.
 
@@ -55,7 +60,8 @@ def hits(target: float, sparsity: float) -> bool:
     >>> hits(0.9, 0.896), hits(0.9, 0.91), hits(0.99, 0.9905), hits(0.99, 0.986)
     (True, False, True, False)
     """
-    return abs(sparsity - target) <= min(CLOSE, FEWER_OR_MORE * (1 - target))
+    about_as_many = abs(sparsity - target) <= FEWER_OR_MORE * (1 - target)
+    return is_close(target, sparsity) and about_as_many
 
 
 def closest(tried: Sequence[Tried], target: float) -> Tried:
