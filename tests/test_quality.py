@@ -90,7 +90,6 @@ def test_a_finished_run_is_not_run_again(go, capsys):
     ]
     assert all(line["zeros"] == round(1000 * line["target"]) for line in lines)
     assert all(line["sparsity"] == line["target"] for line in lines)
-    assert {line["role"] for line in lines} == {"run"}
     before = path.read_bytes()
     assert len(SPLITS) == 6
     go("--seeds", "2", "--sparsities", "0.75", "0.9")
@@ -194,10 +193,11 @@ def test_tuning_does_not_touch_the_test_split(go, capsys):
     code, lines, _ = go("--tune")
     assert code == 0
     assert set(SPLITS) == {"validation"}
-    runs = [line for line in lines if line["role"] == "run"]
+    runs = [line for line in lines if "seed" in line]
     assert {line["seed"] for line in runs} == {1000}
     assert {line["target"] for line in runs} == {0.0, 0.75}
-    rates = {line["method"]: line["learning_rate"] for line in lines if line["role"] == "rate"}
+    chosen = [line for line in lines if line.get("role") == "rate"]
+    rates = {line["method"]: line["learning_rate"] for line in chosen}
     assert rates == {"dense": 0.0125, "lats_optax": 0.0125}
     assert "at the end of its range" in capsys.readouterr().out
 
@@ -221,14 +221,12 @@ def test_tuning_does_not_touch_the_test_split(go, capsys):
     run.main(
         ["--seeds", "1", "--methods", "dense", "--rates", str(path), "--out", str(elsewhere)], load
     )
-    *taken, (_, last) = [
-        (line["role"], line) for line in map(json.loads, elsewhere.read_text().splitlines())
-    ]
-    assert [role for role, _ in taken] == ["rate", "rate"]
+    *taken, last = map(json.loads, elsewhere.read_text().splitlines())
+    assert [line["role"] for line in taken] == ["rate", "rate"]
     assert last["learning_rate"] == rates["dense"]
     text = table.report(read(path)[0])
     assert "Learning rates tuned on validation data: dense" in text
-    changed = {**taken[0][1], "learning_rate": 0.2}
+    changed = {**taken[0], "learning_rate": 0.2}
     path.write_text(path.read_text() + json.dumps(changed) + "\n")
     run.main(
         ["--seeds", "1", "--methods", "dense", "--rates", str(path), "--out", str(elsewhere)], load
@@ -262,9 +260,10 @@ def test_a_range_of_learning_rates_is_widened_until_it_holds_the_best(go, best, 
 
     code, lines, path = go("--tune", methods=("lats_optax",), load=load_with_a_peak)
     assert code == 0
-    runs = [(line["learning_rate"], line["seed"]) for line in lines if line["role"] == "run"]
+    runs = [(line["learning_rate"], line["seed"]) for line in lines if "seed" in line]
     assert sorted(runs) == sorted((rate, seed) for rate in tried for seed in (1000, 1001))
-    assert [line["learning_rate"] for line in lines if line["role"] == "rate"] == [chosen]
+    rates = [line for line in lines if line.get("role") == "rate"]
+    assert [line["learning_rate"] for line in rates] == [chosen]
     before = path.read_bytes()
     go("--tune", methods=("lats_optax",), load=load_with_a_peak)
     assert path.read_bytes() == before
@@ -298,11 +297,11 @@ def test_a_learning_rate_is_used_from_the_sparsity_it_was_tuned_at_on(go):
 def test_a_search_hits_the_target_and_goes_on_where_it_was(go):
     _, lines, path = go("--seeds", "2", "--sparsities", "0.75", methods=("searched",))
     for seed in (0, 1):
-        *before, last = (line for line in lines if line["seed"] == seed)
-        assert last["role"] == "run"
-        assert abs(last["sparsity"] - 0.75) <= 0.005
-        assert all(line["role"] == "search" for line in before)
-        assert all(abs(line["sparsity"] - 0.75) > 0.005 for line in before)
+        *before, last = (result for key, result in read(path)[0].runs.items() if key.seed == seed)
+        assert last.counts
+        assert abs(last.sparsity - 0.75) <= 0.005
+        assert not any(result.counts for result in before)
+        assert all(abs(result.sparsity - 0.75) > 0.005 for result in before)
     first = [line for line in lines if line["seed"] == 0]
     others = [line for line in lines if line["seed"] == 1]
     assert others[0]["knob"] == first[-1]["knob"]
@@ -318,14 +317,15 @@ def test_a_search_hits_the_target_and_goes_on_where_it_was(go):
 
 
 def test_at_a_high_sparsity_a_search_goes_on_until_a_run_compares(go):
-    _, lines, path = go("--seeds", "2", "--sparsities", "0.975", methods=("searched",))
-    *before, last = (line for line in lines if line["seed"] == 0)
-    assert last["role"] == "run"
-    assert abs(last["sparsity"] - 0.975) < 0.0025
-    assert {line["role"] for line in before} == {"search"}
-    close = [abs(line["sparsity"] - 0.975) <= 0.005 for line in before]
+    _, _, path = go("--seeds", "2", "--sparsities", "0.975", methods=("searched",))
+    results = read(path)[0]
+    *before, last = (result for key, result in results.runs.items() if key.seed == 0)
+    assert last.counts
+    assert abs(last.sparsity - 0.975) < 0.0025
+    assert not any(result.counts for result in before)
+    close = [abs(result.sparsity - 0.975) <= 0.005 for result in before]
     assert any(close)
-    rows = table.whole_runs(read(path)[0])
+    rows = table.whole_runs(results)
     assert rows[-1] == f"| tiny | searched | 97.5 % | {close.index(True) + 1} | 1.0 | – |"
 
 
@@ -377,7 +377,7 @@ def test_a_search_ends_where_the_target_cannot_be_hit():
     finished = {}
     for _ in range(5):
         key = plan.next_run(cell, finished)
-        finished[key] = made_up(**key._asdict(), role="search", sparsity=0.2)
+        finished[key] = made_up(**key._asdict(), sparsity=0.2)
     assert plan.next_run(cell, finished) == plan.Status.DONE
     # Another seed begins where the first came closest, and waits for it.
     other = cell._replace(seed=1, first=cell)
@@ -432,7 +432,6 @@ def made_up(method="lats_optax", target=0.9, seed=0, value=0.5, **fields):
         "knob": None,
         "task_version": 1,
         "method_version": 1,
-        "role": "run",
         "metric": "accuracy",
         "zeros": zeros,
         "size": 1000,

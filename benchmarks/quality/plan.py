@@ -88,11 +88,6 @@ def tried(cell: Cell, finished: Mapping[Key, Result]) -> list[Tried]:
     ]
 
 
-def role(cell: Cell, sparsity: float) -> str:
-    """Whether a run counts or only missed the target on the way."""
-    return "run" if cell.method.search is None or hits(cell.target, sparsity) else "search"
-
-
 def targets(method: Method, sparsities: Sequence[float]) -> Sequence[float]:
     """What a method is run at: one that does not prune, once, at 0."""
     return sparsities if method.prunes else (0.0,)
@@ -208,7 +203,7 @@ def best_rate(cells: Sequence[Cell], finished: Mapping[Key, Result]) -> float | 
         counted = [
             result.value
             for key, result in finished.items()
-            if result.role == "run" and key == cell.key(key.knob)
+            if result.counts and key == cell.key(key.knob)
         ]
         values.setdefault(cell.learning_rate, []).append(counted[0] if counted else float("nan"))
     sign = 1 if cells[0].task.higher_is_better else -1

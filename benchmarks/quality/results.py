@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.quality.search import hits
+
 DENSE = "dense"
 """The name of the method that prunes nothing."""
 
@@ -35,7 +37,6 @@ class Result:
 
     Attributes:
       key: what tells it from all other runs.
-      role: ``"run"``, one that counts, or ``"search"``, one that missed the target on the way.
       metric: of the task: ``"accuracy"`` or ``"bits"``.
       value: of the metric; not a number where training diverged.
       zeros: among the prunable weights after the last step.
@@ -47,7 +48,6 @@ class Result:
     """
 
     key: Key
-    role: str
     metric: str
     value: float
     zeros: int
@@ -56,6 +56,11 @@ class Result:
     seconds: float
     jax: str
     machine: str
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is compared: a search's run that missed the target is not."""
+        return self.key.knob is None or hits(self.key.target, self.sparsity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +191,7 @@ def _versions(key: Key) -> tuple[int, int]:
 
 
 def _parsed(fields: dict[str, Any]) -> Result | Rate:
-    if fields["role"] == "rate":
+    if fields.get("role") == "rate":
         return Rate(**fields)
     if fields["value"] is None:
         fields["value"] = math.nan

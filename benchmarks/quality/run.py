@@ -8,7 +8,7 @@
 and method, at the sparsities that the task names, to the same file. A range whose best rate is at
 an end is widened, by a factor of two and at most twice. From then on runs of the test split use the
 rate that was chosen at their sparsity, or else at the next lower one. Methods that cannot name a
-sparsity are searched: their other runs are in the file too, with the role "search".
+sparsity are searched: their runs that miss it are in the file too.
 """
 
 import argparse
@@ -212,15 +212,13 @@ def _first_ready(
 def _result(cell: plan.Cell, end: workers.Finished) -> Result:
     assert end.outcome is not None
     value, zeros, size = end.outcome
-    sparsity = end.outcome.sparsity
     return Result(
         end.key,
-        role=plan.role(cell, sparsity),
         metric=cell.task.metric,
         value=value,
         zeros=zeros,
         size=size,
-        sparsity=sparsity,
+        sparsity=end.outcome.sparsity,
         seconds=round(end.seconds, 1),
         jax=jax.__version__,
         machine=machine(),
@@ -268,7 +266,7 @@ def _of(method: str, target: float) -> str:
 
 def _line(result: Result) -> str:
     value = f"{result.value:.2%}" if result.metric == "accuracy" else f"{result.value:.3f} bits"
-    missed = " (search)" if result.role == "search" else ""
+    missed = "" if result.counts else " (search)"
     zeros = f"{result.sparsity:.2%} zeros{missed}"
     return f"{_named(result.key)}: {value}, {zeros}, {result.seconds:.0f} s"
 

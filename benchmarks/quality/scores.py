@@ -113,7 +113,7 @@ def _scores(task: str, results: Iterable[Result]) -> Scores:
     for result in results:
         metric, key = result.metric, result.key
         runs = groups.setdefault((key.method, key.target), {})
-        if result.role == "run":
+        if result.counts:
             runs[key.seed] = result
     cells = {key: _cell(key[0], runs) for key, runs in groups.items() if runs}
     dense = cells.get((DENSE, 0.0))
