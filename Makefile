@@ -94,8 +94,8 @@ bench-quality-full: install  ## the same with all tasks, methods and seeds, lear
 	$(BIN)/python -m benchmarks.quality --jobs 2
 	$(BIN)/python -m benchmarks.quality.table benchmarks/results/quality.jsonl
 	$(BIN)/python -m benchmarks.quality.plot benchmarks/results/quality.jsonl benchmarks/results/quality.png
-	$(BIN)/python -m benchmarks.quality.patterns --tune --jobs 2
-	$(BIN)/python -m benchmarks.quality.patterns --jobs 2
+	$(BIN)/python -m benchmarks.quality.patterns --tasks lenet --tune --jobs 2
+	$(BIN)/python -m benchmarks.quality.patterns --tasks lenet --jobs 2
 	$(BIN)/python -m benchmarks.quality.table benchmarks/results/patterns.jsonl
 
 clean:  ## remove the environment and everything that was made (not runs/)
