@@ -385,7 +385,7 @@ def prox_firm(gamma: float = 3.0) -> Elementwise:
     ``gamma d``. It is not convex; its sum with ``1/2 (z - x)^2`` is, because ``gamma > 1``.
 
     Args:
-      gamma: where shrinkage ends, in thresholds, > 1. Near 1 it is hard, for inf it is soft.
+      gamma: where shrinkage ends, in thresholds, > 1. Near 1 it is hard, far above it soft.
 
     Returns:
       An operator, as :func:`prox_power`.
