@@ -22,8 +22,8 @@ NOTE = (
     "Mean ± half-width of the 95 % Student-t interval over the seeds; in brackets the number of "
     f"seeds. Runs are compared that end within {100 * CLOSE:g} % (absolute) of the named sparsity, "
     f"and within {100 * FEWER_OR_MORE:g} % of the weights that it leaves. Bold: the best mean, and "
-    "all whose paired difference to it has an interval that contains 0. The best is chosen by the "
-    "runs that it is judged by, which favors it a little."
+    "all whose paired difference to it has an interval that contains 0, which one seed that fails "
+    "makes wide. The best is chosen by the runs that it is judged by, which favors it a little."
 )
 
 
