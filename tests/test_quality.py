@@ -90,6 +90,7 @@ def test_a_finished_run_is_not_run_again(go, capsys):
     ]
     assert all(line["zeros"] == round(1000 * line["target"]) for line in lines)
     assert all(line["sparsity"] == line["target"] for line in lines)
+    assert all(result.counts for result in read(path)[0].runs.values())
     before = path.read_bytes()
     assert len(SPLITS) == 6
     go("--seeds", "2", "--sparsities", "0.75", "0.9")
